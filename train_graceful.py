@@ -1,0 +1,1609 @@
+#!/usr/bin/env python3
+"""Train a PyTorch model and leave at any moment without losing anything.
+
+    python train_graceful.py                        train on Python's own source text
+    python train_graceful.py --mode geometric       geometric controller: rotated experts, three optimizers
+    python train_graceful.py --resume latest        go on: the same run, bit for bit
+
+While it trains:  q + Enter  leave      s + Enter  save now      Ctrl-C  leave      Ctrl-C twice  leave without saving
+
+Every way out (the keys, SIGINT, SIGTERM, SIGHUP, SIGUSR1, an exception) finishes or drops the batch at hand, saves a
+whole checkpoint, frees the accelerator, gives the terminal back and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_early_signals: list[int] = []
+
+if __name__ == "__main__":
+    # Importing torch takes seconds. A signal in that time must not kill the run with a traceback: main() hands it on.
+    for _signum in EXIT_SIGNALS:
+        if not (_signum == signal.SIGHUP and signal.getsignal(_signum) is signal.SIG_IGN):  # nohup's promise
+            signal.signal(_signum, lambda signum, frame: _early_signals.append(signum))
+
+import argparse
+import bisect
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import functools
+import hashlib
+import math
+import multiprocessing
+import select
+import shlex
+import shutil
+import stat
+import sys
+import sysconfig
+import tempfile
+import termios
+import threading
+import time
+import traceback
+import typing
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+__all__ = [
+    "ByteDataset", "ByteLM", "CheckpointError", "CheckpointWriter", "Config", "ExitMonitor", "GeometricTrainingController",
+    "StandardTrainingController", "TrainingController", "UserError", "controller_training_loop", "latest_checkpoint",
+    "load_checkpoint", "save_checkpoint", "standard_training_loop", "verify_checkpoint",
+]
+
+FORMAT_VERSION = 1
+BACKGROUND_PAUSE_SECONDS = 0.5  # how long unread typing is left to the foreground program before we look again
+STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
+OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
+BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
+USER_REQUEST = "user_requested_graceful_exit"
+LINE_BYTES = 4096  # a typed line longer than this is no command
+VALIDATION_FRACTION = 0.05
+VALIDATION_BATCHES = 16
+FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
+FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 1024, 4096
+MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
+MUON_LR_FACTOR = 5.0  # Muon's learning rate relative to --lr, which is AdamW's
+
+
+class UserError(Exception):
+    """A mistake the user can mend: main() prints it as one line on stderr and exits with code 2."""
+
+
+class CheckpointError(UserError):
+    """The file is not a checkpoint, is damaged, or does not fit this run."""
+
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+
+
+def number(kind: Callable[[str], float], low: float, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of that kind with low <= number < below."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"in [{low}, {below})" if below < math.inf else f"at least {low}"))
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls a text that is no number
+    return parse
+
+
+def option(default, help: str, fixed: bool = True, **argparse_arguments):
+    """A Config field that is also a command line option; `fixed` ones cannot change when a run is resumed."""
+    return dataclasses.field(default=default, metadata={"fixed": fixed, "argparse": {"help": help, **argparse_arguments}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run: the command line options are made from it and the checkpoint stores it."""
+
+    mode: str = option("standard", "standard: one AdamW; geometric: rotated experts and three optimizers",
+                       choices=("standard", "geometric"))
+    loop: str | None = option(None, "the loop that drives --mode standard (default standard; geometric has its own)",
+                              choices=("standard", "controller"))
+    data: tuple[str, ...] = option((), "text files or folders to train on (default Python's standard library)",
+                                   nargs="+", metavar="PATH")
+    checkpoint_dir: str = option("checkpoints", "where checkpoints and metrics.csv go", fixed=False, metavar="DIR")
+    steps: int = option(2000, "optimizer steps in the whole run, resumes included", fixed=False, type=number(int, 1))
+    epochs: int | None = option(None, "end after this many passes over the data, if that comes before --steps",
+                                fixed=False, type=number(int, 1))
+    batch_size: int = option(16, "windows of text in one forward pass", type=number(int, 1))
+    grad_accum: int = option(1, "forward passes whose gradients make one optimizer step", type=number(int, 1))
+    context: int = option(128, "bytes the model sees at once", type=number(int, 1))
+    layers: int = option(4, "Transformer blocks", type=number(int, 1))
+    heads: int = option(4, "attention heads", type=number(int, 1))
+    dim: int = option(128, "width of the model", type=number(int, 1))
+    experts: int = option(4, "experts in each block", type=number(int, 1))
+    dropout: float = option(0.0, "dropout probability", type=number(float, 0.0, 1.0), metavar="P")
+    lr: float = option(3e-3, "peak learning rate of AdamW", type=number(float, 1e-12))
+    rotation_lr: float = option(1e-2, "peak learning rate of the rotations", type=number(float, 1e-12))
+    warmup_steps: int = option(50, "steps over which the learning rate rises", type=number(int, 0))
+    grad_clip: float = option(1.0, "largest norm of the gradient", type=number(float, 1e-12))
+    weight_decay: float = option(0.1, "decoupled weight decay", type=number(float, 0.0, 1.0))
+    eval_every: int = option(100, "steps between evaluations on the validation data", fixed=False, type=number(int, 1))
+    save_every: int = option(500, "steps between periodic checkpoints", fixed=False, type=number(int, 1))
+    log_every: int = option(10, "steps between rows of metrics.csv", fixed=False, type=number(int, 1))
+    keep: int = option(3, "periodic checkpoints kept", fixed=False, type=number(int, 1))
+    seed: int = option(0, "seed of the weights, the data order and the dropout", type=number(int, 0, 2**63))
+    device: str = option("auto", "where to train", fixed=False, choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "autocast type; auto is bfloat16 on CUDA, float32 elsewhere", fixed=False,
+                        choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "run the model through torch.compile", fixed=False, action="store_true")
+    workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0))
+
+    @classmethod
+    def from_options(cls, explicit: dict[str, object], stored: dict[str, object] | None = None) -> Config:
+        """Defaults, overlaid with a checkpoint's configuration, overlaid with the options given on the command line.
+
+        Raises UserError for values that do not go together or that would change what a resumed run is.
+        """
+        if stored is not None:
+            for field in dataclasses.fields(cls):
+                given, kept = explicit.get(field.name), stored[field.name]
+                if field.name in explicit and field.metadata["fixed"] and field.name != "data" and given != kept:
+                    flag = "--" + field.name.replace("_", "-")
+                    raise UserError(f"{flag} {given} does not fit the checkpoint, whose run has {flag} {kept}")
+        values = {**(stored or {}), **explicit}
+        if values.get("loop") is None:
+            values["loop"] = "controller" if values.get("mode") == "geometric" else "standard"
+        values["checkpoint_dir"] = os.path.abspath(values.get("checkpoint_dir", cls.checkpoint_dir))
+        values["data"] = tuple(os.path.abspath(path) for path in values.get("data", ()))
+        config = cls(**values)
+        if config.mode == "geometric" and config.loop == "standard":
+            raise UserError("--mode geometric needs --loop controller: the standard loop has a single optimizer")
+        if config.dim % config.heads:
+            raise UserError(f"--dim {config.dim} is not divisible by --heads {config.heads}")
+        if 4 * config.dim < config.experts:
+            raise UserError(f"--experts {config.experts} is too many for --dim {config.dim}: they share {4 * config.dim} hidden units")
+        return config
+
+    @classmethod
+    def check_stored(cls, stored: dict[str, object]) -> None:
+        """Raises CheckpointError where a checkpoint's configuration has other fields or types than this program's."""
+        hints = typing.get_type_hints(cls)
+        if set(stored) != set(hints):
+            raise CheckpointError(f"unknown configuration ({', '.join(sorted(set(stored) ^ set(hints)))})")
+        for name, hint in hints.items():
+            plain = tuple if name == "data" else hint
+            if not isinstance(stored[name], plain) or isinstance(stored[name], bool) != (hint is bool):
+                raise CheckpointError(f"configuration has {name}={stored[name]!r}")
+
+
+# ---- Terminal output and the exit monitor ----------------------------------------------------------------------------
+
+
+def in_foreground(fd: int) -> bool:
+    """False only where fd is our controlling terminal and the shell has given it to another job."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # not a terminal, or not our controlling one: job control does not apply
+        return True
+
+
+class Screen:
+    """Lines for people on standard output; a failed or refused write never raises and never blocks training.
+
+    It writes with os.write because text left in Python's own buffer by a failed flush turns exit code 0 into 120.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd = sys.stdout.fileno() if sys.stdout is not None else None
+        self._encoding = (sys.stdout.encoding if sys.stdout is not None else None) or "utf-8"
+        # Python answers LANG=C with UTF-8; the person who set it has a terminal that shows no symbols.
+        locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
+        if locale in ("C", "POSIX") and not {"PYTHONUTF8", "PYTHONIOENCODING"} & os.environ.keys():
+            self._encoding = "ascii"
+        self.is_terminal = self._fd is not None and os.isatty(self._fd)
+        self._status_width = 0  # columns that the status line now on the screen takes
+        self._backlog = b""
+
+    def say(self, text: str) -> None:
+        """Prints text and a newline, below whatever the status line showed last."""
+        with self._lock:
+            self._write(self._erase_status() + text + "\n")
+
+    def status(self, text: str) -> None:
+        """Redraws the status line in place; draws nothing unless stdout is a terminal and ours."""
+        if not self.is_terminal or not in_foreground(self._fd):
+            return
+        with self._lock:
+            try:
+                columns = os.get_terminal_size(self._fd).columns or 80
+            except OSError:  # the terminal has just gone
+                return
+            text = text[: columns - 1]
+            if not self._backlog:  # a line that is redrawn anyway is not worth keeping for later
+                self._write("\r" + text.ljust(min(self._status_width, columns - 1)), keep=False)
+                self._status_width = len(text)
+
+    def close(self) -> None:
+        """Gives a stopped terminal a last chance to take what it has not shown yet."""
+        with self._lock:
+            self._write(self._erase_status(), wait=OUTPUT_GRACE_SECONDS)
+
+    def _erase_status(self) -> str:
+        erase = "\r" + " " * self._status_width + "\r" if self._status_width else ""
+        self._status_width = 0
+        return erase
+
+    def _write(self, text: str, keep: bool = True, wait: float = 0.0) -> None:
+        if self._fd is None:
+            return
+        self._backlog = (self._backlog + text.encode(self._encoding, "replace"))[-BACKLOG_BYTES:]
+        try:
+            while self._backlog and select.select([], [self._fd], [], wait)[1]:
+                self._backlog = self._backlog[os.write(self._fd, self._backlog[:select.PIPE_BUF]) :]
+        except OSError:  # terminal hung up, pipe closed, disk full: nobody to tell, and training matters more
+            self._backlog = b""
+        if not keep:
+            self._backlog = b""
+
+
+class ExitMonitor:
+    """Watches keyboard and signals in one background thread while the main thread trains.
+
+    Use it as a context manager in the main thread and read `exit_requested`, a plain attribute, once per batch:
+
+        with ExitMonitor() as monitor:
+            for batch in batches:
+                train_on(batch)
+                if monitor.exit_requested:
+                    break
+
+    `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was typed. The thread sleeps
+    in select() on stdin, on the pipe to which the interpreter's C signal handler writes (signal.set_wakeup_fd), and on
+    its own stop pipe, so it hears a request while the main thread is inside a long torch operation. A second SIGINT
+    ends the process at once with code 130. On leaving the block, terminal and signal handlers are as before.
+
+    The terminal's mode is never changed, only put back where something else changed it. Raises ValueError when entered
+    outside the main thread.
+    """
+
+    def __init__(self, screen: Screen | None = None, keyboard: bool = True) -> None:
+        self.exit_requested = False
+        self.reason: str | None = None
+        self.exit_code = 0
+        self.save_requested = False
+        self._screen = screen or Screen()
+        self._use_keyboard = keyboard
+        self._requests: list[tuple[str, int]] = []  # (reason, exit code), oldest first
+        self._lock = threading.Lock()
+        self._interrupts = 0
+        self._stdin: int | None = None
+        self._listening = False  # until the end of input
+        self._typed = b""  # the beginning of a line whose end has not come yet
+        self._terminal_settings: list | None = None
+
+    def __enter__(self) -> ExitMonitor:
+        with contextlib.ExitStack() as self._undo:
+            self._signal_pipe, wakeup = self._pipe()
+            self._stop_pipe, self._stop = self._pipe()
+            os.set_blocking(wakeup, False)
+            self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False))
+            for signum in EXIT_SIGNALS:
+                if not (signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN):  # nohup's promise
+                    self._handle(signum, lambda signum, frame: None)  # the byte in the pipe is what counts
+            # Reading or setting the terminal from the background would stop the training; ignored, it is just an error.
+            self._handle(signal.SIGTTIN, signal.SIG_IGN)
+            self._handle(signal.SIGTTOU, signal.SIG_IGN)
+            if self._use_keyboard and sys.stdin is not None:
+                self._stdin = os.dup(sys.stdin.fileno())  # our own, so that nobody closes it under select()
+                self._undo.callback(os.close, self._stdin)
+                self._listening = True
+                self._save_terminal()
+            self._thread = threading.Thread(target=self._watch, name="exit-monitor", daemon=True)
+            self._thread.start()
+            self._undo = self._undo.pop_all()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        os.write(self._stop, b"x")
+        self._thread.join()
+        self._restore_terminal()
+        self._undo.close()
+
+    def request(self, reason: str, exit_code: int) -> None:
+        """Asks for a graceful exit and says so on the screen; the same reason counts once."""
+        with self._lock:
+            if any(reason == known for known, _ in self._requests):
+                return
+            self._requests.append((reason, exit_code))
+            self._publish()
+            first = len(self._requests) == 1
+        if first:
+            self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
+
+    def request_signal(self, signum: int) -> None:
+        """The request that a signal makes."""
+        self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
+
+    def withdraw(self) -> None:
+        """Takes the oldest request back, for a save that failed; one that came after it stays."""
+        with self._lock:
+            del self._requests[0]
+            self._publish()
+
+    def _publish(self) -> None:
+        self.reason, self.exit_code = self._requests[0] if self._requests else (None, 0)
+        self.exit_requested = bool(self._requests)
+
+    def _pipe(self) -> tuple[int, int]:
+        ends = os.pipe()
+        for fd in ends:
+            self._undo.callback(os.close, fd)
+        return ends
+
+    def _handle(self, signum: int, handler) -> None:
+        previous = signal.signal(signum, handler)
+        self._undo.callback(signal.signal, signum, signal.SIG_DFL if previous is None else previous)
+
+    def _watch(self) -> None:
+        pause = None
+        while True:
+            keyboard = [self._stdin] if self._listening and pause is None else []
+            ready, _, _ = select.select([self._signal_pipe, self._stop_pipe, *keyboard], [], [], pause)
+            pause = None
+            if self._signal_pipe in ready:
+                self._read_signals()
+            if self._stop_pipe in ready:
+                return
+            if self._stdin in ready:
+                if in_foreground(self._stdin):
+                    self._read_keyboard()
+                else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
+                    pause = BACKGROUND_PAUSE_SECONDS
+
+    def _read_signals(self) -> None:
+        for signum in os.read(self._signal_pipe, 4096):
+            self._interrupts += signum == signal.SIGINT
+            if self._interrupts > 1:
+                self._abandon()
+            if signum in EXIT_SIGNALS:
+                self.request_signal(signum)
+
+    def _read_keyboard(self) -> None:
+        self._save_terminal()
+        try:
+            data = os.read(self._stdin, 65536)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the terminal has gone, or was given to another job this very moment
+            data = b""
+        if not data:
+            try:
+                termios.tcgetattr(self._stdin)  # a terminal that is still there: only Ctrl-D on an empty line
+            except termios.error:
+                self._listening = False
+            return
+        *lines, self._typed = (self._typed + data).split(b"\n")
+        self._typed = self._typed[:LINE_BYTES]
+        commands = [line.strip().lower() for line in lines]
+        if any(command in (b"q", b"quit", b"exit") for command in commands):
+            self.request(USER_REQUEST, 0)
+        elif b"s" in commands:
+            self.save_requested = True
+            self._screen.say("💾 Saving a checkpoint after this batch...")
+        elif commands and not self.exit_requested and os.isatty(self._stdin):
+            self._screen.say("Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving.")
+
+    def _abandon(self) -> typing.NoReturn:
+        """Ends the process here and now: the main thread may be inside a write or a kernel that takes minutes."""
+        self._screen.say("🛑 Second Ctrl-C: leaving without saving. Earlier checkpoints are whole.")
+        self._restore_terminal()
+        end_children()
+        os._exit(128 + signal.SIGINT)
+
+    def _save_terminal(self) -> None:
+        # Only ours to remember while we are in the foreground: in the background it is in the shell's editing mode.
+        if self._terminal_settings is None and os.isatty(self._stdin) and in_foreground(self._stdin):
+            self._terminal_settings = termios.tcgetattr(self._stdin)
+
+    def _restore_terminal(self) -> None:
+        if self._terminal_settings is None or not in_foreground(self._stdin):
+            return
+        try:
+            # TCSANOW: waiting for output to drain would hang on a terminal stopped with Ctrl-S.
+            termios.tcsetattr(self._stdin, termios.TCSANOW, self._terminal_settings)
+            termios.tcflush(self._stdin, termios.TCIFLUSH)  # a q typed too many is not for the shell
+        except termios.error:  # hung up: no terminal left to restore
+            pass
+
+
+def end_children() -> None:
+    """Kills and reaps the DataLoader workers that are still there; they hold nothing worth saving."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(state: dict, path: Path | str) -> None:
+    """Writes state (nested dicts and lists of tensors and plain values) so that path is, at every instant, old or whole.
+
+    The file is written beside its target, flushed to the disk, renamed, and the directory flushed. Raises OSError; the
+    file that was at path before is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            flush_to_disk(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's zip writer stumbles over the write that failed before it
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def flush_to_disk(fd: int) -> None:
+    """fsync, and on macOS, where that only reaches the drive's cache, the call that goes further."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):  # a file system without it: fsync
+                raise
+    os.fsync(fd)
+
+
+def verify_checkpoint(path: Path | str) -> None:
+    """Reads the whole file and compares every record with its checksum; torch.load alone misses a flipped bit.
+
+    Raises CheckpointError, naming the record, for anything but an undamaged file that torch.save could have written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise CheckpointError(f"{path}: not a checkpoint (compressed records)")
+            if len({record.filename for record in records}) < len(records):
+                raise CheckpointError(f"{path}: not a checkpoint (two records of one name)")
+            damaged = archive.testzip()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile has a dozen ways to stumble over damage; all of them mean the same here
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({first_line(error)})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged checkpoint (record {damaged})")
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """The verified content of a file that save_checkpoint wrote, tensors on the CPU; no code in it is ever run.
+
+    Raises CheckpointError where the file cannot be read, is damaged or holds anything but tensors and plain values.
+    """
+    verify_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's pickle provokes
+        raise CheckpointError(f"{path}: not a checkpoint ({first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
+    return state
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
+    """The checkpoint in directory (emergency ones included) that was written last and passes verify_checkpoint.
+
+    Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
+    """
+    directory = Path(directory)
+    candidates = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
+    for path in sorted(candidates, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            report(f"⚠️ Skipped {error}")
+    raise CheckpointError(f"{directory}: no {'whole ' if candidates else ''}checkpoint to resume from")
+
+
+def host_copy(value, reuse=None):
+    """A deep copy of nested state in host memory, written into the tensors of an earlier copy where they fit."""
+    if isinstance(value, Tensor):
+        if not isinstance(reuse, Tensor) or reuse.shape != value.shape or reuse.dtype != value.dtype:
+            reuse = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return reuse.copy_(value.detach())
+    if isinstance(value, dict):
+        reuse = reuse if isinstance(reuse, dict) else {}
+        return {key: host_copy(item, reuse.get(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        reuse = reuse if isinstance(reuse, (list, tuple)) and len(reuse) == len(value) else [None] * len(value)
+        return type(value)(host_copy(item, old) for item, old in zip(value, reuse))
+    return value
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread: training waits for one copy of the state and, if need be, for the write before."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._pending: Future | None = None
+        self._copy: dict | None = None
+
+    def submit(self, state: dict, targets: dict[str, Path], written: Callable[[Path], None]) -> None:
+        """Saves state as it is now to every target {exit_reason: path}; calls written(path) in the thread after each.
+
+        A save that fails is reported in one line and never ends the run.
+        """
+        self.wait()
+        self._copy = host_copy(state, self._copy)
+        self._pending = self._thread.submit(self._write, self._copy, targets, written)
+
+    def _write(self, state: dict, targets: dict[str, Path], written: Callable[[Path], None]) -> None:
+        for reason, path in targets.items():
+            try:
+                save_checkpoint({**state, "exit_reason": reason}, path)
+                written(path)
+            except OSError as error:
+                self._report(f"⚠️ {path.name} not saved: {error.strerror or error}. Training goes on.")
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+class RunDirectory:
+    """One run's hold on a checkpoint directory: the lock, the names that are free for it, and its old checkpoints.
+
+    The lock (fcntl.lockf, which no child inherits) is held until the process is gone. Raises UserError where the
+    directory cannot be written, is too full, or belongs to a run that is alive.
+    """
+
+    def __init__(self, path: Path, run_id: str, needed_bytes: int) -> None:
+        self.path, self.run_id = path, run_id
+        self._own: set[Path] = set()  # names known to hold this run's files
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock_file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                pid, host = (os.pread(self._lock_file, 256, 0).decode().split() + ["unknown", "unknown"])[:2]
+                raise UserError(f"{path} is in use by another run (pid {pid} on {host}); "
+                                "give this one its own --checkpoint-dir") from error
+            self.write_outcome("")
+            for leftover in [*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")]:
+                leftover.unlink()
+            with tempfile.TemporaryFile(dir=path):
+                free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
+        if free < needed_bytes:
+            raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.0f} MB free, checkpoints need {needed_bytes / 1e6:.0f} MB")
+        by_age = sorted(path.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
+        self._periodic = [path for path in by_age if self._is_own(path)]  # oldest first
+
+    def write_outcome(self, outcome: str) -> None:
+        """Leaves pid and host of this run, and how it ended, in the lock file for scripts/stop.sh."""
+        text = f"{os.getpid()} {os.uname().nodename}\n{outcome}".encode()
+        os.pwrite(self._lock_file, text, 0)  # before the cut, so that a reader always finds a pid
+        os.ftruncate(self._lock_file, len(text))
+
+    def path_for(self, name: str) -> Path:
+        """Where this run may save under name: a file of another run is never overwritten but evaded with a number."""
+        path, number = self.path / name, 1
+        while path not in self._own and path.exists() and not self._is_own(path):
+            number += 1
+            path = self.path / name.replace(".pt", f"_{number}.pt")
+        self._own.add(path)
+        return path
+
+    def prune(self, newest: Path, keep: int) -> None:
+        """Notes that newest is safely on the disk and deletes this run's oldest periodic checkpoints beyond keep."""
+        self._periodic = [path for path in self._periodic if path != newest] + [newest]
+        while len(self._periodic) > keep:
+            self._periodic.pop(0).unlink(missing_ok=True)
+
+    def _is_own(self, path: Path) -> bool:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("run_id") == self.run_id
+        except Exception:  # unreadable in any way: not ours to overwrite
+            return False
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+
+def standard_library_files() -> list[Path]:
+    """Python's own source text, without installed packages and without tests, which some distributions leave out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+
+
+def data_files(paths: Sequence[str]) -> list[tuple[Path, int]]:
+    """(file, size in bytes) of every non-empty file in paths, folders searched in sorted order, hidden files left out.
+
+    Raises UserError for a path that is missing, unreadable or not a file or folder.
+    """
+    found: list[tuple[Path, int]] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if not any(
+                part.startswith(".") for part in file.relative_to(path).parts))
+        else:
+            files = [path]
+        for file in files or [path]:
+            try:
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    if file == path:
+                        raise UserError(f"--data {path}: {'an empty folder' if path.is_dir() else 'not a file or folder'}")
+                    continue
+                with open(file, "rb"):
+                    if status.st_size:
+                        found.append((file, status.st_size))
+            except OSError as error:
+                raise UserError(f"--data {file}: {error.strerror}") from error
+    return found
+
+
+@functools.lru_cache(maxsize=1024)  # bounded, so that a corpus may have more files than a process may have mappings
+def mapped_file(path: Path, size: int) -> Tensor:
+    """The bytes of a file, uint8 of shape (size,), mapped and not read; no descriptor stays open."""
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+def shuffled(index: int, n: int, key: bytes) -> int:
+    """The image of index under a permutation of range(n) that depends on key alone, found without listing it.
+
+    A four-round Feistel network on the smallest domain of 4**k numbers that holds n, walked until it is back inside
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = index >> bits, index & mask
+        for round in range(4):
+            digest = hashlib.blake2b(b"%d %d" % (round, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        index = left << bits | right
+        if index < n:
+            return index
+
+
+class ByteDataset(torch.utils.data.Dataset):
+    """Batches of byte windows over files laid end to end; item i is batch i of the whole training, all epochs counted.
+
+    A batch is a pure function of (seed, epoch, number in the epoch): nothing has to be replayed to start at any of
+    them. It has shape (windows, context + 1), uint8: the model predicts bytes 1... from bytes ...context - 1. An epoch
+    is one pass over the non-overlapping windows of the first 95 %; the rest is validation data.
+    """
+
+    def __init__(self, config: Config) -> None:
+        files = [str(path) for path in standard_library_files()] if not config.data else config.data
+        self.files = data_files(files)
+        self.starts = [0]
+        for _, size in self.files:
+            self.starts.append(self.starts[-1] + size)
+        self.context, self.seed, self.workers = config.context, config.seed, config.workers
+        self.batch_size = config.batch_size
+        self.windows_per_batch = config.batch_size * config.grad_accum
+        total = self.starts[-1]
+        self.train_bytes = total - int(total * VALIDATION_FRACTION)
+        self.train_windows = max(0, self.train_bytes - 1) // self.context
+        self.validation_windows = max(0, total - self.train_bytes - 1) // self.context
+        self.batches_per_epoch = self.train_windows // self.windows_per_batch
+        if not self.batches_per_epoch or not self.validation_windows:
+            needed = max(self.windows_per_batch * self.context / (1 - VALIDATION_FRACTION), (self.context + 1) / VALIDATION_FRACTION)
+            raise UserError(f"--data {' '.join(config.data)}: {total} bytes are too few; one batch of {self.windows_per_batch} windows "
+                            f"and the validation data need about {math.ceil(needed) + 2}")
+
+    def __getitem__(self, index: int) -> Tensor:
+        epoch, number = divmod(index, self.batches_per_epoch)
+        key = b"%d %d" % (self.seed, epoch)
+        first = number * self.windows_per_batch
+        windows = (shuffled(first + i, self.train_windows, key) for i in range(self.windows_per_batch))
+        return torch.stack([self.read(window * self.context, self.context + 1) for window in windows])
+
+    def batches(self, epoch: int, start: int, pin_memory: bool = False) -> Iterator[Tensor]:
+        """The batches of an epoch from number start on, at the same cost for every start."""
+        first = epoch * self.batches_per_epoch
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=range(first + start, first + self.batches_per_epoch), num_workers=self.workers,
+            worker_init_fn=ignore_exit_signals, pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own: the default one is the dropout's, and resuming must not disturb it
+        )
+        with exit_signals_blocked():
+            on_child = signal.getsignal(signal.SIGCHLD)
+            batches = iter(loader)
+            # torch's handler raises wherever the main thread is when a worker dies, in the middle of an optimizer step
+            # too; without it the loader says so at the next batch.
+            signal.signal(signal.SIGCHLD, on_child)
+        yield from batches
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        """The same windows every time, spread evenly over the validation data; (batch_size or fewer, context + 1)."""
+        count = min(self.validation_windows, VALIDATION_BATCHES * self.batch_size)
+        windows = [i * self.validation_windows // count for i in range(count)]
+        for first in range(0, count, self.batch_size):
+            yield torch.stack([self.read(self.train_bytes + window * self.context, self.context + 1)
+                               for window in windows[first : first + self.batch_size]])
+
+    def read(self, start: int, length: int) -> Tensor:
+        """Bytes start to start + length of the corpus, across file boundaries; uint8 of shape (length,)."""
+        pieces = []
+        file = bisect.bisect_right(self.starts, start) - 1
+        while length:
+            offset = start - self.starts[file]
+            pieces.append(mapped_file(*self.files[file])[offset : offset + length])
+            start, length, file = start + len(pieces[-1]), length - len(pieces[-1]), file + 1
+        return torch.cat(pieces)
+
+    def fingerprint(self) -> str:
+        """Identifies the data wherever it lies: all of a corpus up to 64 MiB, file sizes and 1,024 samples of a larger one."""
+        digest = hashlib.blake2b(repr(self.starts).encode(), digest_size=16)
+        total = self.starts[-1]
+        if total <= FULL_FINGERPRINT_BYTES:
+            for path, size in self.files:
+                digest.update(mapped_file(path, size).numpy())
+        else:
+            for i in range(FINGERPRINT_SAMPLES):
+                start = i * (total - FINGERPRINT_SAMPLE_BYTES) // (FINGERPRINT_SAMPLES - 1)
+                digest.update(self.read(start, FINGERPRINT_SAMPLE_BYTES).numpy())
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def exit_signals_blocked() -> Iterator[None]:
+    """For forking: a child that a signal hits before it ignores them would report it through the parent's pipe.
+
+    The parent still hears them at once, in the monitor's thread.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_exit_signals(worker: int) -> None:
+    """In a DataLoader worker: a terminal or scheduler signals the whole group, and only the parent may end the run."""
+    signal.set_wakeup_fd(-1)
+    for signum in EXIT_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_SIGNALS)
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal self-attention; (batch, context, dim) to the same shape."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+def rotate_columns(weight: Tensor, angle: Tensor) -> Tensor:
+    """weight @ R(angle), for weight (..., hidden, dim) and angle (..., planes) in radians, planes <= dim / 2.
+
+    R is the product of the Givens rotations of the disjoint coordinate planes (i, i + planes): it maps (x_i, x_j) to
+    (x_i cos - x_j sin, x_i sin + x_j cos). Since (W R) x = W (R x), folding R into the weight rotates every input.
+    """
+    planes = angle.shape[-1]
+    cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    first, second, rest = weight.split([planes, planes, weight.shape[-1] - 2 * planes], dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
+
+
+class Experts(nn.Module):
+    """A softmax-routed mixture of two-layer MLPs that share the 4 * dim hidden units of a usual feed-forward layer.
+
+    Every expert sees every token, weighted by its gate, so the mixture is two matrix products over all experts. With
+    rotations, expert e sees its input through R_e with angles max_angle * tanh(theta_e), folded into its first weight:
+    one fold a forward pass, at a cost that does not grow with the batch.
+    """
+
+    def __init__(self, dim: int, experts: int, rotations: bool) -> None:
+        super().__init__()
+        hidden = 4 * dim // experts
+        self.router = nn.Linear(dim, experts, bias=False)
+        # Separate 2-D weights, not one 3-D tensor: Muon orthogonalizes matrices.
+        self.w_in = nn.ParameterList(torch.randn(hidden, dim) * dim**-0.5 for _ in range(experts))
+        self.w_out = nn.ParameterList(torch.randn(dim, hidden) * hidden**-0.5 for _ in range(experts))
+        # Not zero: where all rotations are alike, the orthogonality loss has no slope.
+        self.theta = nn.Parameter(0.1 * torch.randn(experts, dim // 2)) if rotations else None
+
+    def angles(self) -> Tensor:
+        """(experts, dim // 2), radians."""
+        return MAX_ANGLE * self.theta.tanh()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, context, dim) to the same shape, and the gates (batch, context, experts)."""
+        gates = self.router(x).softmax(dim=-1)
+        w_in = torch.stack(list(self.w_in))
+        if self.theta is not None:
+            w_in = rotate_columns(w_in, self.angles())
+        hidden = F.gelu(F.linear(x, w_in.flatten(0, 1))).unflatten(-1, (len(self.w_in), -1))
+        hidden = (hidden * gates.unsqueeze(-1)).flatten(-2)
+        return F.linear(hidden, torch.cat(list(self.w_out), dim=1)), gates
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_experts = nn.RMSNorm(config.dim), nn.RMSNorm(config.dim)
+        self.attention = Attention(config.dim, config.heads, config.dropout)
+        self.experts = Experts(config.dim, config.experts, rotations=config.mode == "geometric")
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.dropout(self.attention(self.norm_attention(x)))
+        y, gates = self.experts(self.norm_experts(x))
+        return x + self.dropout(y), gates
+
+
+class ByteLM(nn.Module):
+    """A byte-level decoder-only Transformer with mixture-of-experts feed-forward layers."""
+
+    def __init__(self, config: Config, autocast: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.token = nn.Embedding(256, config.dim)
+        self.position = nn.Embedding(config.context, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, 256, bias=False)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """tokens (batch, context) int64 to logits (batch, context, 256) float32 and every block's gates."""
+        with torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast != torch.float32):
+            x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+            x, gates = self.dropout(x), []
+            for block in self.blocks:
+                x, block_gates = block(x)
+                gates.append(block_gates)
+            return self.head(self.norm(x)).float(), gates
+
+
+def task_loss(model: ByteLM, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Mean cross entropy, in nats a byte, of predicting each next byte of windows (batch, context + 1); and the gates."""
+    windows = windows.long()
+    logits, gates = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), gates
+
+
+# ---- Controllers -----------------------------------------------------------------------------------------------------
+
+
+def orthogonality_loss(angles: Tensor) -> Tensor:
+    """How alike the experts' rotations are: mean over pairs e < f of (<R_e, R_f> / <R_e, R_e>)**2, in [0, 1].
+
+    <A, B> = trace(A^T B). Both are block diagonal in the same planes, so the quotient is mean_i cos(angle_ei - angle_fi).
+    Zero for a single expert. angles (experts, planes), radians.
+    """
+    first, second = torch.triu_indices(len(angles), len(angles), offset=1, device=angles.device)
+    if not len(first):
+        return angles.new_zeros(())
+    return (angles[first] - angles[second]).cos().mean(dim=-1).square().mean()
+
+
+def rotation_efficiency_loss(angles: Tensor) -> Tensor:
+    """mean((angle / max_angle)**2), in [0, 1): no more rotation than the task pays for. angles in radians."""
+    return (angles / MAX_ANGLE).square().mean()
+
+
+def specialization_loss(gates: Tensor) -> Tensor:
+    """(mean_t H(p_t) - H(mean_t p_t)) / log(experts), in [-1, 0]: minus the information a token has about its expert.
+
+    H is the entropy; low when each token is routed decisively while all experts share the load (regularized
+    information maximization; Krause, Perona and Gomes, 2010). gates (..., experts), each row summing to 1.
+    """
+    if gates.shape[-1] == 1:
+        return gates.new_zeros(())
+    gates = gates.float().flatten(0, -2)
+    entropy = torch.special.entr(gates).sum(dim=-1).mean()
+    load_entropy = torch.special.entr(gates.mean(dim=0)).sum()
+    return (entropy - load_entropy) / math.log(gates.shape[-1])
+
+
+def no_regularization(gates: list[Tensor]) -> float:
+    return 0.0
+
+
+def forward_backward(model: ByteLM, batch: Tensor, grad_accum: int,
+                     regularization: Callable[[list[Tensor]], Tensor | float] = no_regularization) -> Tensor:
+    """Adds the gradient of the mean task loss, plus regularization(gates), to .grad and returns the mean task loss.
+
+    batch (grad_accum * batch_size, context + 1) uint8 is taken in grad_accum forward passes.
+    """
+    device = next(model.parameters()).device
+    mean = torch.zeros((), device=device)
+    for windows in batch.to(device, non_blocking=True).chunk(grad_accum):
+        loss, gates = task_loss(model, windows)
+        ((loss + regularization(gates)) / grad_accum).backward()
+        mean += loss.detach() / grad_accum
+    return mean
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> None:
+    """Scales the gradient to at most max_norm. Raises FloatingPointError where it, and so the loss, is NaN or infinite."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}; the optimizer was not stepped")
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Learning rate factor: a straight rise over warmup_steps, then half a cosine down to a tenth at total_steps."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+class TrainingController:
+    """Turns batches into optimizer steps. A subclass fills `optimizers` and `schedulers` and defines training_step."""
+
+    optimizers: dict[str, Optimizer]
+    schedulers: dict[str, LRScheduler]
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        """One optimizer step on batch (grad_accum * batch_size, context + 1), uint8; returns the mean task loss."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, dict[str, dict]]:
+        return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}}
+
+    def load_state_dict(self, state: dict[str, dict[str, dict]]) -> None:
+        """Restores every optimizer and every scheduler. Raises KeyError or ValueError where the state is another's."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(state["schedulers"][name])
+
+
+class StandardTrainingController(TrainingController):
+    """One AdamW over all parameters, one warm-up and cosine schedule."""
+
+    def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
+        self.model, self.config = model, config
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizers = {"adamw": optimizer}
+        self.schedulers = {"adamw": warmup_cosine(optimizer, config.warmup_steps, total_steps)}
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.optimizers["adamw"].zero_grad()
+        loss = forward_backward(self.model, batch, self.config.grad_accum)
+        clip_gradients(self.model, self.config.grad_clip)
+        self.optimizers["adamw"].step()
+        self.schedulers["adamw"].step()
+        return loss
+
+
+class Float32NewtonSchulz(torch.overrides.TorchFunctionMode):
+    """Keeps Muon's orthogonalization in float32 on a CPU, where bfloat16 is emulated: about 30 times faster."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.bfloat16 and args[0].device.type == "cpu":
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+class GeometricTrainingController(TrainingController):
+    """Geometric constrained learning: rotated experts, three optimizers for three kinds of parameters.
+
+    loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, each averaged over the blocks.
+    `rotation`: Adam on theta. `expert`: Muon (Jordan et al., 2024) on the hidden matrices of experts and attention.
+    `embedding`: AdamW on embeddings, norms, routers and head.
+    """
+
+    ORTHOGONALITY, ROTATION_EFFICIENCY, SPECIALIZATION = 0.01, 0.001, 0.01
+
+    def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
+        self.model, self.config = model, config
+        groups: dict[str, list[nn.Parameter]] = {"rotation": [], "expert": [], "embedding": []}
+        for name, parameter in model.named_parameters():
+            if name.endswith("theta"):
+                groups["rotation"].append(parameter)
+            elif any(part in name for part in (".w_in.", ".w_out.", ".attention.")):
+                groups["expert"].append(parameter)
+            else:
+                groups["embedding"].append(parameter)
+        self.optimizers = {
+            "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr),
+            "expert": torch.optim.Muon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay),
+            "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay),
+        }
+        self.schedulers = {name: warmup_cosine(optimizer, config.warmup_steps, total_steps)
+                           for name, optimizer in self.optimizers.items()}
+
+    def regularization(self, gates: list[Tensor]) -> Tensor:
+        """The three geometric losses, weighted, averaged over the blocks. gates: one (batch, context, experts) a block."""
+        total = torch.zeros((), device=gates[0].device)
+        for block, block_gates in zip(self.model.blocks, gates):
+            angles = block.experts.angles()
+            total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
+            total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
+            total = total + self.SPECIALIZATION * specialization_loss(block_gates)
+        return total / len(gates)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
+        clip_gradients(self.model, self.config.grad_clip)
+        with Float32NewtonSchulz():
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        return loss
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """metrics.csv, a row at a time. Rows of batches after `step` (the checkpoint's) are cut off: they will come again.
+
+    A row that cannot be written (disk full) waits for the next one and never raises.
+    """
+
+    def __init__(self, path: Path, lr_names: Sequence[str], step: int) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(path, "rb") as file:
+            rows = file.readlines()
+        kept = [row for row in rows[1:] if row.endswith(b"\n") and int(row.split(b",")[0]) <= step]
+        columns = ["step", "epoch", "loss", "val_loss", *(f"lr_{name}" for name in lr_names), "tokens_per_second", "seconds"]
+        header = rows[0] if rows and rows[0].endswith(b"\n") else (",".join(columns) + "\n").encode()
+        self._size = 0  # bytes known to be whole rows
+        self._waiting = b""
+        self._append(header + b"".join(kept))
+
+    def row(self, *values: object) -> None:
+        self._append((",".join("" if value is None else str(value) for value in values) + "\n").encode())
+
+    def _append(self, text: bytes) -> None:
+        self._waiting += text
+        try:
+            written = os.pwrite(self._file, self._waiting, self._size)
+            if written == len(self._waiting):
+                self._size, self._waiting = self._size + written, b""
+            os.ftruncate(self._file, self._size)
+        except OSError:
+            pass  # the rows are kept; a person hears of a full disk from the next save
+
+    def flush(self) -> None:
+        """To the disk, so that no checkpoint is ever ahead of its rows."""
+        self._append(b"")
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Run:
+    """The state that a checkpoint holds beside the model and its optimizers, and what happens at batch boundaries.
+
+    step counts optimizer steps and is the only clock; epoch and batch_in_epoch say which batch comes next.
+    """
+
+    def __init__(self, config: Config, model: ByteLM, controller: TrainingController, data: ByteDataset, total_steps: int,
+                 device: torch.device, monitor: ExitMonitor, screen: Screen) -> None:
+        self.config, self.model, self.controller, self.data = config, model, controller, data
+        self.total_steps, self.device, self.monitor, self.screen = total_steps, device, monitor, screen
+        self.run_id = uuid.uuid4().hex[:12]
+        self.step = self.epoch = self.batch_in_epoch = 0
+        self.best_loss = math.inf
+        self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row of metrics.csv
+        self.last_loss = math.nan
+        self.seconds = 0.0  # of training, all sessions
+        self.metrics_name: str | None = None
+        self.data_fingerprint = data.fingerprint()
+        self.rng_state = get_rng_state(device)
+        self.exit_code = 0
+        self.error: Exception | None = None
+        self.saved: tuple[str, Path] | None = None  # what the summary names
+        self._in_update = False
+        for optimizer in controller.optimizers.values():
+            optimizer.register_step_pre_hook(self._update_begins)
+
+    # ---- state
+
+    def state_dict(self, exit_reason: str | None) -> dict:
+        """The checkpoint as of the last complete batch. Its tensors are the live ones, not copies."""
+        controller = self.controller.state_dict()
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dicts": controller["optimizers"],
+            "scheduler_state_dicts": controller["schedulers"],
+            "mode": self.config.mode,
+            "loop": self.config.loop,
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch_in_epoch": self.batch_in_epoch,
+            "best_loss": self.best_loss,
+            "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+                        "last_loss": self.last_loss, "seconds": self.seconds},
+            "config": dataclasses.asdict(self.config),
+            "rng_state": self.rng_state,
+            "data_fingerprint": self.data_fingerprint,
+            "exit_reason": exit_reason,
+            "torch_version": str(torch.__version__),
+            "run_id": self.run_id,
+            "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores everything that state_dict saved. Raises CheckpointError where it does not fit this model or data."""
+        if state["data_fingerprint"] != self.data_fingerprint:
+            where = " ".join(self.config.data) or "Python's standard library"
+            raise CheckpointError(f"--data {where} is not the data that the checkpoint's run was trained on")
+        try:
+            self.model.load_state_dict(state["model_state_dict"])
+            self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
+                                             "schedulers": state["scheduler_state_dicts"]})
+            set_rng_state(state["rng_state"], self.device)
+            metrics = state["metrics"]
+            self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
+            self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this model ({first_line(error)})") from error
+        self.run_id, self.best_loss = state["run_id"], state["best_loss"]
+        self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
+        self.rng_state = state["rng_state"]
+
+    def _update_begins(self, *hook_arguments) -> None:
+        self._in_update = True  # until batch_done: an exception in between leaves parameters of two different steps
+
+    # ---- between batches
+
+    def begin(self, directory: RunDirectory, resumed_from: Path | None, resumed_directory: Path | None) -> None:
+        """Opens metrics.csv and does what the last stop left undone."""
+        self.directory = directory
+        self.writer = CheckpointWriter(self.screen.say)
+        path = self._metrics_path(resumed_from, resumed_directory)
+        self.metrics_name = path.name
+        self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
+        self._clock = self._row_clock = self._status_clock = time.monotonic()
+        self._start = (self._clock, self.step)
+        self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
+        if self.evaluation_pending:
+            self.finish_step()
+
+    def _metrics_path(self, resumed_from: Path | None, resumed_directory: Path | None) -> Path:
+        """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
+        directory = self.directory.path
+        if resumed_from is not None:
+            home = resumed_from.parent.parent if resumed_from.parent.name == "emergency_exit" else resumed_from.parent
+            if directory in (home, resumed_directory):
+                return directory / self.metrics_name
+        path, number = directory / "metrics.csv", 1
+        while path.exists():
+            number += 1
+            path = directory / f"metrics_{number}.csv"
+        if resumed_from is not None and (home / self.metrics_name).is_file():
+            shutil.copyfile(home / self.metrics_name, path)
+        return path
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+    def batch_done(self, loss: Tensor) -> None:
+        """Counts a complete batch with its mean task loss (a scalar tensor) and does what is due at this step."""
+        self.step += 1
+        self.batch_in_epoch += 1
+        if self.batch_in_epoch == self.data.batches_per_epoch:
+            self.epoch, self.batch_in_epoch = self.epoch + 1, 0
+        self.last_loss = loss.item()
+        self.loss_sum += self.last_loss
+        self.loss_count += 1
+        self.rng_state = get_rng_state(self.device)
+        self._in_update = False
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        self.finish_step()
+
+    @property
+    def _evaluation_due(self) -> bool:
+        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.finished)
+
+    @property
+    def evaluation_pending(self) -> bool:
+        """True where this step's evaluation was cut short: its batches are not yet in a row of metrics.csv."""
+        return self._evaluation_due and self.loss_count > 0
+
+    def finish_step(self) -> None:
+        """Evaluates, logs and saves where due. A request to leave cuts the evaluation short, and all of it is done on resume."""
+        targets, validation_loss = {}, None
+        if self._evaluation_due:
+            validation_loss = self.evaluate()
+            if validation_loss is None:
+                return
+            if validation_loss < self.best_loss:
+                self.best_loss = validation_loss
+                targets["best"] = self.directory.path_for("best.pt")
+        logged = self._evaluation_due or self.step % self.config.log_every == 0
+        if logged:
+            self._log(validation_loss)
+        if self.step % self.config.save_every == 0 or self.monitor.save_requested:
+            self.monitor.save_requested = False
+            targets["periodic"] = self.directory.path_for(f"step_{self.step}.pt")
+        if targets:
+            self.metrics.flush()
+            self.writer.submit(self.state_dict(None), targets, self._written)
+        self._show(logged)
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss on the validation windows, in nats a byte; None where a request to leave cut it short."""
+        self.model.eval()
+        total, count = 0.0, 0
+        try:
+            for windows in self.data.validation_batches():
+                if self.monitor.exit_requested:
+                    return None
+                loss, _ = task_loss(self.model, windows.to(self.device))
+                total, count = total + loss.item() * len(windows), count + len(windows)
+        finally:
+            self.model.train()
+        return total / count
+
+    def _written(self, path: Path) -> None:
+        if path.name.startswith("step_"):
+            self.directory.prune(path, self.config.keep)
+
+    def _learning_rates(self) -> list[float]:
+        return [optimizer.param_groups[0]["lr"] for optimizer in self.controller.optimizers.values()]
+
+    def _log(self, validation_loss: float | None) -> None:
+        now = time.monotonic()
+        tokens = self.loss_count * self.data.windows_per_batch * self.config.context
+        self.metrics.row(self.step, self.epoch, self.loss_sum / max(1, self.loss_count), validation_loss, *self._learning_rates(),
+                         round(tokens / max(1e-9, now - self._row_clock)), round(self.seconds, 3))
+        self.loss_sum, self.loss_count, self._row_clock = 0.0, 0, now
+
+    def _show(self, logged: bool) -> None:
+        """The status line on a terminal; elsewhere a plain line for every row of metrics.csv."""
+        now = time.monotonic()
+        if self.screen.is_terminal and now - self._status_clock < STATUS_SECONDS or not (self.screen.is_terminal or logged):
+            return
+        self._status_clock = now
+        started, first_step = self._start
+        seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self.total_steps - self.step)))
+        tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
+        text = (f"step {self.step}/{self.total_steps} | epoch {self.epoch} | loss {self.last_loss:.4f} | best {self.best_loss:.4f} | "
+                f"lr {self._learning_rates()[-1]:.2e} | {tokens_per_second:,.0f} tokens/s | {left} left")
+        (self.screen.status if self.screen.is_terminal else self.screen.say)(text)
+
+    # ---- leaving
+
+    def leave_gracefully(self) -> bool:
+        """Saves as of the last complete batch and returns True; False where the save failed and training has to go on.
+
+        After q a person can make room and type q again. After a signal there may be no second chance: the system's
+        temporary directory is tried, and exit_code is 1 if that fails too.
+        """
+        self.screen.say("📝 Saving emergency checkpoint...")
+        while self.monitor.exit_requested:
+            reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
+            try:
+                self._leave_with("Emergency checkpoint", f"emergency_exit/emergency_step_{self.step}.pt", reason,
+                                 fall_back=reason != USER_REQUEST)
+                return True
+            except OSError as error:
+                self.screen.say(f"❌ Emergency checkpoint not saved: {error.strerror or error}. Training goes on: "
+                                "make room, then press 'q' + Enter again.")
+                self.monitor.withdraw()
+        if self.evaluation_pending:
+            self.finish_step()
+        return False
+
+    def complete(self) -> None:
+        """Ends a run whose steps are all done: final.pt, or a graceful exit where a request cut the last evaluation short."""
+        while self.evaluation_pending:
+            if self.monitor.exit_requested and self.leave_gracefully():
+                return
+            self.finish_step()
+        self._leave_with("Final checkpoint", "final.pt", "completed", fall_back=True)
+
+    def leave_after_exception(self, error: Exception) -> None:
+        """Saves the state as of the last complete batch, unless the exception came between two halves of an update."""
+        self.error, self.exit_code = error, 1
+        if self._in_update:
+            self.writer.wait()
+            try:
+                newest = latest_checkpoint(self.directory.path, self.screen.say)
+                self.saved = ("Newest whole checkpoint", newest)
+            except CheckpointError:
+                pass  # there is none: the summary then names no checkpoint
+            self.screen.say("❌ The exception came in the middle of an optimizer step: nothing half-updated is saved.")
+            return
+        self.screen.say("📝 Saving emergency checkpoint...")
+        self._leave_with("Emergency checkpoint", f"emergency_exit/emergency_step_{self.step}.pt",
+                         f"exception_{type(error).__name__}", fall_back=True)
+
+    def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
+        """The last save, and the accelerator's cache. Raises OSError where it fails and fall_back is False."""
+        self.writer.wait()
+        state = self.state_dict(reason)
+        path = self.directory.path_for(name)
+        try:
+            self.metrics.flush()
+            save_checkpoint(state, path)
+        except OSError as error:
+            if not fall_back:
+                raise
+            path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}", Path(name).name)
+            self.screen.say(f"⚠️ {label} not saved: {error.strerror or error}. Trying {path.parent}")
+            try:
+                save_checkpoint(state, path)
+            except OSError as second_error:
+                self.exit_code = 1
+                self.screen.say(f"❌ {label} not saved: {second_error.strerror or second_error}.")
+                return
+        self.saved = (label, path)
+        self.screen.say(f"✅ {label} saved: {path}")
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+            self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
+
+    def close(self) -> None:
+        self.writer.close()
+        self.metrics.close()
+
+    def summary(self) -> str:
+        """What the person reads last: how far it came, what was saved, and the command that goes on."""
+        lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
+                 f"   Best Loss: {self.best_loss:.4f}"]
+        if self.saved is not None:
+            label, path = self.saved
+            lines.append(f"   {label}: {path}")
+            more = f" --steps {2 * self.total_steps}" if label.startswith("Final") else ""
+            lines.append(f"▶️ {'Train further' if more else 'Resume'} with: {own_command()} --resume {shlex.quote(str(path))}{more}")
+        return "\n".join(lines)
+
+
+def get_rng_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """A checkpoint from another kind of device has no state for this one, which then keeps that of the seed."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+def own_command() -> str:
+    """This program as the person would type it here."""
+    words = []
+    for word in (sys.executable, os.path.abspath(sys.argv[0])):
+        near = os.path.relpath(word)
+        words.append(shlex.quote(word if near.startswith("..") else near))
+    if shutil.which("python") == sys.executable:
+        words[0] = "python"
+    return " ".join(words)
+
+
+# ---- Training loops --------------------------------------------------------------------------------------------------
+
+
+def standard_training_loop(run: Run, model: ByteLM, optimizer: Optimizer, scheduler: LRScheduler, data: ByteDataset,
+                           monitor: ExitMonitor) -> None:
+    """Trains until all steps are done or somebody asks to leave; either way everything is saved on return."""
+    config = run.config
+    while not run.finished:
+        for batch in data.batches(run.epoch, run.batch_in_epoch, pin_memory=run.device.type == "cuda"):
+            if monitor.exit_requested and run.leave_gracefully():
+                return
+            optimizer.zero_grad()
+            loss = forward_backward(model, batch, config.grad_accum)
+            clip_gradients(model, config.grad_clip)
+            optimizer.step()
+            scheduler.step()
+            run.batch_done(loss)
+            if run.finished:
+                break
+    run.complete()
+
+
+def controller_training_loop(run: Run, controller: TrainingController, data: ByteDataset, monitor: ExitMonitor) -> None:
+    """The same for any TrainingController, which decides what an optimizer step on a batch is."""
+    while not run.finished:
+        for batch in data.batches(run.epoch, run.batch_in_epoch, pin_memory=run.device.type == "cuda"):
+            if monitor.exit_requested and run.leave_gracefully():
+                return
+            run.batch_done(controller.training_step(batch))
+            if run.finished:
+                break
+    run.complete()
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
+    """The options that were given, by Config field name, and `resume` and `no_keyboard`. Raises UserError."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        settings = dict(field.metadata["argparse"])
+        if field.default not in (None, (), False):
+            settings["help"] += f" (default {field.default})"
+        if "type" in settings:
+            settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
+        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+    parser.add_argument("--resume", metavar="CKPT", default=None, help="a checkpoint to go on from, or 'latest' for the newest whole one")
+    parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
+    return vars(parser.parse_args(arguments))
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises UserError where the device is not there."""
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return present if present is not None and present.type in ("cuda", "mps") else torch.device("cpu")
+    if name != "cpu" and (present is None or present.type != name):
+        raise UserError(f"--device {name}: there is none here (found {present.type if present else 'only the CPU'})")
+    return torch.device(name)
+
+
+def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) -> tuple[Path, dict]:
+    """The checkpoint that --resume names, verified and with every part this program needs. Raises CheckpointError."""
+    path = latest_checkpoint(directory, report) if resume == "latest" else Path(resume)
+    path = Path(os.path.abspath(path))
+    state = load_checkpoint(path)
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {state.get('format_version')!r}, but this program reads format {FORMAT_VERSION}")
+    types = {"model_state_dict": dict, "optimizer_state_dicts": dict, "scheduler_state_dicts": dict, "mode": str, "loop": str,
+             "step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "metrics": dict, "config": dict,
+             "rng_state": dict, "data_fingerprint": str, "run_id": str}
+    for key, kind in types.items():
+        if type(state.get(key)) is not kind and not (kind is dict and isinstance(state.get(key), dict)):
+            raise CheckpointError(f"{path}: not a checkpoint of this program ({key!r} is {type(state.get(key)).__name__})")
+    Config.check_stored(state["config"])
+    return path, state
+
+
+def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) -> Run:
+    """Builds data, model, controller and run, restores the checkpoint, and takes hold of the checkpoint directory."""
+    options = dict(options)
+    resume = options.pop("resume")
+    resumed_from, state = None, None
+    if resume is not None:
+        resumed_from, state = read_checkpoint(resume, options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+    config = Config.from_options(options, state and state["config"])
+    device = choose_device(config.device)
+    if device.type == "cuda":  # bit for bit needs kernels that add in a fixed order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(config.seed)
+    data = ByteDataset(config)
+    total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
+    bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
+    model = ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32).to(device)
+    controllers = {"standard": StandardTrainingController, "geometric": GeometricTrainingController}
+    controller = controllers[config.mode](model, config, total_steps)
+    run = Run(config, model, controller, data, total_steps, device, monitor, screen)
+    if state is not None:
+        run.load_state_dict(state)
+    if config.compile:
+        model.compile()
+    state_bytes = 3 * sum(parameter.nbytes for parameter in model.parameters())  # and two moments of each, at most
+    directory = RunDirectory(Path(config.checkpoint_dir), run.run_id, needed_bytes=2 * state_bytes)
+    run.begin(directory, resumed_from, state and Path(state["config"]["checkpoint_dir"]))
+    return run
+
+
+def train(options: dict[str, object]) -> int:
+    """Trains as the options say and returns the exit code. Raises UserError for mistakes found before training."""
+    screen = Screen()
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_children)
+        monitor = stack.enter_context(ExitMonitor(screen, keyboard=not options.pop("no_keyboard")))
+        for signum in _early_signals:
+            monitor.request_signal(signum)
+        run = prepare(options, monitor, screen)
+        stack.callback(run.close)
+        try:
+            if run.config.loop == "standard":
+                standard_training_loop(run, run.model, run.controller.optimizers["adamw"], run.controller.schedulers["adamw"],
+                                       run.data, monitor)
+            else:
+                controller_training_loop(run, run.controller, run.data, monitor)
+        except Exception as error:  # whatever the batch raised; it is shown once the state is safe
+            run.leave_after_exception(error)
+    if run.error is not None:
+        with contextlib.suppress(OSError):  # stderr may have gone with the terminal
+            traceback.print_exception(run.error)
+    else:
+        screen.say("✨ Graceful exit completed!" if run.saved and "Emergency" in run.saved[0] else "🎉 All steps done!")
+    summary = run.summary()
+    screen.say(summary)
+    screen.close()
+    run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
+    return run.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    for fd in range(3):  # a checkpoint must never become descriptor 1 or 2 because the parent closed it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    try:
+        return train(parse_options(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for signum in EXIT_SIGNALS:  # everything is saved: a signal in the interpreter's last moments changes nothing
+            signal.signal(signum, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
