@@ -1,0 +1,93 @@
+"""A tiny corpus, tiny options, and the real script in a pseudo-terminal that is always reaped."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_graceful.py"
+sys.path.insert(0, str(ROOT))
+
+TINY = ["--context", "16", "--layers", "2", "--heads", "2", "--dim", "16", "--experts", "2", "--batch-size", "4", "--dropout", "0.1"]
+ENDLESS = ["--steps", "1000000", "--save-every", "1000000", "--eval-every", "1000000"]
+MODES = {
+    "standard": ["--mode", "standard"],
+    "controller": ["--mode", "standard", "--loop", "controller"],
+    "geometric": ["--mode", "geometric"],
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(f"{n} squared is {n * n}; the quick brown fox jumps over it.\n" for n in range(400)))
+    return path
+
+
+@pytest.fixture
+def options(corpus, tmp_path) -> list[str]:
+    """Options of a small run with its own checkpoint directory, tmp_path / "ck"."""
+    return ["--data", str(corpus), "--checkpoint-dir", str(tmp_path / "ck"), *TINY]
+
+
+@pytest.fixture
+def spawn():
+    """spawn(*args) starts the real script in a pseudo-terminal; it is killed and reaped after the test."""
+    children = []
+
+    def start(*args, command=None, **kwargs):
+        argv = command or [sys.executable, str(SCRIPT), *map(str, args)]
+        child = pexpect.spawn(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def finish(child) -> str:
+    """Waits for the child's end and returns what it printed since the last match; exit code in child.exitstatus."""
+    child.expect(pexpect.EOF)
+    child.wait()
+    return child.before
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    """The script without a terminal, to its end."""
+    kwargs.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def processes_in_session(session: int) -> list[str]:
+    """Command lines of all processes, zombies too, in a session (Linux)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == session:
+                found.append(f"{entry.name} {fields[0]}")
+    return found
+
+
+def saved_path(output: str) -> Path:
+    return Path(re.search(r"checkpoint saved: (\S+\.pt)", output)[1])
+
+
+def wait_until(condition, process=None, timeout=60) -> None:
+    """Waits for an event that nothing announces; fails after timeout seconds or when process has ended without it."""
+    import time
+
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.02)

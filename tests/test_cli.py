@@ -1,0 +1,134 @@
+"""Bad input: one line on stderr, exit code 2, nothing written or destroyed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import MODES, TINY, run
+
+import train_graceful as t
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch):
+    """mistake(*args) runs the command line in this process and returns the message; it must not have written anything."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(*args) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(t.UserError) as error:
+            t.train(t.parse_options([*map(str, args), "--no-keyboard"]))
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return check
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--steps", "0"], ["--steps", "0"]),
+    (["--steps", "-5"], ["--steps", "-5"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--batch-size", "0"], ["--batch-size"]),
+    (["--grad-accum", "0"], ["--grad-accum"]),
+    (["--dropout", "1"], ["--dropout"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--lr", "0"], ["--lr"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--keep", "0"], ["--keep"]),
+    (["--workers", "-1"], ["--workers"]),
+    (["--mode", "spherical"], ["--mode", "spherical"]),
+    (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
+    (["--dim", "10", "--heads", "4"], ["--dim 10", "--heads 4"]),
+    (["--experts", "1000", "--dim", "16"], ["--experts 1000"]),
+    (["--no-such-option"], ["--no-such-option"]),
+    (["--device", "tpu"], ["--device", "tpu"]),
+])
+def test_a_bad_option_is_named(mistake, arguments, words):
+    message = mistake(*arguments)
+    assert all(word in message for word in words)
+
+
+@pytest.mark.skipif(t.torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named(mistake):
+    assert "--device cuda: there is none here" in mistake("--device", "cuda")
+
+
+def test_bad_data_is_named(mistake, tmp_path, corpus):
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_text("too short to train on")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name, word in {"missing": "No such file", "empty": "too few", "short": "too few", "folder": "empty folder", "fifo": "not a file"}.items():
+        message = mistake("--data", tmp_path / name)
+        assert str(tmp_path / name) in message and word in message
+    assert "too few" in mistake("--data", corpus, "--batch-size", "100000")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_unreadable_data_is_named(mistake, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("x" * 100_000)
+    secret.chmod(0)
+    assert f"{secret}: Permission denied" in mistake("--data", secret)
+
+
+def test_a_checkpoint_directory_that_cannot_be_written_is_named(mistake, tmp_path, corpus):
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/checkpoints"):
+        assert f"--checkpoint-dir {bad}: " in mistake("--data", corpus, *TINY, "--checkpoint-dir", bad)
+
+
+def test_too_little_space_is_one_clear_line(mistake, tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(t.shutil, "disk_usage", lambda path: t.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(t.UserError, match="0 MB free, checkpoints need"):
+        t.train(t.parse_options(["--data", str(corpus), *TINY, "--checkpoint-dir", str(tmp_path / "ck"), "--no-keyboard"]))
+
+
+def test_overriding_what_makes_the_run_names_the_option_and_both_values(corpus, tmp_path):
+    directory = tmp_path / "ck"
+    assert run("--data", corpus, *TINY, "--checkpoint-dir", directory, "--steps", "2").returncode == 0
+    other = tmp_path / "other.txt"
+    other.write_text("quite different " * 1000)
+    resume = lambda *args: run("--resume", "latest", "--checkpoint-dir", directory, "--steps", "3", *args)
+    for option, new, old in (("--dim", "32", "16"), ("--seed", "7", "0"), ("--batch-size", "8", "4"), ("--mode", "geometric", "standard")):
+        result = resume(option, new)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+        assert option in result.stderr and new in result.stderr and old in result.stderr
+    result = resume("--data", str(other))
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "--data" in result.stderr and str(other) in result.stderr
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(corpus.read_bytes())
+    assert resume("--data", str(moved), "--dim", "16").returncode == 0  # the same data elsewhere, the same width
+
+
+def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_path):
+    result = run("--steps", "x", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_option():
+    text = run("--help").stdout
+    for field in t.dataclasses.fields(t.Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "--resume" in text and "--no-keyboard" in text
+
+
+def test_importing_the_file_starts_nothing():
+    code = """
+import signal, threading, sys
+before = [signal.getsignal(s) for s in range(1, 32)], threading.active_count()
+import train_graceful as t
+assert before == ([signal.getsignal(s) for s in range(1, 32)], threading.active_count())
+assert all(hasattr(t, name) for name in t.__all__)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=str(t.Path(t.__file__).parent), check=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_defaults_parse(mode):
+    config = t.Config.from_options({key: value for key, value in t.parse_options(MODES[mode]).items() if key not in ("resume", "no_keyboard")})
+    assert config.steps > 0 and config.loop == ("standard" if mode == "standard" else "controller")

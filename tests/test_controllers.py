@@ -1,0 +1,179 @@
+"""The mathematics of the rotations, the geometric losses and the controllers."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY
+
+import train_graceful as t
+
+
+@pytest.fixture
+def config(corpus):
+    return lambda *extra: t.Config.from_options({key: value for key, value in t.parse_options(
+        ["--data", str(corpus), *TINY, "--dropout", "0", *extra]).items() if key not in ("resume", "no_keyboard")})
+
+
+def build(config, seed=0):
+    torch.manual_seed(seed)
+    model = t.ByteLM(config)
+    kind = t.GeometricTrainingController if config.mode == "geometric" else t.StandardTrainingController
+    return model, kind(model, config, total_steps=100), t.ByteDataset(config)
+
+
+def rotation(angle, dim):
+    return t.rotate_columns(torch.eye(dim, dtype=angle.dtype), angle)
+
+
+@pytest.mark.parametrize("dim", [8, 7])
+def test_the_rotation_is_orthogonal_with_determinant_one(dim):
+    angle = torch.randn(dim // 2, dtype=torch.float64)
+    r = rotation(angle, dim)
+    torch.testing.assert_close(r @ r.T, torch.eye(dim, dtype=torch.float64))
+    torch.testing.assert_close(torch.linalg.det(r), torch.tensor(1.0, dtype=torch.float64))
+    x = torch.zeros(dim, dtype=torch.float64)
+    x[0] = 1  # Givens: e_0 goes to cos e_0 + sin e_planes
+    expected = torch.zeros(dim, dtype=torch.float64)
+    expected[0], expected[dim // 2] = angle[0].cos(), angle[0].sin()
+    torch.testing.assert_close(r @ x, expected)
+
+
+def test_folding_the_rotation_into_the_weight_equals_rotating_the_tokens():
+    torch.manual_seed(1)
+    experts = t.Experts(dim=16, experts=3, rotations=True)
+    experts.theta.data.normal_(std=2)
+    x = torch.randn(5, 7, 16)
+    gates = experts.router(x).softmax(-1)
+    rotated_tokens = torch.zeros_like(x)
+    for e, (w_in, w_out) in enumerate(zip(experts.w_in, experts.w_out)):
+        y = x @ rotation(experts.angles()[e], 16).T  # R_e x for every token
+        rotated_tokens += gates[..., e : e + 1] * (torch.nn.functional.gelu(y @ w_in.T) @ w_out.T)
+    folded, returned_gates = experts(x)
+    torch.testing.assert_close(folded, rotated_tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(returned_gates, gates)
+
+
+def test_theta_at_zero_is_exactly_the_unrotated_model(config):
+    rotated, _, data = build(config("--mode", "geometric"))
+    plain, _, _ = build(config("--mode", "standard"), seed=1)
+    plain.load_state_dict({name: value for name, value in rotated.state_dict().items() if not name.endswith("theta")})
+    windows = next(data.validation_batches())
+    assert not t.task_loss(rotated, windows)[0].equal(t.task_loss(plain, windows)[0])
+    for block in rotated.blocks:
+        block.experts.theta.data.zero_()
+    assert rotated(windows[:, :-1].long())[0].equal(plain(windows[:, :-1].long())[0])
+
+
+def test_theta_receives_its_gradient_from_the_task_loss_and_moves(config):
+    model, controller, data = build(config("--mode", "geometric", "--warmup-steps", "0"))
+    loss, _ = t.task_loss(model, data[0])
+    loss.backward()
+    before = [block.experts.theta.detach().clone() for block in model.blocks]
+    for block in model.blocks:
+        assert (block.experts.theta.grad != 0).all()
+    controller.training_step(data[0])
+    assert all((block.experts.theta != old).all() for block, old in zip(model.blocks, before))
+
+
+def test_one_forward_pass_per_micro_batch(config):
+    model, controller, data = build(config("--mode", "geometric", "--grad-accum", "3"))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    controller.training_step(data[0])
+    assert len(calls) == 3
+
+
+def test_angles_stay_below_the_largest_angle():
+    experts = t.Experts(dim=8, experts=2, rotations=True)
+    experts.theta.data.fill_(1e6)
+    assert (experts.angles() <= t.MAX_ANGLE).all()
+
+
+def test_orthogonality_loss_is_the_squared_cosine_between_the_rotations():
+    angles = torch.randn(4, 6, dtype=torch.float64)
+    matrices = [rotation(angle, 12) for angle in angles]
+    pairs = [(a, b) for i, a in enumerate(matrices) for b in matrices[i + 1 :]]
+    expected = torch.stack([((a * b).sum() / (a.norm() * b.norm())) ** 2 for a, b in pairs]).mean()
+    torch.testing.assert_close(t.orthogonality_loss(angles), expected)
+    assert t.orthogonality_loss(torch.zeros(3, 6)) == 1
+    assert t.orthogonality_loss(torch.zeros(1, 6)) == 0
+
+
+def test_rotation_efficiency_loss_is_the_mean_square_of_the_relative_angle():
+    assert t.rotation_efficiency_loss(torch.zeros(3, 4)) == 0
+    torch.testing.assert_close(t.rotation_efficiency_loss(torch.full((3, 4), t.MAX_ANGLE / 2)), torch.tensor(0.25))
+
+
+def test_specialization_loss_is_minus_the_mutual_information():
+    decided = torch.eye(4).repeat(8, 1)  # each token sure of its expert, all experts equally used
+    torch.testing.assert_close(t.specialization_loss(decided), torch.tensor(-1.0))
+    torch.testing.assert_close(t.specialization_loss(torch.full((8, 4), 0.25)), torch.tensor(0.0))
+    collapsed = torch.zeros(8, 4)
+    collapsed[:, 0] = 1
+    torch.testing.assert_close(t.specialization_loss(collapsed), torch.tensor(0.0))
+    assert t.specialization_loss(torch.ones(8, 1)) == 0
+
+
+def test_every_parameter_has_exactly_one_optimizer_and_muon_only_matrices(config):
+    model, controller, _ = build(config("--mode", "geometric"))
+    owned = [p for optimizer in controller.optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+    assert type(controller.optimizers["expert"]) is torch.optim.Muon
+    assert type(controller.optimizers["rotation"]) is torch.optim.Adam
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for p in controller.optimizers["expert"].param_groups[0]["params"]}
+    assert all(p.ndim == 2 for p in controller.optimizers["expert"].param_groups[0]["params"])
+    assert not any("token" in name or "position" in name or "head" in name or "norm" in name or "router" in name for name in muon)
+
+
+def test_muon_in_float32_takes_an_orthogonal_step(config):
+    model, controller, data = build(config("--mode", "geometric", "--weight-decay", "0", "--warmup-steps", "0", "--dim", "32"))
+    weight = model.blocks[0].attention.out.weight
+    before = weight.detach().clone()
+    controller.training_step(data[0])
+    step = (weight.detach() - before) / controller.schedulers["expert"].base_lrs[0]
+    singular = torch.linalg.svdvals(step)
+    assert singular.min() > 0.3 and singular.max() < 1.6  # Newton-Schulz leaves them near 1
+
+
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(config):
+    model, _, data = build(config("--grad-accum", "3"))
+    batch = data[0]
+    loss = t.forward_backward(model, batch, grad_accum=3)
+    accumulated = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    whole = t.forward_backward(model, batch, grad_accum=1)
+    torch.testing.assert_close(loss, whole)
+    for a, p in zip(accumulated, model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_schedule_rises_and_falls_to_a_tenth_and_stays_there():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = t.warmup_cosine(optimizer, warmup_steps=4, total_steps=20)
+    rates = []
+    for _ in range(25):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:21] == sorted(rates[5:21], reverse=True)
+    assert rates[12] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
+    assert rates[20:] == pytest.approx([0.1] * 5)
+
+
+@pytest.mark.parametrize("mode", ["standard", "geometric"])
+def test_it_learns(config, mode):
+    model, controller, data = build(config("--mode", mode, "--warmup-steps", "5"))
+    losses = [controller.training_step(data[i]).item() for i in range(60)]
+    assert sum(losses[-5:]) / 5 < losses[0] - 1
+
+
+def test_a_non_finite_gradient_is_an_error_before_the_optimizer_steps(config):
+    model, controller, data = build(config())
+    before = [p.detach().clone() for p in model.parameters()]
+    model.head.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(FloatingPointError):
+        controller.training_step(data[0])
+    assert all(p.equal(old) for p, old in zip(model.parameters(), before))

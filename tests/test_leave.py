@@ -1,0 +1,399 @@
+"""Keys, signals, messages and exit codes: every way to stop, in a pseudo-terminal."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
+
+from train_graceful import load_checkpoint
+
+
+def assert_messages(output: str, path, checkpoint: dict) -> None:
+    lines = [line.strip("\r").rpartition("\r")[2].strip() for line in output.split("\n")]
+    lines = [line for line in lines if line]
+    start = lines.index("📝 Saving emergency checkpoint...")
+    assert lines[start:-1] == [
+        "📝 Saving emergency checkpoint...",
+        f"✅ Emergency checkpoint saved: {path}",
+        "✨ Graceful exit completed!",
+        "📊 Training Summary:",
+        f"Completed Steps: {checkpoint['step']}",
+        f"Epoch: {checkpoint['epoch']}",
+        f"Best Loss: {checkpoint['best_loss']:.4f}",
+        f"Emergency checkpoint: {path}",
+    ]
+    assert f"--resume {path}" in lines[-1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tmp_path, mode):
+    child = spawn(*options, *ENDLESS, *MODES[mode])
+    child.expect("🔄 Training started. Press 'q' \\+ Enter to exit gracefully...")
+    before = termios.tcgetattr(child.child_fd)
+    child.expect("step [0-9]+/1000000")
+    child.sendline("q")
+    child.expect("🛑 Exit requested! Finishing current batch gracefully...")
+    output = finish(child)
+    assert child.exitstatus == 0
+    assert termios.tcgetattr(child.child_fd) == before
+    path = saved_path(output)
+    checkpoint = load_checkpoint(path)
+    assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{checkpoint['step']}.pt"
+    assert checkpoint["exit_reason"] == "user_requested_graceful_exit"
+    assert checkpoint["step"] > 0 and checkpoint["mode"] == ("geometric" if mode == "geometric" else "standard")
+    assert checkpoint["loop"] == ("standard" if mode == "standard" else "controller")
+    names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
+    assert list(checkpoint["optimizer_state_dicts"]) == list(checkpoint["scheduler_state_dicts"]) == names
+    assert_messages(output, path, checkpoint)
+
+
+@pytest.mark.parametrize("line", ["q", "Q", "  q ", "quit", "EXIT"])
+def test_these_lines_leave(spawn, options, line):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.sendline(line)
+    child.expect("Exit requested!")
+    finish(child)
+    assert child.exitstatus == 0
+
+
+def test_other_lines_with_a_q_only_print_the_hint(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    for line in ("xq", "query", "q q", "?", "", "é\x00q"):
+        child.sendline(line)
+        child.expect("Keys: q \\+ Enter")
+        child.expect("step [0-9]+/")
+        assert "Exit requested" not in child.before
+    child.sendline("q")
+    child.expect("Exit requested!")
+    finish(child)
+    assert child.exitstatus == 0
+
+
+def test_s_saves_a_checkpoint_and_goes_on(spawn, options, tmp_path):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.sendline("s")
+    wait_until(lambda: list((tmp_path / "ck").glob("step_*.pt")))
+    child.expect("step [0-9]+/")
+    assert load_checkpoint(next((tmp_path / "ck").glob("step_*.pt")))["exit_reason"] == "periodic"
+    child.sendline("q")
+    finish(child)
+    assert child.exitstatus == 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_sets_the_exit_code(spawn, options, name):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.kill(signal.Signals[name])
+    child.expect("Exit requested!")
+    output = finish(child)
+    assert child.exitstatus == 128 + signal.Signals[name]
+    assert load_checkpoint(saved_path(output))["exit_reason"] == f"signal_{name}"
+
+
+def test_ctrl_c_typed_in_the_terminal_leaves_with_130(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.sendintr()
+    output = finish(child)
+    assert child.exitstatus == 130
+    assert load_checkpoint(saved_path(output))["exit_reason"] == "signal_SIGINT"
+
+
+STUCK_IN_THE_SAVE = """
+import sys, threading, train_graceful as t
+def stuck(state, path):
+    path.parent.mkdir()
+    path.with_name("." + path.name + ".tmp").write_bytes(b"half")
+    t.Screen().say("stuck in the save")
+    threading.Event().wait()
+t.save_checkpoint = stuck
+sys.exit(t.main())
+"""
+
+
+def test_second_ctrl_c_abandons_a_save_that_does_not_end(spawn, options, tmp_path):
+    first = run(*options, "--steps", "2")
+    assert first.returncode == 0
+    child = spawn(command=[sys.executable, "-c", STUCK_IN_THE_SAVE, *options, *ENDLESS, "--workers", "2"], cwd=ROOT)
+    child.expect("step [0-9]+/")
+    before = termios.tcgetattr(child.child_fd)
+    child.sendintr()
+    child.expect("stuck in the save")
+    child.sendintr()
+    child.expect("Second Ctrl-C")
+    finish(child)
+    assert child.exitstatus == 130
+    assert termios.tcgetattr(child.child_fd) == before
+    assert processes_in_session(child.pid) == []
+    load_checkpoint(tmp_path / "ck" / "final.pt")
+    assert run(*options, "--resume", "latest", "--steps", "3").returncode == 0
+    assert not list((tmp_path / "ck").rglob(".*.tmp"))
+
+
+def test_q_typed_twice_never_reaches_the_shell(spawn, options):
+    shell = spawn(command=["bash", "--norc", "--noediting", "-i"], env={**os.environ, "PS1": "READY> "})
+    shell.expect("READY> ")
+    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS]))
+    shell.expect("step [0-9]+/")
+    shell.send("q\nq\nq\nq")
+    shell.expect("Resume with")
+    shell.expect("READY> ")
+    shell.sendline("echo code $?")
+    shell.expect("code ([0-9]+)")
+    assert shell.match[1] == "0"
+    assert "not found" not in shell.before
+
+
+WAITS_FOR_THE_REQUEST = """
+import sys, train_graceful as t
+def wait(run):
+    run.screen.say("@phase")
+    while not run.monitor.exit_requested:
+        pass
+def in_evaluation(run, evaluate=t.Run.evaluate):
+    wait(run)
+    return evaluate(run)
+def in_start_up(run, begin=t.Run.begin):
+    wait(run)
+    begin(run)
+def in_save(writer, state, targets, written, write=t.CheckpointWriter._write):
+    writer._report("@phase")
+    while not run_of[0].monitor.exit_requested:
+        pass
+    write(writer, state, targets, written)
+run_of = []
+def remember(run, *args, init=t.Run.__init__):
+    init(run, *args)
+    run_of.append(run)
+t.Run.__init__ = remember
+phase = sys.argv.pop(1)
+if phase == "evaluation": t.Run.evaluate = in_evaluation
+if phase == "start-up": t.Run.begin = in_start_up
+if phase == "save": t.CheckpointWriter._write = in_save
+sys.exit(t.main())
+"""
+
+
+@pytest.mark.parametrize("phase", ["evaluation", "start-up", "save"])
+def test_q_during(spawn, options, tmp_path, phase):
+    child = spawn(command=[sys.executable, "-c", WAITS_FOR_THE_REQUEST, phase, *options, *ENDLESS,
+                           *(["--save-every", "7"] if phase == "save" else ["--eval-every", "5"])], cwd=ROOT)
+    child.expect("@phase")
+    child.sendline("q")
+    child.expect("Exit requested!")
+    output = finish(child)
+    assert child.exitstatus == 0
+    checkpoint = load_checkpoint(saved_path(output))
+    if phase == "evaluation":
+        assert checkpoint["step"] == 5 and checkpoint["best_loss"] == float("inf")
+    if phase == "start-up":
+        assert checkpoint["step"] == 0
+    if phase == "save":
+        assert load_checkpoint(tmp_path / "ck" / "step_7.pt")["step"] == 7
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_torch_is_imported_is_honoured(options, name, tmp_path):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:  # importtime names each module as it is imported
+        if "torch._" in line:
+            break
+    process.send_signal(signal.Signals[name])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.Signals[name]
+    assert load_checkpoint(saved_path(output))["exit_reason"] == f"signal_{name}"
+
+
+def test_no_worker_process_is_left(spawn, options):
+    child = spawn(*options, *ENDLESS, "--workers", "2")
+    child.expect("step [0-9]+/")
+    assert len(processes_in_session(child.pid)) >= 3
+    child.sendintr()  # reaches the workers too: they must not die of it before the save
+    output = finish(child)
+    assert child.exitstatus == 130
+    load_checkpoint(saved_path(output))
+    assert processes_in_session(child.pid) == []
+
+
+def test_a_sigterm_to_the_whole_group_counts_once_and_leaves_no_worker(spawn, options):
+    child = spawn(*options, *ENDLESS, "--workers", "2")
+    child.expect("step [0-9]+/")
+    os.killpg(child.pid, signal.SIGTERM)
+    output = finish(child)
+    assert child.exitstatus == 143
+    assert output.count("Saving emergency checkpoint") == 1 and "Traceback" not in output
+    assert processes_in_session(child.pid) == []
+
+
+NAN_AT_STEP_3 = """
+import sys, torch, train_graceful as t
+def poisoned(model, batch, *args, forward_backward=t.forward_backward, calls=[]):
+    calls.append(0)
+    loss = forward_backward(model, batch, *args)
+    if len(calls) == 4:
+        model.head.weight.grad.fill_(float("nan"))
+    return loss
+t.forward_backward = poisoned
+sys.exit(t.main())
+"""
+
+
+def test_an_exception_saves_the_last_complete_batch_and_exits_1(spawn, options, tmp_path):
+    reference = run(*options[:2], "--checkpoint-dir", tmp_path / "reference", *options[4:], "--steps", "3")
+    child = spawn(command=[sys.executable, "-c", NAN_AT_STEP_3, *options, "--steps", "3000"], cwd=ROOT)
+    output = finish(child)
+    assert child.exitstatus == 1
+    assert "Traceback" in output and "FloatingPointError" in output
+    checkpoint = load_checkpoint(saved_path(output))
+    assert checkpoint["step"] == 3 and checkpoint["exit_reason"] == "exception_FloatingPointError"
+    assert checkpoint["rng_state"]["cpu"].equal(load_checkpoint(saved_path(reference.stdout))["rng_state"]["cpu"])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model_state_dict"].values())
+
+
+FAILS_IN_THE_SECOND_OPTIMIZER = """
+import sys, torch, train_graceful as t
+def step(optimizer, *args, **kwargs):
+    if optimizer.state and len(list(t.Path(sys.argv[4]).glob("step_2.pt"))):
+        raise MemoryError("half way")
+    return original(optimizer, *args, **kwargs)
+original, torch.optim.Muon.step = torch.optim.Muon.step, step
+sys.exit(t.main())
+"""
+
+
+def test_an_exception_inside_an_optimizer_step_saves_nothing_half_updated(spawn, options, tmp_path):
+    child = spawn(command=[sys.executable, "-c", FAILS_IN_THE_SECOND_OPTIMIZER, *options, *ENDLESS, "--mode", "geometric",
+                           "--save-every", "2"], cwd=ROOT)
+    output = finish(child)
+    assert child.exitstatus == 1
+    assert "MemoryError: half way" in output
+    assert f"Newest whole checkpoint: {tmp_path}/ck/step_" in output
+    assert not (tmp_path / "ck" / "emergency_exit").exists()
+
+
+def test_a_failed_save_after_q_goes_on_training_and_a_second_q_leaves(spawn, options, tmp_path):
+    (tmp_path / "ck").mkdir()
+    blocker = tmp_path / "ck" / "emergency_exit"
+    blocker.write_text("a file where the directory should be")
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    child.expect("Emergency checkpoint not saved: .* Training goes on")
+    child.expect("step [0-9]+/")
+    blocker.unlink()
+    child.sendline("q")
+    child.expect("Exit requested!")
+    output = finish(child)
+    assert child.exitstatus == 0
+    load_checkpoint(saved_path(output))
+
+
+@pytest.mark.parametrize("fallback_works", [True, False])
+def test_a_failed_save_after_a_signal_uses_the_temporary_directory(spawn, options, tmp_path, fallback_works):
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "emergency_exit").write_text("in the way")
+    fallback = tmp_path / "tmp"
+    fallback.mkdir()
+    child = spawn(*options, *ENDLESS, env={**os.environ, "TMPDIR": str(fallback)})
+    child.expect("step [0-9]+/")
+    if not fallback_works:
+        shutil.rmtree(fallback)
+        fallback.write_text("in the way too")
+    child.kill(signal.SIGTERM)
+    output = finish(child)
+    assert child.exitstatus == (143 if fallback_works else 1)
+    if fallback_works:
+        assert fallback in saved_path(output).parents
+        load_checkpoint(saved_path(output))
+    else:
+        assert "❌ Emergency checkpoint not saved" in output and "checkpoint saved:" not in output
+
+
+def test_requests_do_not_pile_up_and_the_first_one_counts(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.send("q\n")
+    child.kill(signal.SIGTERM)
+    output = finish(child)
+    assert child.exitstatus in (0, 143)
+    assert output.count("Exit requested!") == 1 and output.count("Saving emergency") == 1
+
+
+HEARD_IN_A_LONG_OPERATION = """
+import torch, train_graceful as t
+a = torch.rand(5000, 5000)
+with t.ExitMonitor() as monitor:
+    t.Screen().say("@busy")
+    torch.mm(a, a)
+    t.Screen().say("@done")
+"""
+
+
+@pytest.mark.parametrize("how", ["key", "signal"])
+def test_a_request_is_heard_inside_a_long_torch_operation(spawn, how):
+    child = spawn(command=[sys.executable, "-c", HEARD_IN_A_LONG_OPERATION], cwd=ROOT)
+    child.expect("@busy")
+    child.sendline("q") if how == "key" else child.kill(signal.SIGTERM)
+    child.expect("Exit requested!")
+    assert "@done" not in child.before
+    child.expect("@done")
+    finish(child)
+
+
+IDLE = """
+import pathlib, threading, torch, train_graceful as t
+def switches(thread):
+    status = pathlib.Path(f"/proc/self/task/{thread}/status").read_text()
+    return sum(int(line.split()[1]) for line in status.splitlines() if "ctxt_switches" in line)
+with t.ExitMonitor() as monitor:
+    thread = monitor._thread.native_id
+    t.wait = threading.Event().wait
+    while switches(thread) != (t.wait(0.2), switches(thread))[1]:
+        pass
+    before = switches(thread)
+    t.wait(2.0)
+    print("wake-ups", switches(thread) - before)
+"""
+
+
+def test_an_idle_monitor_never_wakes_up(spawn):
+    child = spawn(command=[sys.executable, "-c", IDLE], cwd=ROOT)
+    child.expect("wake-ups ([0-9]+)")
+    assert child.match[1] == "0"
+
+
+def test_monitor_gives_handlers_wakeup_and_descriptors_back():
+    code = """
+import os, signal, train_graceful as t
+before = [signal.getsignal(s) for s in range(1, 32)], sorted(os.listdir("/proc/self/fd"))
+for _ in range(3):
+    with t.ExitMonitor() as monitor:
+        assert signal.set_wakeup_fd(-1) >= 0
+after = [signal.getsignal(s) for s in range(1, 32)], sorted(os.listdir("/proc/self/fd"))
+assert before == after, (before, after)
+assert signal.set_wakeup_fd(-1) == -1
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_cache_is_cleared_and_memory_returned(spawn, options):
+    child = spawn(*options, *ENDLESS, "--device", "cuda")
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    output = finish(child)
+    assert child.exitstatus == 0
+    assert "🧹 CUDA cache cleared" in output
+    used = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    assert str(child.pid) not in used.split()

@@ -1,0 +1,206 @@
+"""Terminal and process rules: background jobs, fg, end of input, vanished terminals, changed settings."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ENDLESS, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
+
+from train_graceful import load_checkpoint
+
+
+def test_settings_changed_during_the_run_are_put_back(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    before = termios.tcgetattr(child.child_fd)
+    changed = termios.tcgetattr(child.child_fd)
+    changed[3] &= ~termios.ECHO
+    changed[0] &= ~termios.IXON
+    termios.tcsetattr(child.child_fd, termios.TCSANOW, changed)
+    child.sendline("q")
+    finish(child)
+    assert child.exitstatus == 0
+    assert before != changed and termios.tcgetattr(child.child_fd) == before
+
+
+@pytest.fixture
+def shell(spawn):
+    shell = spawn(command=["bash", "--norc", "-i"], env={**os.environ, "PS1": "READY> ", "TERM": "dumb"})
+    shell.expect("READY> ")
+    return shell
+
+
+def test_a_background_job_trains_on_while_the_shell_is_typed_at_and_hears_q_after_fg(shell, options, tmp_path):
+    metrics = tmp_path / "ck" / "metrics.csv"
+    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS, "&"]))
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
+    for line in ("echo typed-$((20 + 1))", "q() { echo shell-got-q; }; q"):
+        shell.sendline(line)
+        shell.expect("typed-21" if "typed" in line else "shell-got-q")
+    size = metrics.stat().st_size
+    wait_until(lambda: metrics.stat().st_size > size)  # not stopped by SIGTTIN or SIGTTOU
+    shell.sendline("jobs")
+    shell.expect("Running")
+    shell.sendline("fg")
+    shell.expect("step [0-9]+/")
+    shell.sendline("q")
+    shell.expect("Exit requested!")
+    shell.expect("checkpoint saved: (.*pt)")
+    load_checkpoint(saved_path(shell.after))
+    shell.expect("READY> ")
+    shell.sendline("echo code $?; stty -a")
+    shell.expect("code 0")
+    shell.expect(" icanon")
+    assert "-icanon" not in shell.before
+
+
+def test_a_background_job_is_not_stopped_by_a_terminal_with_tostop(shell, options, tmp_path):
+    metrics = tmp_path / "ck" / "metrics.csv"
+    shell.sendline("stty tostop")
+    shell.expect("READY> ")
+    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS, "&"]))
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
+    size = metrics.stat().st_size
+    wait_until(lambda: metrics.stat().st_size > size)
+    shell.sendline("kill %1; wait %1; echo code $?")
+    shell.expect("code 143")
+
+
+def test_ctrl_z_and_fg_in_the_middle_of_training(shell, options, tmp_path):
+    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS]))
+    shell.expect("step [0-9]+/")
+    shell.send("\x1a")
+    shell.expect("Stopped")
+    shell.sendline("fg")
+    shell.expect("step [0-9]+/")
+    shell.sendline("q")
+    shell.expect("checkpoint saved: (.*pt)")
+    shell.expect("READY> ")
+
+
+@pytest.mark.parametrize("stdin", ["/dev/null", "closed", "empty pipe", "file"])
+def test_end_of_input_ends_keyboard_monitoring_only(options, tmp_path, stdin):
+    junk = tmp_path / "junk"
+    junk.write_text("xq\nquery\nq")  # its last line has no end
+    redirect = {"/dev/null": "< /dev/null", "closed": "<&-", "empty pipe": "", "file": f"< {junk}"}[stdin]
+    command = f'"$@" {redirect}' if redirect else ': | "$@"'
+    result = subprocess.run(["sh", "-c", command, "sh", sys.executable, str(SCRIPT), *options, "--steps", "30"],
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == ""
+    assert load_checkpoint(saved_path(result.stdout))["exit_reason"] == "completed"
+
+
+def test_q_through_a_pipe_leaves(options):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *options, *ENDLESS], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.stdin.write("x" * 100_000 + "q\n" + " q")
+    process.stdin.flush()
+    process.stdin.write(" \r\n")
+    process.stdin.flush()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert load_checkpoint(saved_path(output))["exit_reason"] == "user_requested_graceful_exit"
+
+
+def test_ctrl_d_is_not_the_end_of_a_terminal(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    for _ in range(20):
+        child.sendeof()
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    child.expect("Exit requested!")
+    finish(child)
+    assert child.exitstatus == 0
+
+
+def test_no_keyboard_leaves_typed_lines_to_others(spawn, options):
+    child = spawn(*options, "--steps", "600", "--no-keyboard")
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    output = finish(child)
+    assert child.exitstatus == 0 and "Exit requested" not in output and "All steps done" in output
+
+
+def test_a_closed_terminal_leaves_a_whole_checkpoint(options, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(SCRIPT), *options, *ENDLESS, "--workers", "2"])
+    output = b""
+    while b"step " not in output:
+        output += os.read(terminal, 1024)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    checkpoint = load_checkpoint(next((tmp_path / "ck" / "emergency_exit").glob("*.pt")))
+    assert checkpoint["exit_reason"] == "signal_SIGHUP"
+    assert processes_in_session(pid) == []
+
+
+def test_a_terminal_that_hangs_up_is_no_end_under_nohup(options, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp("nohup", ["nohup", sys.executable, str(SCRIPT), *options, "--steps", "500"])
+    metrics = tmp_path / "ck" / "metrics.csv"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert load_checkpoint(tmp_path / "ck" / "final.pt")["exit_reason"] == "completed"
+
+
+def test_output_into_a_closed_pipe_does_not_end_training(options, tmp_path):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *options, "--steps", "300", "--log-every", "1"],
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+    assert load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 300
+
+
+def test_a_terminal_stopped_with_ctrl_s_does_not_stop_training(spawn, options, tmp_path):
+    metrics = tmp_path / "ck" / "metrics.csv"
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.send("\x13")
+    size = metrics.stat().st_size
+    wait_until(lambda: metrics.stat().st_size > size + 500)
+    child.sendline("q")
+    wait_until(lambda: list((tmp_path / "ck").glob("emergency_exit/*.pt")))
+    child.send("\x11")
+    finish(child)
+    assert child.exitstatus == 0
+
+
+@pytest.mark.parametrize("environment", [{"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+def test_symbols_are_replaced_where_the_stream_cannot_show_them(options, environment):
+    result = subprocess.run([sys.executable, str(SCRIPT), *options, "--steps", "3"], stdin=subprocess.DEVNULL,
+                            capture_output=True, env={**os.environ, **environment}, timeout=60)
+    assert result.returncode == 0 and result.stderr == b""
+    assert "Training started. Press 'q' + Enter to exit gracefully..." in result.stdout.decode("ascii")
+
+
+def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(spawn, options):
+    child = spawn(*options, "--steps", "600")
+    child.expect("step [0-9]+/")
+    child.setwinsize(24, 40)
+    output = finish(child)
+    assert child.exitstatus == 0
+    drawn = [part for part in output.partition("Final")[0].split("\r") if part.startswith("step")]
+    assert len(drawn) > 3
+    assert all(len(part) < 40 for part in drawn[2:])
+    assert output.count("\n") < 20
+
+
+def test_a_plain_line_for_every_log_interval_where_there_is_no_terminal(options):
+    result = run(*options, "--steps", "40", "--log-every", "10")
+    steps = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")]
+    assert steps == ["10/40", "20/40", "30/40", "40/40"]
+    assert "\r" not in result.stdout
