@@ -71,6 +71,7 @@ BACKGROUND_PAUSE_SECONDS = 0.5  # how long unread typing is left to the foregrou
 STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
 OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
+EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST = "user_requested_graceful_exit"
 LINE_BYTES = 4096  # a typed line longer than this is no command
 VALIDATION_FRACTION = 0.05
@@ -197,6 +198,14 @@ def in_foreground(fd: int) -> bool:
         return True
 
 
+def descriptor(stream: typing.TextIO | None) -> int | None:
+    """None for a stream that was closed by the parent or is no file, as in a notebook."""
+    try:
+        return None if stream is None else stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
 class Screen:
     """Lines for people on standard output; a failed or refused write never raises and never blocks training.
 
@@ -205,8 +214,8 @@ class Screen:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._fd = sys.stdout.fileno() if sys.stdout is not None else None
-        self._encoding = (sys.stdout.encoding if sys.stdout is not None else None) or "utf-8"
+        self._fd = descriptor(sys.stdout)
+        self._encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         # Python answers LANG=C with UTF-8; the person who set it has a terminal that shows no symbols.
         locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
         if locale in ("C", "POSIX") and not {"PYTHONUTF8", "PYTHONIOENCODING"} & os.environ.keys():
@@ -246,6 +255,8 @@ class Screen:
 
     def _write(self, text: str, keep: bool = True, wait: float = 0.0) -> None:
         if self._fd is None:
+            if sys.stdout is not None:  # a notebook's
+                sys.stdout.write(text)
             return
         self._backlog = (self._backlog + text.encode(self._encoding, "replace"))[-BACKLOG_BYTES:]
         try:
@@ -304,7 +315,7 @@ class ExitMonitor:
             # Reading or setting the terminal from the background would stop the training; ignored, it is just an error.
             self._handle(signal.SIGTTIN, signal.SIG_IGN)
             self._handle(signal.SIGTTOU, signal.SIG_IGN)
-            if self._use_keyboard and sys.stdin is not None:
+            if self._use_keyboard and descriptor(sys.stdin) is not None:
                 self._stdin = os.dup(sys.stdin.fileno())  # our own, so that nobody closes it under select()
                 self._undo.callback(os.close, self._stdin)
                 self._listening = True
@@ -331,9 +342,13 @@ class ExitMonitor:
         if first:
             self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
 
-    def request_signal(self, signum: int) -> None:
-        """The request that a signal makes."""
-        self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
+    def hear(self, signum: int) -> None:
+        """Turns a signal into a request; the second SIGINT ends the process."""
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts > 1:
+            self._abandon()
+        if signum in EXIT_SIGNALS:
+            self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
     def withdraw(self) -> None:
         """Takes the oldest request back, for a save that failed; one that came after it stays."""
@@ -362,7 +377,8 @@ class ExitMonitor:
             ready, _, _ = select.select([self._signal_pipe, self._stop_pipe, *keyboard], [], [], pause)
             pause = None
             if self._signal_pipe in ready:
-                self._read_signals()
+                for signum in os.read(self._signal_pipe, 4096):
+                    self.hear(signum)
             if self._stop_pipe in ready:
                 return
             if self._stdin in ready:
@@ -370,14 +386,6 @@ class ExitMonitor:
                     self._read_keyboard()
                 else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
                     pause = BACKGROUND_PAUSE_SECONDS
-
-    def _read_signals(self) -> None:
-        for signum in os.read(self._signal_pipe, 4096):
-            self._interrupts += signum == signal.SIGINT
-            if self._interrupts > 1:
-                self._abandon()
-            if signum in EXIT_SIGNALS:
-                self.request_signal(signum)
 
     def _read_keyboard(self) -> None:
         self._save_terminal()
@@ -465,14 +473,11 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
 
 
 def flush_to_disk(fd: int) -> None:
-    """fsync, and on macOS, where that only reaches the drive's cache, the call that goes further."""
+    """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
     if hasattr(fcntl, "F_FULLFSYNC"):
-        try:
+        with contextlib.suppress(OSError):  # a file system without it still has fsync
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):  # a file system without it: fsync
-                raise
     os.fsync(fd)
 
 
@@ -550,35 +555,32 @@ def host_copy(value, reuse=None):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread: training waits for one copy of the state and, if need be, for the write before."""
+    """Saves in a thread: training waits for one copy of the state and, if need be, for the write before."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, save: Callable[[dict, Path], None], report: Callable[[str], None]) -> None:
+        self._save, self._report = save, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
         self._copy: dict | None = None
 
-    def submit(self, state: dict, targets: dict[str, Path], written: Callable[[Path], None]) -> None:
-        """Saves state as it is now to every target {exit_reason: path}; calls written(path) in the thread after each.
-
-        A save that fails is reported in one line and never ends the run.
-        """
+    def submit(self, state: dict, targets: dict[str, Path]) -> None:
+        """Saves state as it is now to every target {exit_reason: path}; a failure is reported and never ends the run."""
         self.wait()
         self._copy = host_copy(state, self._copy)
-        self._pending = self._thread.submit(self._write, self._copy, targets, written)
+        self._pending = self._thread.submit(self._write, self._copy, targets)
 
-    def _write(self, state: dict, targets: dict[str, Path], written: Callable[[Path], None]) -> None:
+    def _write(self, state: dict, targets: dict[str, Path]) -> None:
         for reason, path in targets.items():
             try:
-                save_checkpoint({**state, "exit_reason": reason}, path)
-                written(path)
+                self._save({**state, "exit_reason": reason}, path)
             except OSError as error:
                 self._report(f"⚠️ {path.name} not saved: {error.strerror or error}. Training goes on.")
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
-        if self._pending is not None:
-            self._pending.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -1083,9 +1085,10 @@ class GeometricTrainingController(TrainingController):
             optimizer.zero_grad()
         loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
         clip_gradients(self.model, self.config.grad_clip)
+        self.optimizers["rotation"].step()
         with Float32NewtonSchulz():
-            for optimizer in self.optimizers.values():
-                optimizer.step()
+            self.optimizers["expert"].step()
+        self.optimizers["embedding"].step()
         for scheduler in self.schedulers.values():
             scheduler.step()
         return loss
@@ -1126,7 +1129,7 @@ class Metrics:
             pass  # the rows are kept; a person hears of a full disk from the next save
 
     def flush(self) -> None:
-        """To the disk, so that no checkpoint is ever ahead of its rows."""
+        """To the disk. Raises OSError where it refuses."""
         self._append(b"")
         os.fsync(self._file)
 
@@ -1151,6 +1154,7 @@ class Run:
         self.last_loss = math.nan
         self.seconds = 0.0  # of training, all sessions
         self.metrics_name: str | None = None
+        self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
         self.data_fingerprint = data.fingerprint()
         self.rng_state = get_rng_state(device)
         self.exit_code = 0
@@ -1187,8 +1191,10 @@ class Run:
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, path: Path) -> None:
         """Restores everything that state_dict saved. Raises CheckpointError where it does not fit this model or data."""
+        self.homes = [path.parent.parent if path.parent.name == "emergency_exit" else path.parent,
+                      Path(state["config"]["checkpoint_dir"])]
         if state["data_fingerprint"] != self.data_fingerprint:
             where = " ".join(self.config.data) or "Python's standard library"
             raise CheckpointError(f"--data {where} is not the data that the checkpoint's run was trained on")
@@ -1211,32 +1217,36 @@ class Run:
 
     # ---- between batches
 
-    def begin(self, directory: RunDirectory, resumed_from: Path | None, resumed_directory: Path | None) -> None:
-        """Opens metrics.csv and does what the last stop left undone."""
-        self.directory = directory
-        self.writer = CheckpointWriter(self.screen.say)
-        path = self._metrics_path(resumed_from, resumed_directory)
+    def begin(self) -> None:
+        """Takes hold of the checkpoint directory, opens metrics.csv and does what the last stop left undone."""
+        state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
+        self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
+        self.writer = CheckpointWriter(self._save, self.screen.say)
+        path = self._metrics_path()
+        try:
+            self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot go on with these metrics ({first_line(error)})") from error
         self.metrics_name = path.name
-        self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
         if self.evaluation_pending:
             self.finish_step()
 
-    def _metrics_path(self, resumed_from: Path | None, resumed_directory: Path | None) -> Path:
+    def _metrics_path(self) -> Path:
         """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
         directory = self.directory.path
-        if resumed_from is not None:
-            home = resumed_from.parent.parent if resumed_from.parent.name == "emergency_exit" else resumed_from.parent
-            if directory in (home, resumed_directory):
-                return directory / self.metrics_name
+        if directory in self.homes:
+            return directory / self.metrics_name
         path, number = directory / "metrics.csv", 1
         while path.exists():
             number += 1
             path = directory / f"metrics_{number}.csv"
-        if resumed_from is not None and (home / self.metrics_name).is_file():
-            shutil.copyfile(home / self.metrics_name, path)
+        for home in self.homes:
+            if (home / self.metrics_name).is_file():
+                shutil.copyfile(home / self.metrics_name, path)
+                break
         return path
 
     @property
@@ -1284,8 +1294,7 @@ class Run:
             self.monitor.save_requested = False
             targets["periodic"] = self.directory.path_for(f"step_{self.step}.pt")
         if targets:
-            self.metrics.flush()
-            self.writer.submit(self.state_dict(None), targets, self._written)
+            self.writer.submit(self.state_dict(None), targets)
         self._show(logged)
 
     @torch.no_grad()
@@ -1303,7 +1312,9 @@ class Run:
             self.model.train()
         return total / count
 
-    def _written(self, path: Path) -> None:
+    def _save(self, state: dict, path: Path) -> None:
+        self.metrics.flush()  # no checkpoint is ever ahead of its rows
+        save_checkpoint(state, path)
         if path.name.startswith("step_"):
             self.directory.prune(path, self.config.keep)
 
@@ -1343,7 +1354,7 @@ class Run:
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
             try:
-                self._leave_with("Emergency checkpoint", f"emergency_exit/emergency_step_{self.step}.pt", reason,
+                self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
                                  fall_back=reason != USER_REQUEST)
                 return True
             except OSError as error:
@@ -1360,7 +1371,7 @@ class Run:
             if self.monitor.exit_requested and self.leave_gracefully():
                 return
             self.finish_step()
-        self._leave_with("Final checkpoint", "final.pt", "completed", fall_back=True)
+        self._leave_with(FINAL, "final.pt", "completed", fall_back=True)
 
     def leave_after_exception(self, error: Exception) -> None:
         """Saves the state as of the last complete batch, unless the exception came between two halves of an update."""
@@ -1375,7 +1386,7 @@ class Run:
             self.screen.say("❌ The exception came in the middle of an optimizer step: nothing half-updated is saved.")
             return
         self.screen.say("📝 Saving emergency checkpoint...")
-        self._leave_with("Emergency checkpoint", f"emergency_exit/emergency_step_{self.step}.pt",
+        self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt",
                          f"exception_{type(error).__name__}", fall_back=True)
 
     def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
@@ -1384,14 +1395,13 @@ class Run:
         state = self.state_dict(reason)
         path = self.directory.path_for(name)
         try:
-            self.metrics.flush()
-            save_checkpoint(state, path)
+            self._save(state, path)
         except OSError as error:
             if not fall_back:
                 raise
-            path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}", Path(name).name)
-            self.screen.say(f"⚠️ {label} not saved: {error.strerror or error}. Trying {path.parent}")
+            self.screen.say(f"⚠️ {label} not saved: {error.strerror or error}. Trying the temporary directory...")
             try:
+                path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}", Path(name).name)
                 save_checkpoint(state, path)
             except OSError as second_error:
                 self.exit_code = 1
@@ -1414,7 +1424,7 @@ class Run:
         if self.saved is not None:
             label, path = self.saved
             lines.append(f"   {label}: {path}")
-            more = f" --steps {2 * self.total_steps}" if label.startswith("Final") else ""
+            more = f" --steps {2 * self.total_steps}" if label == FINAL else ""
             lines.append(f"▶️ {'Train further' if more else 'Resume'} with: {own_command()} --resume {shlex.quote(str(path))}{more}")
         return "\n".join(lines)
 
@@ -1530,7 +1540,7 @@ def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) 
 
 
 def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) -> Run:
-    """Builds data, model, controller and run, restores the checkpoint, and takes hold of the checkpoint directory."""
+    """Builds data, model, controller and run and restores the checkpoint; writes nothing."""
     options = dict(options)
     resume = options.pop("resume")
     resumed_from, state = None, None
@@ -1550,12 +1560,9 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
     controller = controllers[config.mode](model, config, total_steps)
     run = Run(config, model, controller, data, total_steps, device, monitor, screen)
     if state is not None:
-        run.load_state_dict(state)
+        run.load_state_dict(state, resumed_from)
     if config.compile:
         model.compile()
-    state_bytes = 3 * sum(parameter.nbytes for parameter in model.parameters())  # and two moments of each, at most
-    directory = RunDirectory(Path(config.checkpoint_dir), run.run_id, needed_bytes=2 * state_bytes)
-    run.begin(directory, resumed_from, state and Path(state["config"]["checkpoint_dir"]))
     return run
 
 
@@ -1566,8 +1573,12 @@ def train(options: dict[str, object]) -> int:
         stack.callback(end_children)
         monitor = stack.enter_context(ExitMonitor(screen, keyboard=not options.pop("no_keyboard")))
         for signum in _early_signals:
-            monitor.request_signal(signum)
+            monitor.hear(signum)
         run = prepare(options, monitor, screen)
+        if run.finished and not run.evaluation_pending:
+            screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
+            return 0
+        run.begin()
         stack.callback(run.close)
         try:
             if run.config.loop == "standard":
@@ -1580,12 +1591,13 @@ def train(options: dict[str, object]) -> int:
     if run.error is not None:
         with contextlib.suppress(OSError):  # stderr may have gone with the terminal
             traceback.print_exception(run.error)
-    else:
-        screen.say("✨ Graceful exit completed!" if run.saved and "Emergency" in run.saved[0] else "🎉 All steps done!")
+    elif run.saved is not None:
+        screen.say("🎉 All steps done!" if run.saved[0] == FINAL else "✨ Graceful exit completed!")
     summary = run.summary()
     screen.say(summary)
     screen.close()
-    run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
+    with contextlib.suppress(OSError):  # a full disk: scripts/stop.sh will know less
+        run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
     return run.exit_code
 
 
@@ -1595,6 +1607,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for signum in (signal.SIGTTIN, signal.SIGTTOU):  # also for the summary, which is printed after the monitor's end
+        signal.signal(signum, signal.SIG_IGN)
     try:
         return train(parse_options(arguments))
     except UserError as error:

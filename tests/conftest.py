@@ -9,6 +9,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 sys.path.insert(0, str(ROOT))

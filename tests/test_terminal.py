@@ -146,6 +146,7 @@ def test_a_closed_terminal_leaves_a_whole_checkpoint(options, tmp_path):
 def test_a_terminal_that_hangs_up_is_no_end_under_nohup(options, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
+        os.chdir(tmp_path)  # nohup.out goes there
         os.execvp("nohup", ["nohup", sys.executable, str(SCRIPT), *options, "--steps", "500"])
     metrics = tmp_path / "ck" / "metrics.csv"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)

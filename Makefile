@@ -1,0 +1,61 @@
+.DEFAULT_GOAL := help
+.PHONY: help train resume tmux attach nohup stop test lint install clean
+
+ARGS =
+MODE =
+CKPT = latest
+SESSION = train
+DIR = checkpoints
+PYTHON ?= python3
+
+VENV_PYTHON = .venv/bin/python
+TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
+
+# $(call need,tool): one line that says what to install where the tool is missing
+need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
+	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
+
+resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
+	$(VENV_PYTHON) train_graceful.py --resume "$(CKPT)" $(ARGS)
+
+tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
+	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)
+
+attach: ## attach to the tmux session (SESSION=train); Ctrl-b d detaches
+	$(call need,tmux)
+	@tmux $(if $(TMUX),switch-client,attach-session) -t "=$(SESSION)"
+
+nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=checkpoints/train.log)
+	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(TRAIN_ARGS)
+
+stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
+	@scripts/stop.sh "$(DIR)"
+
+test: .venv/installed ## run the tests (ARGS="-k sentence")
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: .venv/installed ## shellcheck, and byte-compile with warnings as errors
+	$(call need,shellcheck)
+	shellcheck scripts/*.sh .ci/run
+	$(VENV_PYTHON) -W error -m py_compile train_graceful.py tests/*.py
+
+install: .venv/installed ## create .venv and install requirements.txt (PYTHON=python3)
+
+.venv/installed: requirements.txt
+	$(call need,$(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$$($(PYTHON) --version) is too old:" \
+		"install Python 3.10 or newer and name it, as in: make install PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments:" \
+		"apt install python3-venv" >&2; exit 2; }
+	@echo "Installing requirements.txt into .venv, once. PyTorch is large: this takes minutes on a slow network."
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch .venv/installed
+
+clean: ## remove .venv and caches, never checkpoints
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__

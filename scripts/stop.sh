@@ -1,0 +1,59 @@
+#!/bin/sh
+# Usage: scripts/stop.sh [checkpoint-dir]
+#
+# Asks the run that holds the checkpoint directory (default: checkpoints in the repository's root, where relative
+# paths start) to save and leave, waits until its process is gone and prints its summary.
+#
+# Exit code: 0 it saved and left; 1 it died without a word; 2 there is no run to stop here; else the run's own.
+# PYTHON=path chooses the interpreter (default: .venv/bin/python, else python3).
+
+set -eu
+
+if [ "${1:-}" = --help ]; then
+    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
+    exit
+fi
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
+    { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
+
+exec "$PYTHON" -I - "${1:-checkpoints}" <<'END'
+import contextlib, fcntl, os, signal, struct, sys
+
+def leave(message, code):
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if (os.environ.get("LC_ALL") or os.environ.get("LANG")) in ("C", "POSIX"):  # no symbols, as the run itself does
+    sys.stdout.reconfigure(encoding="ascii")
+sys.stdout.reconfigure(errors="replace")
+try:
+    lock = open(os.path.join(sys.argv[1], "run.lock"), encoding="utf-8")
+    # The kernel knows who holds the lock. The pid in the file may be stale, or count in another container.
+    layout, kind, pid = ("qqihh", 3, 2) if sys.platform == "darwin" else ("hhqqi", 0, 4)  # struct flock
+    question = [0] * 5
+    question[kind] = fcntl.F_RDLCK
+    answer = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(layout, *question)))
+    if answer[kind] == fcntl.F_UNLCK:
+        leave(f"No run holds {sys.argv[1]}.", 2)
+    pid, host = answer[pid], (lock.readline().split() + ["", "an unknown host"])[1]
+    if host != os.uname().nodename or pid < 2:
+        leave(f"The run that holds {sys.argv[1]} is on {host}: stop it there.", 2)
+    with contextlib.suppress(ProcessLookupError):  # it may be leaving of its own accord
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)  # one that was stopped with Ctrl-Z has to wake up for it
+    print(f"Asked pid {pid} to save and leave; waiting for it.", flush=True)
+    fcntl.lockf(lock, fcntl.LOCK_SH)  # waits until its process is gone
+except FileNotFoundError:
+    leave(f"No run holds {sys.argv[1]}.", 2)
+except OSError as error:
+    leave(f"Cannot stop the run that holds {sys.argv[1]}: {error.strerror}.", 2)
+lock.seek(0)
+_, code, summary = (lock.read() + "\n\n").split("\n", 2)
+if not code:
+    leave(f"The run (pid {pid}) died without a word; the checkpoints that it saved before are whole.", 1)
+print(summary.rstrip("\n"))
+sys.exit(0 if int(code) in (0, 128 + signal.SIGTERM) else int(code))
+END

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Usage: scripts/train_nohup.sh [options of train_graceful.py]
+#
+# Trains in the background; closing the terminal or logging out does not stop it. Returns once training has begun, or
+# with the run's own output and exit code where it has ended before that. Relative paths start at the repository's root.
+#
+# LOG=path     where its output is appended (default: checkpoints/train.log)
+# PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
+
+set -eu
+
+if [ "${1:-}" = --help ]; then
+    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
+    exit
+fi
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
+    { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
+
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
+
+directory=checkpoints previous=
+for word; do
+    case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
+    [ "$previous" != --checkpoint-dir ] || directory=$word
+    previous=$word
+done
+directory=$(absolute "$directory")
+log=$(absolute "${LOG:-checkpoints/train.log}")
+mkdir -p "$(dirname "$log")"
+: >>"$log"
+old_bytes=$(wc -c <"$log")
+new_lines() { tail -c "+$((old_bytes + 1))" "$log"; }
+
+nohup "$PYTHON" train_graceful.py "$@" --no-keyboard </dev/null >>"$log" 2>&1 &
+pid=$!
+while kill -0 "$pid" 2>/dev/null && ! new_lines | grep -q "Training started"; do
+    sleep 1
+done
+if ! kill -0 "$pid" 2>/dev/null; then
+    code=0
+    wait "$pid" || code=$?
+    { new_lines; echo "The run has already ended with exit code $code."; } >&2
+    exit "$code"
+fi
+
+echo "Training in the background, pid $pid"
+echo "  log:    $log"
+echo "  follow: tail -f \"$log\""
+case $(head -n 1 "$directory/run.lock" 2>/dev/null) in
+    "$pid "*) echo "  stop:   \"$PWD/scripts/stop.sh\" \"$directory\"" ;;
+    *) echo "  stop:   kill $pid" ;; # resumed into the directory that its checkpoint names
+esac
