@@ -176,15 +176,15 @@ class Config:
         return config
 
     @classmethod
-    def check_stored(cls, stored: dict[str, object]) -> None:
+    def check_stored(cls, stored: dict[str, object], path: Path) -> None:
         """Raises CheckpointError where a checkpoint's configuration has other fields or types than this program's."""
         hints = typing.get_type_hints(cls)
         if set(stored) != set(hints):
-            raise CheckpointError(f"unknown configuration ({', '.join(sorted(set(stored) ^ set(hints)))})")
+            raise CheckpointError(f"{path}: another program's configuration ({', '.join(sorted(set(stored) ^ set(hints)))})")
         for name, hint in hints.items():
             plain = tuple if name == "data" else hint
             if not isinstance(stored[name], plain) or isinstance(stored[name], bool) != (hint is bool):
-                raise CheckpointError(f"configuration has {name}={stored[name]!r}")
+                raise CheckpointError(f"{path}: configuration has {name}={stored[name]!r}")
 
 
 # ---- Terminal output and the exit monitor ----------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def verify_checkpoint(path: Path | str) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile has a dozen ways to stumble over damage; all of them mean the same here
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged checkpoint (record {damaged})")
 
@@ -513,14 +513,14 @@ def load_checkpoint(path: Path | str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a stranger's pickle provokes
-        raise CheckpointError(f"{path}: not a checkpoint ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: not a checkpoint ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
     return state
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
@@ -1197,7 +1197,7 @@ class Run:
                       Path(state["config"]["checkpoint_dir"])]
         if state["data_fingerprint"] != self.data_fingerprint:
             where = " ".join(self.config.data) or "Python's standard library"
-            raise CheckpointError(f"--data {where} is not the data that the checkpoint's run was trained on")
+            raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
         try:
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
@@ -1207,7 +1207,7 @@ class Run:
             self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
             self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this model ({first_line(error)})") from error
+            raise CheckpointError(f"{path} does not fit this model ({one_line(error)})") from error
         self.run_id, self.best_loss = state["run_id"], state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
         self.rng_state = state["rng_state"]
@@ -1226,7 +1226,7 @@ class Run:
         try:
             self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot go on with these metrics ({first_line(error)})") from error
+            raise UserError(f"{path}: cannot go on with these metrics ({one_line(error)})") from error
         self.metrics_name = path.name
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
@@ -1535,7 +1535,7 @@ def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) 
     for key, kind in types.items():
         if type(state.get(key)) is not kind and not (kind is dict and isinstance(state.get(key), dict)):
             raise CheckpointError(f"{path}: not a checkpoint of this program ({key!r} is {type(state.get(key)).__name__})")
-    Config.check_stored(state["config"])
+    Config.check_stored(state["config"], path)
     return path, state
 
 

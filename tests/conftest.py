@@ -66,6 +66,16 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs)
 
 
+def refused(*args) -> str:
+    """The message of the UserError that a command line ends with, in this process (main makes it a line and exit code 2)."""
+    import train_graceful as t
+
+    with pytest.raises(t.UserError) as error:
+        t.train(t.parse_options([*map(str, args), "--no-keyboard"]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def processes_in_session(session: int) -> list[str]:
     """Command lines of all processes, zombies too, in a session (Linux)."""
     found = []

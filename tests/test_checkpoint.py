@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, run, saved_path, wait_until
+from conftest import ENDLESS, ROOT, SCRIPT, refused, run, saved_path, wait_until
 
 import train_graceful as t
 
@@ -28,16 +28,9 @@ def finished(corpus, tmp_path_factory):
     return directory
 
 
-def resume(path, *args):
-    return run("--resume", path, "--steps", "14", *args)
-
-
-def assert_refused(result, *words):
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+def assert_refused(message, *words):
     for word in words:
-        assert str(word) in lines[0]
+        assert str(word) in message
 
 
 def test_layout_keys_and_retention(finished):
@@ -104,7 +97,9 @@ def flip_a_weight(path, into):
 
 def test_a_flipped_bit_in_a_weight_is_refused_in_one_line(finished, tmp_path):
     flip_a_weight(finished / "final.pt", tmp_path / "flipped.pt")
-    assert_refused(resume(tmp_path / "flipped.pt"), "damaged checkpoint", "data/")
+    result = run("--resume", tmp_path / "flipped.pt")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert_refused(result.stderr, "error: ", "flipped.pt: damaged checkpoint", "data/")
 
 
 def test_latest_names_and_skips_damaged_ones(finished, tmp_path):
@@ -148,7 +143,7 @@ def test_a_checkpoint_from_a_stranger_cannot_run_code(finished, tmp_path, where)
     else:
         state["config"]["mode"] = evil
     torch.save(state, tmp_path / "evil.pt", pickle_module=pickle)
-    assert_refused(resume(tmp_path / "evil.pt"), "not a checkpoint")
+    assert_refused(refused("--resume", tmp_path / "evil.pt"), "not a checkpoint")
     assert not (tmp_path / "executed").exists()
 
 
@@ -172,7 +167,8 @@ def altered(finished, path, change):
     (lambda s: s.update(data_fingerprint="0" * 32), "data"),
 ])
 def test_a_checkpoint_of_another_format_or_size_is_refused(finished, tmp_path, change, word):
-    assert_refused(resume(altered(finished, tmp_path / "other.pt", change), "--checkpoint-dir", tmp_path / "ck"), word)
+    path = altered(finished, tmp_path / "other.pt", change)
+    assert_refused(refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), path, word)
     assert not (tmp_path / "ck").exists()
 
 
@@ -180,14 +176,14 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     texts = {"text.pt": b"hello", "empty.pt": b""}
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-        assert_refused(resume(tmp_path / name), name)
+        assert_refused(refused("--resume", tmp_path / name), name)
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("hello", "world")
-    assert_refused(resume(tmp_path / "zip.pt"), "zip.pt")
-    assert_refused(resume(tmp_path), "directory")
-    assert_refused(resume(tmp_path / "missing.pt"), "No such file")
+    assert_refused(refused("--resume", tmp_path / "zip.pt"), "zip.pt")
+    assert_refused(refused("--resume", tmp_path), "directory")
+    assert_refused(refused("--resume", tmp_path / "missing.pt"), "missing.pt: No such file")
     (tmp_path / "none").mkdir()
-    assert_refused(run("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint")
+    assert_refused(refused("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint")
 
 
 def test_a_second_run_on_the_directory_is_refused_with_the_first_ones_pid(options, tmp_path):
@@ -196,7 +192,9 @@ def test_a_second_run_on_the_directory_is_refused_with_the_first_ones_pid(option
         for line in first.stdout:
             if line.startswith(b"step"):
                 break
-        assert_refused(run(*options, "--steps", "5"), f"pid {first.pid}")
+        second = run(*options, "--steps", "5")
+        assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+        assert_refused(second.stderr, f"pid {first.pid}")
         first.send_signal(signal.SIGTERM)
         first.stdout.read()
         assert first.wait(timeout=60) == 143
