@@ -1561,6 +1561,7 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
     run = Run(config, model, controller, data, total_steps, device, monitor, screen)
     if state is not None:
         run.load_state_dict(state, resumed_from)
+        screen.say(f"📂 Resumed at step {run.step} of {total_steps} from {resumed_from}")
     if config.compile:
         model.compile()
     return run
