@@ -26,6 +26,7 @@ if __name__ == "__main__":
             signal.signal(_signum, lambda signum, frame: _early_signals.append(signum))
 
 import argparse
+import atexit
 import bisect
 import contextlib
 import dataclasses
@@ -73,6 +74,7 @@ OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that w
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST = "user_requested_graceful_exit"
+KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
 LINE_BYTES = 4096  # a typed line longer than this is no command
 VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
@@ -99,7 +101,7 @@ def number(kind: Callable[[str], float], low: float, below: float = math.inf) ->
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"in [{low}, {below})" if below < math.inf else f"at least {low}"))
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}" + (f" and below {below}" if below < math.inf else ""))
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls a text that is no number
@@ -172,7 +174,7 @@ class Config:
         if config.dim % config.heads:
             raise UserError(f"--dim {config.dim} is not divisible by --heads {config.heads}")
         if 4 * config.dim < config.experts:
-            raise UserError(f"--experts {config.experts} is too many for --dim {config.dim}: they share {4 * config.dim} hidden units")
+            raise UserError(f"--experts {config.experts} is more than the {4 * config.dim} hidden units that --dim {config.dim} makes")
         return config
 
     @classmethod
@@ -347,6 +349,8 @@ class ExitMonitor:
         self._interrupts += signum == signal.SIGINT
         if self._interrupts > 1:
             self._abandon()
+        if signum == signal.SIGINT and self.exit_requested:
+            self._screen.say("Leaving already. Ctrl-C once more leaves without saving.")
         if signum in EXIT_SIGNALS:
             self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
@@ -410,7 +414,7 @@ class ExitMonitor:
             self.save_requested = True
             self._screen.say("💾 Saving a checkpoint after this batch...")
         elif commands and not self.exit_requested and os.isatty(self._stdin):
-            self._screen.say("Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving.")
+            self._screen.say(KEYS)
 
     def _abandon(self) -> typing.NoReturn:
         """Ends the process here and now: the main thread may be inside a write or a kernel that takes minutes."""
@@ -615,7 +619,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
         if free < needed_bytes:
-            raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.0f} MB free, checkpoints need {needed_bytes / 1e6:.0f} MB")
+            raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.0f} MB free, checkpoints need {needed_bytes / 1e6:.0f}")
         by_age = sorted(path.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
         self._periodic = [path for path in by_age if self._is_own(path)]  # oldest first
 
@@ -732,8 +736,8 @@ class ByteDataset(torch.utils.data.Dataset):
         self.batches_per_epoch = self.train_windows // self.windows_per_batch
         if not self.batches_per_epoch or not self.validation_windows:
             needed = max(self.windows_per_batch * self.context / (1 - VALIDATION_FRACTION), (self.context + 1) / VALIDATION_FRACTION)
-            raise UserError(f"--data {' '.join(config.data)}: {total} bytes are too few; one batch of {self.windows_per_batch} windows "
-                            f"and the validation data need about {math.ceil(needed) + 2}")
+            raise UserError(f"--data {' '.join(config.data)}: {total} bytes are too few; a batch of {self.windows_per_batch} "
+                            f"windows and the validation data need about {math.ceil(needed) + 2}")
 
     def __getitem__(self, index: int) -> Tensor:
         epoch, number = divmod(index, self.batches_per_epoch)
@@ -1278,7 +1282,7 @@ class Run:
         return self._evaluation_due and self.loss_count > 0
 
     def finish_step(self) -> None:
-        """Evaluates, logs and saves where due. A request to leave cuts the evaluation short, and all of it is done on resume."""
+        """Evaluates, logs and saves where due. A request to leave cuts the evaluation short; all of it is then done on resume."""
         targets, validation_loss = {}, None
         if self._evaluation_due:
             validation_loss = self.evaluate()
@@ -1324,8 +1328,9 @@ class Run:
     def _log(self, validation_loss: float | None) -> None:
         now = time.monotonic()
         tokens = self.loss_count * self.data.windows_per_batch * self.config.context
-        self.metrics.row(self.step, self.epoch, self.loss_sum / max(1, self.loss_count), validation_loss, *self._learning_rates(),
-                         round(tokens / max(1e-9, now - self._row_clock)), round(self.seconds, 3))
+        loss = self.loss_sum / max(1, self.loss_count)
+        tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
+        self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second, round(self.seconds, 3))
         self.loss_sum, self.loss_count, self._row_clock = 0.0, 0, now
 
     def _show(self, logged: bool) -> None:
@@ -1338,8 +1343,8 @@ class Run:
         seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
         left = datetime.timedelta(seconds=round(seconds_per_step * (self.total_steps - self.step)))
         tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
-        text = (f"step {self.step}/{self.total_steps} | epoch {self.epoch} | loss {self.last_loss:.4f} | best {self.best_loss:.4f} | "
-                f"lr {self._learning_rates()[-1]:.2e} | {tokens_per_second:,.0f} tokens/s | {left} left")
+        text = (f"step {self.step}/{self.total_steps} | epoch {self.epoch} | loss {self.last_loss:.4f} | "
+                f"best {self.best_loss:.4f} | lr {self._learning_rates()[-1]:.2e} | {tokens_per_second:,.0f} tokens/s | {left} left")
         (self.screen.status if self.screen.is_terminal else self.screen.say)(text)
 
     # ---- leaving
@@ -1507,7 +1512,7 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
         if "type" in settings:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    parser.add_argument("--resume", metavar="CKPT", default=None, help="a checkpoint to go on from, or 'latest' for the newest whole one")
+    parser.add_argument("--resume", metavar="CKPT", default=None, help="a checkpoint to go on from, or 'latest': the newest whole one")
     parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
     return vars(parser.parse_args(arguments))
 
@@ -1621,4 +1626,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit_code = main()
+    # All is saved and said. Taking torch's modules apart would keep the accelerator's memory and leave what is typed to
+    # the shell for most of a second more.
+    atexit._run_exitfuncs()
+    for _stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):  # gone with the terminal, or closed
+            _stream.flush()
+    os._exit(_exit_code)
