@@ -173,6 +173,8 @@ class Config:
             raise UserError("--mode geometric needs --loop controller: the standard loop has a single optimizer")
         if config.dim % config.heads:
             raise UserError(f"--dim {config.dim} is not divisible by --heads {config.heads}")
+        if config.mode == "geometric" and config.dim < 2:
+            raise UserError(f"--mode geometric needs --dim 2 or more to rotate, not {config.dim}")
         if 4 * config.dim < config.experts:
             raise UserError(f"--experts {config.experts} is more than the {4 * config.dim} hidden units that --dim {config.dim} makes")
         return config
@@ -469,11 +471,12 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # torch's zip writer stumbles over the write that failed before it
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    for directory in (path.parent, path.parent.parent):  # the new name, and the folder if that is new too
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def flush_to_disk(fd: int) -> None:
@@ -1038,7 +1041,7 @@ class StandardTrainingController(TrainingController):
 
 
 class Float32NewtonSchulz(torch.overrides.TorchFunctionMode):
-    """Keeps Muon's orthogonalization in float32 on a CPU, where bfloat16 is emulated: about 30 times faster."""
+    """Keeps Muon's orthogonalization in float32 on CPUs: most of them emulate bfloat16, at a fraction of the speed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.bfloat16 and args[0].device.type == "cpu":

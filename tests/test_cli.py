@@ -40,6 +40,7 @@ def mistake(tmp_path, monkeypatch):
     (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
     (["--dim", "10", "--heads", "4"], ["--dim 10", "--heads 4"]),
     (["--experts", "1000", "--dim", "16"], ["--experts 1000"]),
+    (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--mode geometric", "--dim"]),
     (["--no-such-option"], ["--no-such-option"]),
     (["--device", "tpu"], ["--device", "tpu"]),
 ])
