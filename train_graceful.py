@@ -73,7 +73,7 @@ STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
 OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
-USER_REQUEST = "user_requested_graceful_exit"
+USER_REQUEST, USER_SAVE = "user_requested_graceful_exit", "user_requested_save"
 KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
 LINE_BYTES = 4096  # a typed line longer than this is no command
 VALIDATION_FRACTION = 0.05
@@ -580,6 +580,8 @@ class CheckpointWriter:
         for reason, path in targets.items():
             try:
                 self._save({**state, "exit_reason": reason}, path)
+                if reason == USER_SAVE:
+                    self._report(f"✅ Checkpoint saved: {path}")
             except OSError as error:
                 self._report(f"⚠️ {path.name} not saved: {error.strerror or error}. Training goes on.")
 
@@ -1298,8 +1300,9 @@ class Run:
         if logged:
             self._log(validation_loss)
         if self.step % self.config.save_every == 0 or self.monitor.save_requested:
+            reason = USER_SAVE if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
-            targets["periodic"] = self.directory.path_for(f"step_{self.step}.pt")
+            targets[reason] = self.directory.path_for(f"step_{self.step}.pt")
         if targets:
             self.writer.submit(self.state_dict(None), targets)
         self._show(logged)

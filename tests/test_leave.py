@@ -89,9 +89,10 @@ def test_s_saves_a_checkpoint_and_goes_on(spawn, options, tmp_path):
     child = spawn(*options, *ENDLESS)
     child.expect("step [0-9]+/")
     child.sendline("s")
-    wait_until(lambda: list((tmp_path / "ck").glob("step_*.pt")))
+    child.expect("Checkpoint saved: (\\S+\\.pt)")
+    path = tmp_path / "ck" / f"step_{load_checkpoint(child.match[1])['step']}.pt"
+    assert child.match[1] == str(path) and load_checkpoint(path)["exit_reason"] == "user_requested_save"
     child.expect("step [0-9]+/")
-    assert load_checkpoint(next((tmp_path / "ck").glob("step_*.pt")))["exit_reason"] == "periodic"
     child.sendline("q")
     finish(child)
     assert child.exitstatus == 0
