@@ -1113,7 +1113,6 @@ class Metrics:
     """
 
     def __init__(self, path: Path, lr_names: Sequence[str], step: int) -> None:
-        self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(path, "rb") as file:
             rows = file.readlines()
