@@ -1213,10 +1213,11 @@ class Run:
             set_rng_state(state["rng_state"], self.device)
             metrics = state["metrics"]
             self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
-            self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
+            # Both become parts of paths: a checkpoint from a stranger must not choose the folder.
+            self.seconds, self.metrics_name = metrics["seconds"], Path(metrics["file"]).name
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit this model ({one_line(error)})") from error
-        self.run_id, self.best_loss = state["run_id"], state["best_loss"]
+        self.run_id, self.best_loss = Path(state["run_id"]).name, state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
         self.rng_state = state["rng_state"]
 

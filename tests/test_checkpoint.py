@@ -172,6 +172,19 @@ def test_a_checkpoint_of_another_format_or_size_is_refused(finished, tmp_path, c
     assert not (tmp_path / "ck").exists()
 
 
+def test_a_checkpoint_from_a_stranger_cannot_choose_where_files_go(finished, tmp_path):
+    def point_outside(state):
+        state["metrics"]["file"] = "../outside.csv"
+        state["run_id"] = "../../outside"
+
+    path = altered(finished, tmp_path / "stranger.pt", point_outside)
+    result = run("--resume", path, "--checkpoint-dir", tmp_path / "deep" / "ck", "--steps", "14")
+    assert result.returncode == 0
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["deep", "stranger.pt"]
+    assert [found.name for found in (tmp_path / "deep").iterdir()] == ["ck"]
+    assert t.load_checkpoint(tmp_path / "deep" / "ck" / "final.pt")["run_id"] == "outside"
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     texts = {"text.pt": b"hello", "empty.pt": b""}
     for name, content in texts.items():
