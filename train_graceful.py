@@ -1513,7 +1513,7 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
                            argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         settings = dict(field.metadata["argparse"])
-        if field.default not in (None, (), False):
+        if field.default is not None and field.default != () and field.default is not False:
             settings["help"] += f" (default {field.default})"
         if "type" in settings:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
