@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train resume tmux attach nohup stop test lint install clean
+.PHONY: help train resume tmux attach nohup stop test campaign lint install clean
 
 ARGS =
 MODE =
@@ -21,7 +21,7 @@ train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geome
 	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(VENV_PYTHON) train_graceful.py --resume "$(CKPT)" $(ARGS)
+	$(VENV_PYTHON) train_graceful.py --resume "$(or $(CKPT),latest)" $(ARGS)
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)
@@ -38,6 +38,10 @@ stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkp
 
 test: .venv/installed ## run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
+	$(call need,strace)
+	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
 lint: .venv/installed ## shellcheck, and byte-compile with warnings as errors
 	$(call need,shellcheck)

@@ -35,8 +35,12 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
+import pickletools
+import re
+import reprlib
 import select
 import shlex
 import shutil
@@ -51,6 +55,7 @@ import traceback
 import typing
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -75,11 +80,18 @@ BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes non
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST, USER_SAVE = "user_requested_graceful_exit", "user_requested_save"
 KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
+READ_BYTES = 65536
+FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
 LINE_BYTES = 4096  # a typed line longer than this is no command
+SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
+PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
+PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
+                 ("torch._utils", "_rebuild_parameter")}
 VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
 FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
 FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 1024, 4096
+MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
 MUON_LR_FACTOR = 5.0  # Muon's learning rate relative to --lr, which is AdamW's
 
@@ -95,17 +107,24 @@ class CheckpointError(UserError):
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
 
-def number(kind: Callable[[str], float], low: float, below: float = math.inf) -> Callable[[str], float]:
+def number(kind: Callable[[str], float], low: float, below: float = 1e15) -> Callable[[str], float]:
     """An argparse type: a number of that kind with low <= number < below."""
 
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low}" + (f" and below {below}" if below < math.inf else ""))
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls a text that is no number
     return parse
+
+
+def nonempty_path(text: str) -> str:
+    """An argparse type: an empty path is a shell variable that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return text
 
 
 def option(default, help: str, fixed: bool = True, **argparse_arguments):
@@ -122,8 +141,8 @@ class Config:
     loop: str | None = option(None, "the loop that drives --mode standard (default standard; geometric has its own)",
                               choices=("standard", "controller"))
     data: tuple[str, ...] = option((), "text files or folders to train on (default Python's standard library)",
-                                   nargs="+", metavar="PATH")
-    checkpoint_dir: str = option("checkpoints", "where checkpoints and metrics.csv go", fixed=False, metavar="DIR")
+                                   nargs="+", metavar="PATH", type=nonempty_path)
+    checkpoint_dir: str = option("checkpoints", "where checkpoints and metrics.csv go", fixed=False, metavar="DIR", type=nonempty_path)
     steps: int = option(2000, "optimizer steps in the whole run, resumes included", fixed=False, type=number(int, 1))
     epochs: int | None = option(None, "end after this many passes over the data, if that comes before --steps",
                                 fixed=False, type=number(int, 1))
@@ -149,7 +168,7 @@ class Config:
     dtype: str = option("auto", "autocast type; auto is bfloat16 on CUDA, float32 elsewhere", fixed=False,
                         choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "run the model through torch.compile", fixed=False, action="store_true")
-    workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0))
+    workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0, 1025))
 
     @classmethod
     def from_options(cls, explicit: dict[str, object], stored: dict[str, object] | None = None) -> Config:
@@ -178,17 +197,6 @@ class Config:
         if 4 * config.dim < config.experts:
             raise UserError(f"--experts {config.experts} is more than the {4 * config.dim} hidden units that --dim {config.dim} makes")
         return config
-
-    @classmethod
-    def check_stored(cls, stored: dict[str, object], path: Path) -> None:
-        """Raises CheckpointError where a checkpoint's configuration has other fields or types than this program's."""
-        hints = typing.get_type_hints(cls)
-        if set(stored) != set(hints):
-            raise CheckpointError(f"{path}: another program's configuration ({', '.join(sorted(set(stored) ^ set(hints)))})")
-        for name, hint in hints.items():
-            plain = tuple if name == "data" else hint
-            if not isinstance(stored[name], plain) or isinstance(stored[name], bool) != (hint is bool):
-                raise CheckpointError(f"{path}: configuration has {name}={stored[name]!r}")
 
 
 # ---- Terminal output and the exit monitor ----------------------------------------------------------------------------
@@ -389,24 +397,27 @@ class ExitMonitor:
                 return
             if self._stdin in ready:
                 if in_foreground(self._stdin):
-                    self._read_keyboard()
+                    if self._read_keyboard() == READ_BYTES:
+                        pause = FLOOD_PAUSE_SECONDS
                 else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
                     pause = BACKGROUND_PAUSE_SECONDS
 
-    def _read_keyboard(self) -> None:
+    def _read_keyboard(self) -> int:
+        """Hears what was typed; returns how many bytes that were."""
         self._save_terminal()
         try:
-            data = os.read(self._stdin, 65536)
+            data = os.read(self._stdin, READ_BYTES)
         except BlockingIOError:
-            return
+            return 0
         except OSError:  # EIO: the terminal has gone, or was given to another job this very moment
             data = b""
         if not data:
+            self._typed = b""
             try:
                 termios.tcgetattr(self._stdin)  # a terminal that is still there: only Ctrl-D on an empty line
             except termios.error:
                 self._listening = False
-            return
+            return 0
         *lines, self._typed = (self._typed + data).split(b"\n")
         self._typed = self._typed[:LINE_BYTES]
         commands = [line.strip().lower() for line in lines]
@@ -417,6 +428,7 @@ class ExitMonitor:
             self._screen.say("💾 Saving a checkpoint after this batch...")
         elif commands and not self.exit_requested and os.isatty(self._stdin):
             self._screen.say(KEYS)
+        return len(data)
 
     def _abandon(self) -> typing.NoReturn:
         """Ends the process here and now: the main thread may be inside a write or a kernel that takes minutes."""
@@ -452,12 +464,13 @@ def end_children() -> None:
 
 
 def save_checkpoint(state: dict, path: Path | str) -> None:
-    """Writes state (nested dicts and lists of tensors and plain values) so that path is, at every instant, old or whole.
+    """Writes state (nested dicts, lists and tuples of tensors and plain values) so that path is, at every instant, old or whole.
 
-    The file is written beside its target, flushed to the disk, renamed, and the directory flushed. Raises OSError; the
-    file that was at path before is then untouched.
+    The file is written beside its target, flushed to the disk, renamed, and the directory flushed. Raises OSError, or
+    what torch raises where memory or a device fails it (SAVE_ERRORS); the file that was at path before is then untouched.
     """
     path = Path(path)
+    new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -467,12 +480,13 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
             flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that takes no change: the next start clears up
+            temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # torch's zip writer stumbles over the write that failed before it
         raise
-    for directory in (path.parent, path.parent.parent):  # the new name, and the folder if that is new too
-        fd = os.open(directory, os.O_RDONLY)
+    for folder in (path.parent, *(new.parent for new in new_folders)):  # the new names
+        fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
@@ -488,27 +502,56 @@ def flush_to_disk(fd: int) -> None:
     os.fsync(fd)
 
 
+@contextlib.contextmanager
+def opened_checkpoint(path: Path | str) -> Iterator[zipfile.ZipFile]:
+    """The zip file that torch.save wrote. Whatever goes wrong with it, here or in the block, is a CheckpointError.
+
+    torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say): so the names that the
+    pickle refers to are compared with those that tensors and plain values need.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path}: a directory, pipe or device, not a checkpoint")
+        with zipfile.ZipFile(path) as archive:
+            names = [record.orig_filename for record in archive.infolist()]
+            folder = names[0].partition("/")[0] if names else ""
+            # torch finds records without regard to case, zipfile cuts names at a NUL: no name may mean two things.
+            record = re.compile(re.escape(folder) + r"/(data/[0-9]+|\.data/serialization_id|[a-z_.]+)")
+            if (len(set(names)) < len(names) or f"{folder}/data.pkl" not in names or not all(map(record.fullmatch, names))
+                    or not folder.strip(".")):
+                raise CheckpointError(f"{path}: not a checkpoint (its records are not torch.save's)")
+            # An attribute that calls a record a folder makes torch return memory that it never filled.
+            if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr for record in archive.infolist()):
+                raise CheckpointError(f"{path}: not a checkpoint (its records are compressed, or no files)")
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(f"{folder}/data.pkl"))):
+                if number > PICKLE_OPCODES:
+                    raise CheckpointError(f"{path}: not a checkpoint (more than {PICKLE_OPCODES:,} values beside its tensors)")
+                if opcode.name == "GLOBAL" and not is_plain(*argument.split(" ")):
+                    raise CheckpointError(f"{path}: not a checkpoint (it refers to {argument.replace(' ', '.')})")
+            yield archive
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # zipfile and torch have dozens of ways to stumble over damage; all mean the same here
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
+
+
+def is_plain(module: str, name: str) -> bool:
+    """True for what the pickle of a tensor or a plain value refers to, and nothing that takes a size."""
+    return (module, name) in PLAIN_GLOBALS or module == "torch" and (
+        name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
+
+
 def verify_checkpoint(path: Path | str) -> None:
     """Reads the whole file and compares every record with its checksum; torch.load alone misses a flipped bit.
 
-    Raises CheckpointError, naming the record, for anything but an undamaged file that torch.save could have written.
+    Raises CheckpointError, naming the record, for anything but an undamaged file that save_checkpoint could have written.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise CheckpointError(f"{path}: not a checkpoint (compressed records)")
-            if len({record.filename for record in records}) < len(records):
-                raise CheckpointError(f"{path}: not a checkpoint (two records of one name)")
-            damaged = archive.testzip()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # zipfile has a dozen ways to stumble over damage; all of them mean the same here
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: damaged checkpoint (record {damaged})")
+    with opened_checkpoint(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged checkpoint (record {damaged})")
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -516,28 +559,63 @@ def load_checkpoint(path: Path | str) -> dict:
 
     Raises CheckpointError where the file cannot be read, is damaged or holds anything but tensors and plain values.
     """
-    verify_checkpoint(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a stranger's pickle provokes
-        raise CheckpointError(f"{path}: not a checkpoint ({one_line(error)})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
-    return state
+    with opened_checkpoint(path) as archive:
+        sums = {record.filename.partition("/")[2]: record.CRC for record in archive.infolist()}
+        names = (f"data/{number}" for number in itertools.count())  # torch.save numbers the storages as it meets them
+
+        def checked(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            """Compares what has arrived in memory, not what another reader may have found in the file."""
+            name = next(names)
+            if zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) != sums.get(name):
+                raise CheckpointError(f"{path}: damaged checkpoint (record {name})")
+            return storage
+
+        for record in archive.infolist():
+            if "/data/" not in record.filename:
+                archive.read(record)  # raises where its checksum is wrong
+        state = torch.load(path, map_location=checked, weights_only=True)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
+        return state
+
+
+def check_like(value: object, template: object, where: str) -> None:
+    """Raises ValueError unless value has template's keys, types and, for tensors, shapes and dtypes."""
+    if isinstance(template, Tensor):
+        good = isinstance(value, Tensor) and value.shape == template.shape and value.dtype == template.dtype
+    elif isinstance(template, dict):
+        good = isinstance(value, dict) and value.keys() == template.keys()
+    else:
+        good = type(value) is type(template) and (not isinstance(template, (list, tuple)) or len(value) == len(template))
+    if not good:
+        raise ValueError(f"{where} is not what it should be")
+    if isinstance(template, (dict, list, tuple)):
+        for key in template if isinstance(template, dict) else range(len(template)):
+            check_like(value[key], template[key], f"{where}[{key!r}]")
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def fallback_directory(directory: Path | str) -> Path:
+    """Where the last save of a run goes whose checkpoint directory takes none; latest_checkpoint looks there too."""
+    digest = hashlib.blake2b(os.fsencode(os.path.abspath(directory)), digest_size=6).hexdigest()
+    return Path(tempfile.gettempdir(), f"train_graceful_{os.getuid()}_{digest}")
 
 
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
     """The checkpoint in directory (emergency ones included) that was written last and passes verify_checkpoint.
 
-    Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
+    One of step 0 is only taken where there is no other. Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
     """
-    directory = Path(directory)
+    directory, fallback = Path(directory), fallback_directory(directory)
     candidates = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
-    for path in sorted(candidates, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    if fallback.is_dir() and fallback.stat().st_uid == os.getuid():  # anybody may make a folder of that name
+        candidates += fallback.glob("*.pt")
+    candidates = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
+    untrained = re.compile(r"emergency_step_0[._].*")  # a fresh start that was stopped at once must not hide a trained run
+    for path in sorted(candidates, key=lambda path: (not untrained.match(path.name), path.stat().st_mtime_ns), reverse=True):
         try:
             verify_checkpoint(path)
             return path
@@ -569,11 +647,18 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
         self._copy: dict | None = None
+        self._unsaved: dict[str, Path] = {}  # of what is in the copy, and worth another try
 
     def submit(self, state: dict, targets: dict[str, Path]) -> None:
         """Saves state as it is now to every target {exit_reason: path}; a failure is reported and never ends the run."""
         self.wait()
-        self._copy = host_copy(state, self._copy)
+        self.retry()
+        try:
+            self._copy = host_copy(state, self._copy)
+        except SAVE_ERRORS as error:
+            self._copy = None  # whatever was there already is not worth its memory now
+            self._failed(targets, error)
+            return
         self._pending = self._thread.submit(self._write, self._copy, targets)
 
     def _write(self, state: dict, targets: dict[str, Path]) -> None:
@@ -582,8 +667,22 @@ class CheckpointWriter:
                 self._save({**state, "exit_reason": reason}, path)
                 if reason == USER_SAVE:
                     self._report(f"✅ Checkpoint saved: {path}")
-            except OSError as error:
-                self._report(f"⚠️ {path.name} not saved: {error.strerror or error}. Training goes on.")
+            except SAVE_ERRORS as error:
+                self._failed({reason: path}, error)
+                if reason == "best":  # the next one may be worse
+                    self._unsaved[reason] = path
+
+    def retry(self) -> None:
+        """Tries once more to save the best weights where that failed, before something else takes the copy's place."""
+        targets, self._unsaved = self._unsaved, {}
+        if targets:
+            self._write(self._copy, targets)
+            if not self._unsaved:
+                self._report(f"✅ best.pt saved after all: {targets['best']}")
+
+    def _failed(self, targets: dict[str, Path], error: Exception) -> None:
+        for path in targets.values():
+            self._report(f"⚠️ {path.name} not saved: {one_line(error)}. Training goes on.")
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -608,17 +707,22 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, 1)  # one starts at a time: who comes second reads the first one's pid
             try:
-                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)  # ours until the process is gone
+                self.write_outcome("")
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-                pid, host = (os.pread(self._lock_file, 256, 0).decode().split() + ["unknown", "unknown"])[:2]
+                pid, host = (os.pread(self._lock_file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"])[:2]
                 raise UserError(f"{path} is in use by another run (pid {pid} on {host}); "
                                 "give this one its own --checkpoint-dir") from error
-            self.write_outcome("")
-            for leftover in [*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")]:
-                leftover.unlink()
+            finally:
+                fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, 1)
+            for folder in (path, path / "emergency_exit", fallback_directory(path)):
+                for leftover in folder.glob(".*.pt.tmp"):
+                    with contextlib.suppress(OSError):  # in the way of nothing
+                        leftover.unlink()
             with tempfile.TemporaryFile(dir=path):
                 free = shutil.disk_usage(path).free
         except OSError as error:
@@ -646,13 +750,16 @@ class RunDirectory:
     def prune(self, newest: Path, keep: int) -> None:
         """Notes that newest is safely on the disk and deletes this run's oldest periodic checkpoints beyond keep."""
         self._periodic = [path for path in self._periodic if path != newest] + [newest]
-        while len(self._periodic) > keep:
-            self._periodic.pop(0).unlink(missing_ok=True)
+        for path in self._periodic[:-keep]:
+            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+                path.unlink(missing_ok=True)
+                self._periodic.remove(path)
 
     def _is_own(self, path: Path) -> bool:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("run_id") == self.run_id
-        except Exception:  # unreadable in any way: not ours to overwrite
+            with opened_checkpoint(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("run_id") == self.run_id
+        except CheckpointError:  # unreadable in any way: not ours to overwrite
             return False
 
 
@@ -673,23 +780,22 @@ def data_files(paths: Sequence[str]) -> list[tuple[Path, int]]:
     """
     found: list[tuple[Path, int]] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if not any(
-                part.startswith(".") for part in file.relative_to(path).parts))
-        else:
+        file = path
+        try:
             files = [path]
-        for file in files or [path]:
-            try:
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*") if not any(
+                    part.startswith(".") for part in file.relative_to(path).parts))
+            for file in files or [path]:
                 status = file.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    if file == path:
-                        raise UserError(f"--data {path}: {'an empty folder' if path.is_dir() else 'not a file or folder'}")
-                    continue
-                with open(file, "rb"):
-                    if status.st_size:
-                        found.append((file, status.st_size))
-            except OSError as error:
-                raise UserError(f"--data {file}: {error.strerror}") from error
+                if stat.S_ISREG(status.st_mode):
+                    with open(file, "rb"):
+                        if status.st_size:
+                            found.append((file, status.st_size))
+                elif file == path:
+                    raise UserError(f"--data {path}: {'an empty folder' if path.is_dir() else 'not a file or folder'}")
+        except OSError as error:
+            raise UserError(f"--data {file}: {error.strerror}") from error
     return found
 
 
@@ -741,7 +847,7 @@ class ByteDataset(torch.utils.data.Dataset):
         self.batches_per_epoch = self.train_windows // self.windows_per_batch
         if not self.batches_per_epoch or not self.validation_windows:
             needed = max(self.windows_per_batch * self.context / (1 - VALIDATION_FRACTION), (self.context + 1) / VALIDATION_FRACTION)
-            raise UserError(f"--data {' '.join(config.data)}: {total} bytes are too few; a batch of {self.windows_per_batch} "
+            raise UserError(f"--data {' '.join(config.data) or '(the standard library)'}: {total} bytes are too few; a batch of {self.windows_per_batch} "
                             f"windows and the validation data need about {math.ceil(needed) + 2}")
 
     def __getitem__(self, index: int) -> Tensor:
@@ -1114,11 +1220,14 @@ class Metrics:
 
     def __init__(self, path: Path, lr_names: Sequence[str], step: int) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        columns = ["step", "epoch", "loss", "val_loss", *(f"lr_{name}" for name in lr_names), "tokens_per_second", "seconds"]
+        header = (",".join(columns) + "\n").encode()
         with open(path, "rb") as file:
             rows = file.readlines()
-        kept = [row for row in rows[1:] if row.endswith(b"\n") and int(row.split(b",")[0]) <= step]
-        columns = ["step", "epoch", "loss", "val_loss", *(f"lr_{name}" for name in lr_names), "tokens_per_second", "seconds"]
-        header = rows[0] if rows and rows[0].endswith(b"\n") else (",".join(columns) + "\n").encode()
+        if rows and not header.startswith(rows[0]):
+            raise ValueError("its columns are not this run's")
+        # Rows up to a checkpoint were flushed before it; what a power cut made of later ones is cut off with them.
+        kept = itertools.takewhile(lambda row: re.fullmatch(rb"[0-9]{1,18},.*\n", row) and int(row.split(b",")[0]) <= step, rows[1:])
         self._size = 0  # bytes known to be whole rows
         self._waiting = b""
         self._append(header + b"".join(kept))
@@ -1165,6 +1274,7 @@ class Run:
         self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
         self.data_fingerprint = data.fingerprint()
         self.rng_state = get_rng_state(device)
+        self.completed = False  # before it began: a resumed run that was done
         self.exit_code = 0
         self.error: Exception | None = None
         self.saved: tuple[str, Path] | None = None  # what the summary names
@@ -1200,26 +1310,45 @@ class Run:
         }
 
     def load_state_dict(self, state: dict, path: Path) -> None:
-        """Restores everything that state_dict saved. Raises CheckpointError where it does not fit this model or data."""
-        self.homes = [path.parent.parent if path.parent.name == "emergency_exit" else path.parent,
-                      Path(state["config"]["checkpoint_dir"])]
-        if state["data_fingerprint"] != self.data_fingerprint:
-            where = " ".join(self.config.data) or "Python's standard library"
-            raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
+        """Restores everything that state_dict saved. Raises CheckpointError, and changes nothing, where it does not fit."""
         try:
+            self._check(state)
+            if state["data_fingerprint"] != self.data_fingerprint:
+                where = " ".join(self.config.data) or "Python's standard library"
+                raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
+            set_rng_state(state["rng_state"], self.device)
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
                                              "schedulers": state["scheduler_state_dicts"]})
-            set_rng_state(state["rng_state"], self.device)
-            metrics = state["metrics"]
-            self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
-            # Both become parts of paths: a checkpoint from a stranger must not choose the folder.
-            self.seconds, self.metrics_name = metrics["seconds"], Path(metrics["file"]).name
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not fit this model ({one_line(error)})") from error
-        self.run_id, self.best_loss = Path(state["run_id"]).name, state["best_loss"]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this program's model, optimizers or PyTorch ({one_line(error)})") from error
+        metrics = state["metrics"]
+        self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
+        self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
+        self.run_id, self.best_loss, self.rng_state = state["run_id"], state["best_loss"], state["rng_state"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
-        self.rng_state = state["rng_state"]
+        self.completed = state["exit_reason"] == "completed"
+        self.homes = [path.parent.parent if path.parent.name == "emergency_exit" else path.parent,
+                      Path(state["config"]["checkpoint_dir"])]
+
+    def _check(self, state: dict) -> None:
+        """Raises ValueError unless every part of state is what this run itself would have saved."""
+        template = self.state_dict("")
+        template["metrics"]["file"] = ""
+        template["config"] = state["config"]  # read_checkpoint has seen to it
+        template["rng_state"] = {kind: tensor for kind, tensor in self.rng_state.items() if kind in {"cpu"} | state["rng_state"].keys()}
+        if state.get("step") != 0:
+            for name, optimizer in self.controller.optimizers.items():
+                template["optimizer_state_dicts"][name]["state"] = state_after_a_step(optimizer)
+        for key, part in template.items():
+            check_like(state.get(key), part, key)
+        # Both become parts of paths: a checkpoint from a stranger must not choose the folder.
+        if not re.fullmatch(r"metrics(_[0-9]+)?\.csv", state["metrics"]["file"]) or not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
+            raise ValueError("its names are not of this program")
+        batches = state["epoch"] * self.data.batches_per_epoch + state["batch_in_epoch"]
+        if (not 0 <= state["batch_in_epoch"] < self.data.batches_per_epoch or batches != state["step"] or state["step"] < 0
+                or state["metrics"]["loss_count"] < 0 or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
+            raise ValueError("its counters contradict each other")
 
     def _update_begins(self, *hook_arguments) -> None:
         self._in_update = True  # until batch_done: an exception in between leaves parameters of two different steps
@@ -1227,7 +1356,7 @@ class Run:
     # ---- between batches
 
     def begin(self) -> None:
-        """Takes hold of the checkpoint directory, opens metrics.csv and does what the last stop left undone."""
+        """Takes hold of the checkpoint directory and opens metrics.csv. Raises UserError where it may not or cannot."""
         state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
         self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
         self.writer = CheckpointWriter(self._save, self.screen.say)
@@ -1240,8 +1369,6 @@ class Run:
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
-        if self.evaluation_pending:
-            self.finish_step()
 
     def _metrics_path(self) -> Path:
         """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
@@ -1347,7 +1474,7 @@ class Run:
         self._status_clock = now
         started, first_step = self._start
         seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
-        left = datetime.timedelta(seconds=round(seconds_per_step * (self.total_steps - self.step)))
+        left = datetime.timedelta(seconds=min(round(seconds_per_step * (self.total_steps - self.step)), MAX_ETA_SECONDS))
         tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
         text = (f"step {self.step}/{self.total_steps} | epoch {self.epoch} | loss {self.last_loss:.4f} | "
                 f"best {self.best_loss:.4f} | lr {self._learning_rates()[-1]:.2e} | {tokens_per_second:,.0f} tokens/s | {left} left")
@@ -1368,8 +1495,8 @@ class Run:
                 self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
                                  fall_back=reason != USER_REQUEST)
                 return True
-            except OSError as error:
-                self.screen.say(f"❌ Emergency checkpoint not saved: {error.strerror or error}. Training goes on: "
+            except SAVE_ERRORS as error:
+                self.screen.say(f"❌ Emergency checkpoint not saved: {one_line(error)}. Training goes on: "
                                 "make room, then press 'q' + Enter again.")
                 self.monitor.withdraw()
         if self.evaluation_pending:
@@ -1401,22 +1528,24 @@ class Run:
                          f"exception_{type(error).__name__}", fall_back=True)
 
     def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
-        """The last save, and the accelerator's cache. Raises OSError where it fails and fall_back is False."""
+        """The last save, and the accelerator's cache. Raises one of SAVE_ERRORS where it fails and fall_back is False."""
         self.writer.wait()
+        self.writer.retry()
         state = self.state_dict(reason)
         path = self.directory.path_for(name)
         try:
             self._save(state, path)
-        except OSError as error:
+        except SAVE_ERRORS as error:
             if not fall_back:
                 raise
-            self.screen.say(f"⚠️ {label} not saved: {error.strerror or error}. Trying the temporary directory...")
+            self.screen.say(f"⚠️ {label} not saved: {one_line(error)}. Trying the temporary directory...")
             try:
-                path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}", Path(name).name)
+                path = fallback_directory(self.directory.path) / f"{path.stem}_{self.run_id}.pt"
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 save_checkpoint(state, path)
-            except OSError as second_error:
+            except SAVE_ERRORS as second_error:
                 self.exit_code = 1
-                self.screen.say(f"❌ {label} not saved: {second_error.strerror or second_error}.")
+                self.screen.say(f"❌ {label} not saved: {one_line(second_error)}.")
                 return
         self.saved = (label, path)
         self.screen.say(f"✅ {label} saved: {path}")
@@ -1438,6 +1567,17 @@ class Run:
             more = f" --steps {2 * self.total_steps}" if label == FINAL else ""
             lines.append(f"▶️ {'Train further' if more else 'Resume'} with: {own_command()} --resume {shlex.quote(str(path))}{more}")
         return "\n".join(lines)
+
+
+def state_after_a_step(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What optimizer.state_dict()["state"] holds from the first step on, in shape and dtype; the optimizer stays as it is."""
+    probe = nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.zeros(2, 2)
+    twin = type(optimizer)([probe])
+    twin.step()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {number: {name: value if value.ndim == 0 else parameter for name, value in twin.state[probe].items()}
+            for number, parameter in enumerate(parameters)}
 
 
 def get_rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -1518,7 +1658,7 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
         if "type" in settings:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    parser.add_argument("--resume", metavar="CKPT", default=None, help="a checkpoint to go on from, or 'latest': the newest whole one")
+    parser.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path, help="a checkpoint to go on from, or 'latest': the newest whole one")
     parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
     return vars(parser.parse_args(arguments))
 
@@ -1538,16 +1678,52 @@ def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) 
     path = latest_checkpoint(directory, report) if resume == "latest" else Path(resume)
     path = Path(os.path.abspath(path))
     state = load_checkpoint(path)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {state.get('format_version')!r}, but this program reads format {FORMAT_VERSION}")
-    types = {"model_state_dict": dict, "optimizer_state_dicts": dict, "scheduler_state_dicts": dict, "mode": str, "loop": str,
-             "step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "metrics": dict, "config": dict,
-             "rng_state": dict, "data_fingerprint": str, "run_id": str}
-    for key, kind in types.items():
-        if type(state.get(key)) is not kind and not (kind is dict and isinstance(state.get(key), dict)):
+    if "format_version" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of this program")
+    if state["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {reprlib.repr(state['format_version'])}, but this program reads format {FORMAT_VERSION}")
+    check_config(state.get("config"), path)
+    for key in ("model_state_dict", "rng_state"):
+        if not isinstance(state.get(key), dict):
             raise CheckpointError(f"{path}: not a checkpoint of this program ({key!r} is {type(state.get(key)).__name__})")
-    Config.check_stored(state["config"], path)
     return path, state
+
+
+def check_config(stored: object, path: Path) -> None:
+    """Raises CheckpointError unless a checkpoint's configuration is one that the command line makes, values and types."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(stored, dict) or stored.keys() != names:
+        other = reprlib.repr(sorted(map(str, names ^ stored.keys()))) if isinstance(stored, dict) else "none"
+        raise CheckpointError(f"{path}: another program's configuration ({other})")
+    arguments, made = [], {"data": []}
+    try:
+        for name, value in stored.items():
+            flag, values = "--" + name.replace("_", "-"), value if isinstance(value, tuple) else [value]
+            if value is None or value is False or not values:
+                made.setdefault(name, getattr(Config, name))
+            elif not all(type(item) in (str, int, float, bool) and "\0" not in str(item) for item in values) or (
+                    values is value and not all(map(os.path.isabs, values))):
+                raise ValueError(f"{name}={reprlib.repr(value)}")
+            else:
+                arguments += [flag] if value is True else [flag, *values] if isinstance(value, tuple) else [f"{flag}={value}"]
+        made |= parse_options(arguments)
+        made["data"] = tuple(made["data"])
+        for name, value in stored.items():
+            if type(value) is not type(made[name]) or value != made[name]:
+                raise ValueError(f"{name}={reprlib.repr(value)}")
+    except (UserError, ValueError, TypeError) as error:  # TypeError: an argument that is no text
+        raise CheckpointError(f"{path}: not a configuration of this program ({one_line(error)})") from error
+
+
+def check_model(config: Config, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError where a configuration would build another model than the checkpoint holds, without building it."""
+    try:
+        if config.layers * config.experts > len(tensors):
+            raise ValueError("fewer tensors than its configuration asks for")
+        with torch.device("meta"):
+            check_like(tensors, ByteLM(config).state_dict(), "model_state_dict")
+    except (RuntimeError, ValueError) as error:  # RuntimeError: sizes beyond what any tensor can have
+        raise CheckpointError(f"{path} does not fit its own configuration ({one_line(error)})") from error
 
 
 def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) -> Run:
@@ -1558,6 +1734,8 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
     if resume is not None:
         resumed_from, state = read_checkpoint(resume, options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
     config = Config.from_options(options, state and state["config"])
+    if state is not None:
+        check_model(config, state["model_state_dict"], resumed_from)
     device = choose_device(config.device)
     if device.type == "cuda":  # bit for bit needs kernels that add in a fixed order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1566,7 +1744,10 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
     data = ByteDataset(config)
     total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    model = ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32).to(device)
+    try:
+        model = ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32).to(device)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"no memory for a model of this size ({one_line(error)})") from error
     controllers = {"standard": StandardTrainingController, "geometric": GeometricTrainingController}
     controller = controllers[config.mode](model, config, total_steps)
     run = Run(config, model, controller, data, total_steps, device, monitor, screen)
@@ -1587,12 +1768,14 @@ def train(options: dict[str, object]) -> int:
         for signum in _early_signals:
             monitor.hear(signum)
         run = prepare(options, monitor, screen)
-        if run.finished and not run.evaluation_pending:
+        if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
             return 0
         run.begin()
         stack.callback(run.close)
         try:
+            if run.evaluation_pending:
+                run.finish_step()
             if run.config.loop == "standard":
                 standard_training_loop(run, run.model, run.controller.optimizers["adamw"], run.controller.schedulers["adamw"],
                                        run.data, monitor)
@@ -1624,7 +1807,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return train(parse_options(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     finally:
         for signum in EXIT_SIGNALS:  # everything is saved: a signal in the interpreter's last moments changes nothing

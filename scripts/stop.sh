@@ -32,9 +32,9 @@ sys.stdout.reconfigure(errors="replace")
 try:
     lock = open(os.path.join(sys.argv[1], "run.lock"), encoding="utf-8")
     # The kernel knows who holds the lock. The pid in the file may be stale, or count in another container.
-    layout, kind, pid = ("qqihh", 3, 2) if sys.platform == "darwin" else ("hhqqi", 0, 4)  # struct flock
+    layout, kind, length, pid = ("qqihh", 3, 1, 2) if sys.platform == "darwin" else ("hhqqi", 0, 3, 4)  # struct flock
     question = [0] * 5
-    question[kind] = fcntl.F_RDLCK
+    question[kind], question[length] = fcntl.F_RDLCK, 1
     answer = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(layout, *question)))
     if answer[kind] == fcntl.F_UNLCK:
         leave(f"No run holds {sys.argv[1]}.", 2)
@@ -45,7 +45,7 @@ try:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)  # one that was stopped with Ctrl-Z has to wake up for it
     print(f"Asked pid {pid} to save and leave; waiting for it.", flush=True)
-    fcntl.lockf(lock, fcntl.LOCK_SH)  # waits until its process is gone
+    fcntl.lockf(lock, fcntl.LOCK_SH, 1)  # waits until its process is gone
 except FileNotFoundError:
     leave(f"No run holds {sys.argv[1]}.", 2)
 except OSError as error:

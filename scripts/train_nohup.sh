@@ -41,7 +41,8 @@ done
 if ! kill -0 "$pid" 2>/dev/null; then
     code=0
     wait "$pid" || code=$?
-    { new_lines; echo "The run has already ended with exit code $code."; } >&2
+    # Where another run writes to this log too, only the refusal is ours.
+    { new_lines | grep '^error: ' || new_lines; echo "This run has ended with exit code $code."; } >&2
     exit "$code"
 fi
 

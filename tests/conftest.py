@@ -37,6 +37,40 @@ def options(corpus, tmp_path) -> list[str]:
     return ["--data", str(corpus), "--checkpoint-dir", str(tmp_path / "ck"), *TINY]
 
 
+@pytest.fixture(params=["short", pytest.param("whole", marks=pytest.mark.campaign)])
+def whole(request) -> bool:
+    """A campaign's test runs twice: a short version always, the whole of it with -m campaign."""
+    return request.param == "whole"
+
+
+@pytest.fixture
+def fork():
+    """fork(*args, plan=...) is a campaign.Child that is killed and reaped after the test."""
+    from campaign import Child
+
+    children = []
+
+    def start(*args, **kwargs) -> Child:
+        children[:] = [child for child in children if child.exitcode is None]
+        children.append(Child(*args, **kwargs))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.close()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the campaigns of this run found, as the table that README shows."""
+    from campaign import TABLE
+
+    if TABLE:
+        width = max(len(what) for what, _, _ in TABLE)
+        terminalreporter.write_line(f"\n| {'campaign'.ljust(width)} | cases | failures |\n|{'-' * (width + 2)}|------:|---------:|")
+        for what, cases, failures in TABLE:
+            terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")
+
+
 @pytest.fixture
 def spawn():
     """spawn(*args) starts the real script in a pseudo-terminal; it is killed and reaped after the test."""

@@ -43,6 +43,13 @@ def mistake(tmp_path, monkeypatch):
     (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--mode geometric", "--dim"]),
     (["--no-such-option"], ["--no-such-option"]),
     (["--device", "tpu"], ["--device", "tpu"]),
+    (["--data", ""], ["--data", "empty path"]),
+    (["--checkpoint-dir", ""], ["--checkpoint-dir", "empty path"]),
+    (["--resume", ""], ["--resume", "empty path"]),
+    (["--lr", "inf"], ["--lr", "inf", "below"]),
+    (["--steps", "9" * 20], ["--steps", "below"]),
+    (["--dim", "100000000", "--heads", "1"], ["no memory"]),
+    (["--context", "100000000"], ["standard library", "too few"]),
 ])
 def test_a_bad_option_is_named(mistake, arguments, words):
     message = mistake(*arguments)

@@ -8,7 +8,7 @@ import termios
 
 import pytest
 import torch
-from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
+from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path
 
 from train_graceful import load_checkpoint
 
@@ -163,54 +163,6 @@ def test_q_typed_twice_never_reaches_the_shell(spawn, options):
     assert "not found" not in shell.before
 
 
-WAITS_FOR_THE_REQUEST = """
-import sys, train_graceful as t
-def wait(run):
-    run.screen.say("@phase")
-    while not run.monitor.exit_requested:
-        pass
-def in_evaluation(run, evaluate=t.Run.evaluate):
-    wait(run)
-    return evaluate(run)
-def in_start_up(run, begin=t.Run.begin):
-    wait(run)
-    begin(run)
-def in_save(writer, state, targets, write=t.CheckpointWriter._write):
-    writer._report("@phase")
-    while not run_of[0].monitor.exit_requested:
-        pass
-    write(writer, state, targets)
-run_of = []
-def remember(run, *args, init=t.Run.__init__):
-    init(run, *args)
-    run_of.append(run)
-t.Run.__init__ = remember
-phase = sys.argv.pop(1)
-if phase == "evaluation": t.Run.evaluate = in_evaluation
-if phase == "start-up": t.Run.begin = in_start_up
-if phase == "save": t.CheckpointWriter._write = in_save
-sys.exit(t.main())
-"""
-
-
-@pytest.mark.parametrize("phase", ["evaluation", "start-up", "save"])
-def test_q_during(spawn, options, tmp_path, phase):
-    child = spawn(command=[sys.executable, "-c", WAITS_FOR_THE_REQUEST, phase, *options, *ENDLESS,
-                           *(["--save-every", "7"] if phase == "save" else ["--eval-every", "5"])], cwd=ROOT)
-    child.expect("@phase")
-    child.sendline("q")
-    child.expect("Exit requested!")
-    output = finish(child)
-    assert child.exitstatus == 0
-    checkpoint = load_checkpoint(saved_path(output))
-    if phase == "evaluation":
-        assert checkpoint["step"] == 5 and checkpoint["best_loss"] == float("inf")
-    if phase == "start-up":
-        assert checkpoint["step"] == 0
-    if phase == "save":
-        assert load_checkpoint(tmp_path / "ck" / "step_7.pt")["step"] == 7
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_while_torch_is_imported_is_honoured(options, name, tmp_path):
     process = subprocess.Popen([sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS], stdin=subprocess.DEVNULL,
@@ -243,73 +195,6 @@ def test_a_sigterm_to_the_whole_group_counts_once_and_leaves_no_worker(spawn, op
     assert child.exitstatus == 143
     assert output.count("Saving emergency checkpoint") == 1 and "Traceback" not in output
     assert processes_in_session(child.pid) == []
-
-
-NAN_AT_STEP_3 = """
-import sys, torch, train_graceful as t
-def poisoned(model, batch, *args, forward_backward=t.forward_backward, calls=[]):
-    calls.append(0)
-    loss = forward_backward(model, batch, *args)
-    if len(calls) == 4:
-        model.head.weight.grad.fill_(float("nan"))
-    return loss
-t.forward_backward = poisoned
-sys.exit(t.main())
-"""
-
-
-def test_an_exception_saves_the_last_complete_batch_and_exits_1(spawn, options, tmp_path):
-    reference = run(*options[:2], "--checkpoint-dir", tmp_path / "reference", *options[4:], "--steps", "3")
-    child = spawn(command=[sys.executable, "-c", NAN_AT_STEP_3, *options, "--steps", "3000"], cwd=ROOT)
-    output = finish(child)
-    assert child.exitstatus == 1
-    assert "Traceback" in output and "FloatingPointError" in output
-    checkpoint = load_checkpoint(saved_path(output))
-    assert checkpoint["step"] == 3 and checkpoint["exit_reason"] == "exception_FloatingPointError"
-    assert checkpoint["rng_state"]["cpu"].equal(load_checkpoint(saved_path(reference.stdout))["rng_state"]["cpu"])
-    assert all(tensor.isfinite().all() for tensor in checkpoint["model_state_dict"].values())
-
-
-FAILS_IN_THE_SECOND_OPTIMIZER = """
-import sys, torch, train_graceful as t
-def step(optimizer, *args, **kwargs):
-    if optimizer.state and len(list(t.Path(sys.argv[4]).glob("step_2.pt"))):
-        raise MemoryError("half way")
-    return original(optimizer, *args, **kwargs)
-original, torch.optim.Muon.step = torch.optim.Muon.step, step
-sys.exit(t.main())
-"""
-
-
-def test_an_exception_inside_an_optimizer_step_saves_nothing_half_updated(spawn, options, tmp_path):
-    child = spawn(command=[sys.executable, "-c", FAILS_IN_THE_SECOND_OPTIMIZER, *options, *ENDLESS, "--mode", "geometric",
-                           "--save-every", "2"], cwd=ROOT)
-    output = finish(child)
-    assert child.exitstatus == 1
-    assert "MemoryError: half way" in output
-    assert f"Newest whole checkpoint: {tmp_path}/ck/step_" in output
-    assert not (tmp_path / "ck" / "emergency_exit").exists()
-
-
-@pytest.mark.parametrize("fallback_works", [True, False])
-def test_a_failed_save_after_a_signal_uses_the_temporary_directory(spawn, options, tmp_path, fallback_works):
-    (tmp_path / "ck").mkdir()
-    (tmp_path / "ck" / "emergency_exit").write_text("in the way")
-    fallback = tmp_path / "tmp"
-    fallback.mkdir()
-    child = spawn(*options, *ENDLESS[:2], "--save-every", "5", env={**os.environ, "TMPDIR": str(fallback)})
-    wait_until(lambda: list((tmp_path / "ck").glob("step_*.pt")))
-    if not fallback_works:
-        run_id = load_checkpoint(next((tmp_path / "ck").glob("step_*.pt")))["run_id"]
-        (fallback / f"train_graceful_{run_id}").write_text("in the way too")
-    child.kill(signal.SIGTERM)
-    output = finish(child)
-    assert child.exitstatus == (143 if fallback_works else 1)
-    if fallback_works:
-        assert fallback in saved_path(output).parents
-        load_checkpoint(saved_path(output))
-    else:
-        assert "❌ Emergency checkpoint not saved" in output and "checkpoint saved:" not in output
 
 
 def test_requests_do_not_pile_up_and_the_first_one_counts(spawn, options):

@@ -184,6 +184,32 @@ def test_a_longer_run_goes_on_from_final_and_a_finished_one_says_so(uninterrupte
     assert longer.step == 18 and t.load_checkpoint(tmp_path / "final.pt")["step"] == 18
 
 
+def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, tmp_path):
+    options, _ = uninterrupted("standard", 1)
+    train(tmp_path, *options, stop=("batch", 9))
+    before = sorted(tmp_path.rglob("*"))
+    again = run("--resume", "latest", "--checkpoint-dir", tmp_path, "--steps", "7")
+    assert again.returncode == 0 and "Nothing left to do: step 9 of 7" in again.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_killed_in_its_final_save_is_completed_by_resuming(uninterrupted, tmp_path):
+    options, reference = uninterrupted("standard", 1)
+    train(tmp_path, *options, "--save-every", 7)
+    (tmp_path / "final.pt").unlink()
+    train(tmp_path, "--resume", tmp_path / "step_14.pt")
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_fresh_start_that_was_stopped_at_once_does_not_hide_a_trained_run(uninterrupted, tmp_path):
+    options, _ = uninterrupted("standard", 1)
+    first = train(tmp_path, *options, stop=("batch", 0))
+    assert t.latest_checkpoint(tmp_path) == first.saved[1]  # the only one there is
+    trained = train(tmp_path, *options, stop=("batch", 5))
+    stopped = train(tmp_path, *options, stop=("batch", 0))
+    assert stopped.step == 0 and t.latest_checkpoint(tmp_path) == trained.saved[1]
+
+
 def test_epochs_end_the_run_and_the_schedule(uninterrupted, tmp_path):
     options, _ = uninterrupted("standard", 1)
     done = train(tmp_path, *options, "--epochs", 2)

@@ -1,0 +1,180 @@
+"""What the fault campaigns share: the script in forks of this process, stopped at chosen moments, and a count of cases."""
+
+import atexit
+import ctypes
+import functools
+import gc
+import os
+import pty
+import select
+import signal
+import sys
+import tempfile
+import termios
+import threading
+import traceback
+import types
+from collections.abc import Callable, Sequence
+
+import pexpect
+import torch
+from conftest import SCRIPT
+from pexpect.fdpexpect import fdspawn
+
+TABLE: list[tuple[str, int, int]] = []  # campaign, cases, failures: conftest prints it at the end
+
+
+class Campaign:
+    """Counts cases and collects failures, so that one bad case does not hide the next; as a context manager it reports."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.cases, self.failures = what, 0, []
+
+    def __enter__(self):
+        return self
+
+    def case(self, name: object, body: Callable, *args) -> None:
+        self.cases += 1
+        try:
+            body(*args)
+        except Exception:
+            self.failures.append(f"{name}: {traceback.format_exc()}")
+
+    def __exit__(self, kind, *rest) -> None:
+        if kind is None:
+            TABLE.append((self.what, self.cases, len(self.failures)))
+            assert self.cases and not self.failures, "\n".join(self.failures[:5])
+
+
+@functools.cache
+def warm() -> types.CodeType:
+    """Imports what torch only imports for its first optimizer, so that no fork has to; the script, compiled once."""
+    torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
+    return compile(SCRIPT.read_bytes(), str(SCRIPT), "exec")
+
+
+class Moment:
+    """The nth time that a function is called, or returns, in any thread of the child; `where` looks at its frame.
+
+    Without a name, it is the nth call of any function in the main thread.
+
+    Moments are found with sys.setprofile, so the program under test stays as it is.
+    """
+
+    def __init__(self, function: str, nth: int = 1, file: str = SCRIPT.name, event: str = "call", where=lambda frame: True) -> None:
+        self.function, self.left, self.file, self.event, self.where = function, nth, file, event, where
+
+    def has_come(self, frame: types.FrameType, event: str) -> bool:
+        code = frame.f_code
+        if self.function:
+            match = event == self.event and code.co_name == self.function and code.co_filename.endswith(self.file) and self.where(frame)
+        else:
+            match = event == "call" and threading.current_thread() is threading.main_thread()
+        self.left -= match
+        return match and self.left == 0
+
+
+def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
+    """Does what is planned for each moment, one after the other; an exception that it raises is raised there."""
+    def profile(frame, event, arg) -> None:
+        if plan and plan[0][0].has_come(frame, event):
+            plan.pop(0)[1](frame)
+
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+
+
+def ask_to_leave(frame: types.FrameType) -> None:
+    """For a method of Run: SIGTERM, and the monitor has heard it before the method goes on."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not frame.f_locals["self"].monitor.exit_requested:
+        pass
+
+
+class Child:
+    """The real script, run as __main__ by a fork of this process, in a session and on a terminal of its own.
+
+    It is a process like any other: only the seconds that importing torch takes are saved. `plan` says at which moments
+    it does what; None is to wait for go().
+    """
+
+    def __init__(self, *args: object, plan: Sequence[tuple[Moment, Callable[[types.FrameType], None] | None]] = (), **environment: str) -> None:
+        code = warm()
+        self._paused, notify = os.pipe()
+        wait, self._go = os.pipe()
+        self.exitcode: int | None = None
+        self.peak = 0
+        self.pid, terminal = pty.fork()
+        if self.pid == 0:
+            try:
+                def pause(frame) -> None:
+                    os.write(notify, b"%d\n" % threading.get_native_id())
+                    os.read(wait, 1)
+
+                self._become([str(SCRIPT), *map(str, args)], code, {notify, wait}, environment)
+                if plan:
+                    watch([(moment, act or pause) for moment, act in plan])
+                exec(code, sys.modules["__main__"].__dict__)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(99)
+        os.close(notify)
+        os.close(wait)
+        self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
+
+    @staticmethod
+    def _become(argv: list[str], code: types.CodeType, kept: set[int], environment: dict[str, str]) -> None:
+        """Leaves nothing of the test process that the script could notice."""
+        gc.freeze()  # no finalizer of a test's object may run here
+        atexit._clear()
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in kept:
+                try:
+                    os.close(fd)
+                except OSError:  # the listing's own
+                    pass
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
+        os.environ.update(environment)
+        tempfile.tempdir = None  # read from the environment again
+        sys.argv = argv
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        main.__file__ = argv[0]
+
+    def paused(self) -> int:
+        """Waits until the child has reached its moment; the id of the thread that did."""
+        assert select.select([self._paused], [], [], 60)[0], "the moment did not come"
+        return int(os.read(self._paused, 20))
+
+    def go(self) -> None:
+        os.write(self._go, b"!")
+
+    def kill(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def finish(self, settings: list | None = None) -> str:
+        """Waits for the end; what was printed since the last match. Exit code (minus the signal): exitcode; peak memory, KiB: peak."""
+        self.terminal.expect(pexpect.EOF)
+        assert settings is None or termios.tcgetattr(self.terminal.fileno()) == settings
+        self.wait()
+        self.close()
+        return self.terminal.before
+
+    def wait(self) -> None:
+        """For the end of a child whose terminal is gone."""
+        _, status, usage = os.wait4(self.pid, 0)
+        self.exitcode, self.peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss
+
+    def ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def close(self) -> None:
+        if self.exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.exitcode = -9
+        if self._go is not None:
+            os.close(self._go)
+            os.close(self._paused)
+            self._go = None
+            self.terminal.close()
