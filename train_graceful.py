@@ -543,28 +543,18 @@ def is_plain(module: str, name: str) -> bool:
         name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
 
 
-def verify_checkpoint(path: Path | str) -> None:
-    """Reads the whole file and compares every record with its checksum; torch.load alone misses a flipped bit.
-
-    Raises CheckpointError, naming the record, for anything but an undamaged file that save_checkpoint could have written.
-    """
-    with opened_checkpoint(path) as archive:
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged checkpoint (record {damaged})")
-
-
 def load_checkpoint(path: Path | str) -> dict:
-    """The verified content of a file that save_checkpoint wrote, tensors on the CPU; no code in it is ever run.
+    """The content of a file that save_checkpoint wrote, tensors on the CPU; no code in it is ever run.
 
-    Raises CheckpointError where the file cannot be read, is damaged or holds anything but tensors and plain values.
+    Every record's checksum is compared with what has arrived in memory: torch.load alone misses a flipped bit, and
+    another reader of the file may see another one. Raises CheckpointError, naming the record, where the file cannot be
+    read, is damaged or holds anything but tensors and plain values.
     """
     with opened_checkpoint(path) as archive:
         sums = {record.filename.partition("/")[2]: record.CRC for record in archive.infolist()}
         names = (f"data/{number}" for number in itertools.count())  # torch.save numbers the storages as it meets them
 
         def checked(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-            """Compares what has arrived in memory, not what another reader may have found in the file."""
             name = next(names)
             if zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) != sums.get(name):
                 raise CheckpointError(f"{path}: damaged checkpoint (record {name})")
@@ -577,6 +567,11 @@ def load_checkpoint(path: Path | str) -> dict:
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
         return state
+
+
+def verify_checkpoint(path: Path | str) -> None:
+    """Raises CheckpointError where load_checkpoint would."""
+    load_checkpoint(path)
 
 
 def check_like(value: object, template: object, where: str) -> None:
