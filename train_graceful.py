@@ -602,7 +602,8 @@ def fallback_directory(directory: Path | str) -> Path:
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
     """The checkpoint in directory (emergency ones included) that was written last and passes verify_checkpoint.
 
-    One of step 0 is only taken where there is no other. Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
+    One of step 0 is only taken where there is no other. Damaged ones that are newer are named through report and
+    skipped. Raises CheckpointError where none is left.
     """
     directory, fallback = Path(directory), fallback_directory(directory)
     candidates = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
@@ -642,7 +643,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
         self._copy: dict | None = None
-        self._unsaved: dict[str, Path] = {}  # of what is in the copy, and worth another try
+        self._unsaved_best: tuple[dict, Path] | None = None
 
     def submit(self, state: dict, targets: dict[str, Path]) -> None:
         """Saves state as it is now to every target {exit_reason: path}; a failure is reported and never ends the run."""
@@ -652,7 +653,8 @@ class CheckpointWriter:
             self._copy = host_copy(state, self._copy)
         except SAVE_ERRORS as error:
             self._copy = None  # whatever was there already is not worth its memory now
-            self._failed(targets, error)
+            for path in targets.values():
+                self._failed(path, error)
             return
         self._pending = self._thread.submit(self._write, self._copy, targets)
 
@@ -660,24 +662,26 @@ class CheckpointWriter:
         for reason, path in targets.items():
             try:
                 self._save({**state, "exit_reason": reason}, path)
+                if reason == "best":
+                    self._unsaved_best = None
                 if reason == USER_SAVE:
                     self._report(f"✅ Checkpoint saved: {path}")
             except SAVE_ERRORS as error:
-                self._failed({reason: path}, error)
-                if reason == "best":  # the next one may be worse
-                    self._unsaved[reason] = path
+                self._failed(path, error)
+                if reason == "best":  # the next one may be worse: this copy is kept, and the next save makes another
+                    self._unsaved_best, self._copy = ({**state, "exit_reason": reason}, path), None
+
+    def _failed(self, path: Path, error: Exception) -> None:
+        self._report(f"⚠️ {path.name} not saved: {one_line(error)}. Training goes on.")
 
     def retry(self) -> None:
-        """Tries once more to save the best weights where that failed, before something else takes the copy's place."""
-        targets, self._unsaved = self._unsaved, {}
-        if targets:
-            self._write(self._copy, targets)
-            if not self._unsaved:
-                self._report(f"✅ best.pt saved after all: {targets['best']}")
-
-    def _failed(self, targets: dict[str, Path], error: Exception) -> None:
-        for path in targets.values():
-            self._report(f"⚠️ {path.name} not saved: {one_line(error)}. Training goes on.")
+        """Tries again to save the best weights where that has failed."""
+        if self._unsaved_best is not None:
+            state, path = self._unsaved_best
+            with contextlib.suppress(*SAVE_ERRORS):  # reported when it failed first; the next save tries again
+                self._save(state, path)
+                self._unsaved_best = None
+                self._report(f"✅ Saved after all: {path}")
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -842,8 +846,8 @@ class ByteDataset(torch.utils.data.Dataset):
         self.batches_per_epoch = self.train_windows // self.windows_per_batch
         if not self.batches_per_epoch or not self.validation_windows:
             needed = max(self.windows_per_batch * self.context / (1 - VALIDATION_FRACTION), (self.context + 1) / VALIDATION_FRACTION)
-            raise UserError(f"--data {' '.join(config.data) or '(the standard library)'}: {total} bytes are too few; a batch of {self.windows_per_batch} "
-                            f"windows and the validation data need about {math.ceil(needed) + 2}")
+            raise UserError(f"--data {' '.join(config.data) or '(the standard library)'}: {total} bytes are too few; "
+                            f"a batch of {self.windows_per_batch} windows and the validation data need about {math.ceil(needed) + 2}")
 
     def __getitem__(self, index: int) -> Tensor:
         epoch, number = divmod(index, self.batches_per_epoch)
@@ -1222,7 +1226,8 @@ class Metrics:
         if rows and not header.startswith(rows[0]):
             raise ValueError("its columns are not this run's")
         # Rows up to a checkpoint were flushed before it; what a power cut made of later ones is cut off with them.
-        kept = itertools.takewhile(lambda row: re.fullmatch(rb"[0-9]{1,18},.*\n", row) and int(row.split(b",")[0]) <= step, rows[1:])
+        kept = itertools.takewhile(
+            lambda row: re.fullmatch(rb"[0-9]{1,18},.*\n", row) and int(row.split(b",")[0]) <= step, rows[1:])
         self._size = 0  # bytes known to be whole rows
         self._waiting = b""
         self._append(header + b"".join(kept))
@@ -1307,16 +1312,17 @@ class Run:
     def load_state_dict(self, state: dict, path: Path) -> None:
         """Restores everything that state_dict saved. Raises CheckpointError, and changes nothing, where it does not fit."""
         try:
-            self._check(state)
+            check_like(state.get("data_fingerprint"), self.data_fingerprint, "data_fingerprint")
             if state["data_fingerprint"] != self.data_fingerprint:
                 where = " ".join(self.config.data) or "Python's standard library"
                 raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
+            self._check(state)
             set_rng_state(state["rng_state"], self.device)
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
                                              "schedulers": state["scheduler_state_dicts"]})
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this program's model, optimizers or PyTorch ({one_line(error)})") from error
+            raise CheckpointError(f"{path} does not fit this model, its optimizers or this PyTorch ({one_line(error)})") from error
         metrics = state["metrics"]
         self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
         self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
@@ -1355,10 +1361,11 @@ class Run:
         state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
         self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
         self.writer = CheckpointWriter(self._save, self.screen.say)
-        path = self._metrics_path()
         try:
+            path = self._metrics_path()
             self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
         except (OSError, ValueError) as error:
+            path = self.directory.path / (self.metrics_name or "metrics.csv")
             raise UserError(f"{path}: cannot go on with these metrics ({one_line(error)})") from error
         self.metrics_name = path.name
         self._clock = self._row_clock = self._status_clock = time.monotonic()
@@ -1653,7 +1660,8 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
         if "type" in settings:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    parser.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path, help="a checkpoint to go on from, or 'latest': the newest whole one")
+    parser.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path,
+                        help="a checkpoint to go on from, or 'latest': the newest whole one")
     parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
     return vars(parser.parse_args(arguments))
 

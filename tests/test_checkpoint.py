@@ -257,16 +257,39 @@ def test_best_weights_that_could_not_be_saved_are_saved_once_there_is_room(tmp_p
             raise OSError(28, "No space left on device")
         t.save_checkpoint(state, path)
 
+    weights = torch.ones(2)
     writer = t.CheckpointWriter(save, said.append)
-    writer.submit({"a": torch.ones(2)}, {"best": tmp_path / "best.pt", "periodic": tmp_path / "step_1.pt"})
+    writer.submit({"a": weights}, {"best": tmp_path / "best.pt", "periodic": tmp_path / "step_1.pt"})
+    for step in (2, 3):
+        weights += 1
+        writer.submit({"a": weights}, {"periodic": tmp_path / f"step_{step}.pt"})
     writer.wait()
-    assert said == [f"⚠️ {name} not saved: No space left on device. Training goes on." for name in ("best.pt", "step_1.pt")]
+    assert said == [f"⚠️ {name}.pt not saved: No space left on device. Training goes on." for name in ("best", "step_1", "step_2", "step_3")]
     room = True
-    writer.submit({"a": torch.zeros(2)}, {"periodic": tmp_path / "step_2.pt"})
+    writer.submit({"a": weights}, {"periodic": tmp_path / "step_4.pt"})
+    writer.wait()
+    assert said[4:] == [f"✅ Saved after all: {tmp_path}/best.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_4.pt"]
+    best = t.load_checkpoint(tmp_path / "best.pt")
+    assert best["a"].tolist() == [1, 1] and best["exit_reason"] == "best"
+    assert t.load_checkpoint(tmp_path / "step_4.pt")["a"].tolist() == [3, 3]
+    writer.close()
+
+
+def test_a_better_best_replaces_one_that_could_not_be_saved(tmp_path):
+    refusals = [OSError(28, "No space left on device")] * 2
+
+    def save(state, path):
+        if refusals:
+            raise refusals.pop()
+        t.save_checkpoint(state, path)
+
+    writer = t.CheckpointWriter(save, str)
+    for value in (1, 2, 3):
+        writer.submit({"a": value}, {"best": tmp_path / "best.pt"} if value < 3 else {"periodic": tmp_path / "step_3.pt"})
     writer.wait()
     writer.close()
-    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_2.pt"]
-    assert t.load_checkpoint(tmp_path / "best.pt") == {"a": pytest.approx(torch.ones(2)), "exit_reason": "best"}
+    assert t.load_checkpoint(tmp_path / "best.pt")["a"] == 2
 
 
 def test_a_copy_that_does_not_fit_into_memory_never_ends_the_run(tmp_path, monkeypatch):

@@ -184,6 +184,14 @@ def test_a_longer_run_goes_on_from_final_and_a_finished_one_says_so(uninterrupte
     assert longer.step == 18 and t.load_checkpoint(tmp_path / "final.pt")["step"] == 18
 
 
+def test_other_data_is_named_as_such(uninterrupted, tmp_path):
+    options, _ = uninterrupted("standard", 1)
+    stopped = train(tmp_path, *options, stop=("batch", 7))
+    longer = corpus_of(tmp_path / "longer.txt", windows=40)
+    with pytest.raises(t.CheckpointError, match="longer.txt is not the data that the run of"):
+        train(tmp_path, "--resume", stopped.saved[1], "--data", longer)
+
+
 def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, tmp_path):
     options, _ = uninterrupted("standard", 1)
     train(tmp_path, *options, stop=("batch", 9))
