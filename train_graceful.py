@@ -1683,7 +1683,7 @@ def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) 
     state = load_checkpoint(path)
     if "format_version" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this program")
-    if state["format_version"] != FORMAT_VERSION:
+    if type(state["format_version"]) is not int or state["format_version"] != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {reprlib.repr(state['format_version'])}, but this program reads format {FORMAT_VERSION}")
     check_config(state.get("config"), path)
     for key in ("model_state_dict", "rng_state"):
@@ -1714,6 +1714,8 @@ def check_config(stored: object, path: Path) -> None:
         for name, value in stored.items():
             if type(value) is not type(made[name]) or value != made[name]:
                 raise ValueError(f"{name}={reprlib.repr(value)}")
+        if dataclasses.asdict(Config.from_options({}, stored)) != stored:
+            raise ValueError("its parts do not go together")
     except (UserError, ValueError, TypeError) as error:  # TypeError: an argument that is no text
         raise CheckpointError(f"{path}: not a configuration of this program ({one_line(error)})") from error
 

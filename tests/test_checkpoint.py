@@ -96,6 +96,7 @@ def altered(finished, path, change):
 
 @pytest.mark.parametrize("change, word", [
     (lambda s: s.update(format_version=2), "format 2"),
+    (lambda s: s.update(format_version=torch.ones(3)), "format tensor"),
     (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
     (lambda s: s.update(step="12"), "step"),
     (lambda s: s.pop("rng_state"), "rng_state"),

@@ -282,7 +282,7 @@ def absurd_files(source: Path, state: dict, bomb: int):
             yield f"{keys[-1]} expanded to {shape} of {dtype}", saved(replaced(state, keys, torch.zeros(1, dtype=dtype).expand(shape)))
     for config in [{"layers": 10**9}, {"dim": 10**9, "heads": 1}, {"experts": 32, "dim": 8}, {"context": 10**9}, {"layers": 2**70}, {"workers": 10**6},
                    {"batch_size": 10**15}, {"grad_accum": 10**15}, {"steps": 0}, {"steps": -5}, {"dropout": 2.0}, {"lr": math.nan}, {"lr": math.inf},
-                   {"seed": -1}, {"data": ("/no\0where",)}, {"data": (1, 2)}, {"data": ("x", "--help")}, {"data": "text"}, {"checkpoint_dir": "a\0b"}, {"mode": "evil"}, {"loop": "evil"},
+                   {"seed": -1}, {"data": ("/no\0where",)}, {"data": (1, 2)}, {"data": ("x", "--help")}, {"data": "text"}, {"checkpoint_dir": "a\0b"}, {"mode": "evil"}, {"loop": "evil"}, {"loop": None},
                    {"device": "meta"}, {"dtype": "float8"}, {"heads": 3}, {"keep": 0}, {"log_every": 0}, {"save_every": 0}, {"eval_every": 0}, {"new": 1}]:
         yield f"config {config}", saved({**state, "config": {**state["config"], **config}})
 
