@@ -213,8 +213,11 @@ def worker_killed(fork, options, reference, directory) -> None:
     os.kill(worker, signal.SIGKILL)
     child.go()
     output = child.finish()
-    assert child.exitcode == 1 and "DataLoader worker" in output
-    assert t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])["exit_reason"] == "exception_RuntimeError"
+    # PyTorch says "DataLoader worker ... is killed", or that the connection over which it sent a batch has gone.
+    assert child.exitcode == 1 and "Traceback (most recent call last)" in output and "dataloader.py" in output, output
+    saved = t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])
+    assert saved["exit_reason"] in ("exception_RuntimeError", "exception_ConnectionResetError", "exception_FileNotFoundError",
+                                    "exception_ConnectionRefusedError", "exception_EOFError")
     assert processes_in_session(child.pid) == []
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     child.finish()
@@ -229,7 +232,7 @@ def test_crashes(fork, short_run, tmp_path, whole):
             for what in crashes(mode):
                 campaign.case(f"{mode}: {what}", crashed_and_resumed, fork, options, reference, tmp_path / mode / what.replace(" ", "-"),
                               *crashes(mode)[what])
-            halves = [Moment("step", 5, file="adam.py"), Moment("step", (3 if mode == "geometric" else 1) * 6 - 1, file="lr_scheduler.py")]
+            halves = [Moment("step", 5, file="adam.py"), Moment("step", (3 if mode == "geometric" else 1) * 5 + 1, file="lr_scheduler.py")]
             if mode == "geometric":
                 halves += [Moment("step", 5, file="_muon.py"), Moment("step", 10, file="adam.py")]
                 halves[0] = Moment("step", 9, file="adam.py")
