@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ENDLESS, ROOT, SCRIPT, refused, run, saved_path
+from conftest import ROOT, refused, run, saved_path
 
 import train_graceful as t
 
@@ -150,24 +149,6 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     assert_refused(refused("--resume", tmp_path / "missing.pt"), "missing.pt: No such file")
     (tmp_path / "none").mkdir()
     assert_refused(refused("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint")
-
-
-def test_a_second_run_on_the_directory_is_refused_with_the_first_ones_pid(options, tmp_path):
-    first = subprocess.Popen([sys.executable, str(SCRIPT), *options, *ENDLESS], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    try:
-        for line in first.stdout:
-            if line.startswith(b"step"):
-                break
-        second = run(*options, "--steps", "5")
-        assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
-        assert_refused(second.stderr, f"pid {first.pid}")
-        first.send_signal(signal.SIGTERM)
-        first.stdout.read()
-        assert first.wait(timeout=60) == 143
-    finally:
-        first.kill()
-        first.wait()
-    assert run(*options, "--steps", "5").returncode == 0
 
 
 def test_another_runs_files_are_never_overwritten(options, tmp_path):

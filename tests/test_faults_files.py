@@ -369,6 +369,7 @@ def refused_or_of_its_type(fork, path: Path, data: bytes, same_type: bool) -> No
         assert_refused(code, output)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # that is the trick
 def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
     source = checkpoints["standard"]
     state, path, marker = t.load_checkpoint(source), tmp_path / "hostile.pt", tmp_path / "executed"

@@ -156,7 +156,7 @@ def test_endless_input_does_not_hold_up_training(options):
 
 
 def test_no_keyboard_leaves_typed_lines_to_others(spawn, options):
-    child = spawn(*options, "--steps", "600", "--no-keyboard")
+    child = spawn(*options, "--steps", "200", "--no-keyboard")
     child.expect("step [0-9]+/")
     child.sendline("q")
     output = finish(child)
