@@ -38,6 +38,7 @@ import hashlib
 import itertools
 import math
 import multiprocessing
+import multiprocessing.util
 import pickletools
 import re
 import reprlib
@@ -864,6 +865,8 @@ class ByteDataset(torch.utils.data.Dataset):
             worker_init_fn=ignore_exit_signals, pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: the default one is the dropout's, and resuming must not disturb it
         )
+        if self.workers:
+            multiprocessing.util.get_temp_dir()  # made here, it is the workers' too, and removed however they end
         with exit_signals_blocked():
             on_child = signal.getsignal(signal.SIGCHLD)
             batches = iter(loader)
@@ -1348,7 +1351,7 @@ class Run:
             raise ValueError("its names are not of this program")
         batches = state["epoch"] * self.data.batches_per_epoch + state["batch_in_epoch"]
         if (not 0 <= state["batch_in_epoch"] < self.data.batches_per_epoch or batches != state["step"] or state["step"] < 0
-                or state["metrics"]["loss_count"] < 0 or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
+                or state["metrics"]["loss_count"] < 0 or not state["best_loss"] >= 0 or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
             raise ValueError("its counters contradict each other")
 
     def _update_begins(self, *hook_arguments) -> None:

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import functools
 import gc
+import multiprocessing.util
 import os
 import pty
 import select
@@ -127,6 +128,7 @@ class Child:
         """Leaves nothing of the test process that the script could notice."""
         gc.freeze()  # no finalizer of a test's object may run here
         atexit._clear()
+        atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it has been imported already
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd > 2 and fd not in kept:
                 try:

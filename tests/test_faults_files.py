@@ -286,6 +286,9 @@ def absurd_files(source: Path, state: dict, bomb: int):
                    {"device": "meta"}, {"dtype": "float8"}, {"heads": 3}, {"keep": 0}, {"log_every": 0}, {"save_every": 0}, {"eval_every": 0}, {"new": 1}]:
         yield f"config {config}", saved({**state, "config": {**state["config"], **config}})
 
+    for loss in (math.nan, -math.inf, -1.0):
+        yield f"a best loss of {loss}", saved({**state, "best_loss": loss})
+
     def zipped(change, compression=zipfile.ZIP_STORED) -> bytes:
         stream = io.BytesIO()
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(stream, "w", compression) as new:

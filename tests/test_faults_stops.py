@@ -207,7 +207,9 @@ def crashed_between_the_halves(fork, options, reference, directory, moment: Mome
 
 def worker_killed(fork, options, reference, directory) -> None:
     """As the kernel does it where memory is short."""
-    child = fork(*options, "--checkpoint-dir", directory, "--workers", 1, plan=[(Moment("forward_backward", 2), None)])
+    temporary = directory.with_name(directory.name + "-temporary")
+    temporary.mkdir(parents=True)
+    child = fork(*options, "--checkpoint-dir", directory, "--workers", 1, plan=[(Moment("forward_backward", 2), None)], TMPDIR=str(temporary))
     child.paused()
     worker = int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text())
     os.kill(worker, signal.SIGKILL)
@@ -218,7 +220,7 @@ def worker_killed(fork, options, reference, directory) -> None:
     saved = t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])
     assert saved["exit_reason"] in ("exception_RuntimeError", "exception_ConnectionResetError", "exception_FileNotFoundError",
                                     "exception_ConnectionRefusedError", "exception_EOFError")
-    assert processes_in_session(child.pid) == []
+    assert processes_in_session(child.pid) == [] and not list(temporary.iterdir())
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     child.finish()
     assert child.exitcode == 0
