@@ -96,6 +96,7 @@ MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
 MUON_LR_FACTOR = 5.0  # Muon's learning rate relative to --lr, which is AdamW's
 
+SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own
 
 class UserError(Exception):
     """A mistake the user can mend: main() prints it as one line on stderr and exits with code 2."""
@@ -915,6 +916,9 @@ def exit_signals_blocked() -> Iterator[None]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
     try:
+        if self.workers and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
+            raise UserError(f"--workers {self.workers}: the path of the temporary directory {tempfile.gettempdir()} is too long for "
+                            f"the sockets of PyTorch's workers; set TMPDIR to one of at most {SOCKET_FOLDER_BYTES} bytes")
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -6,9 +6,9 @@ import pytest
 import train_graceful as t
 
 
-def dataset(*paths, context=8, batch_size=4, grad_accum=1, seed=0):
+def dataset(*paths, context=8, batch_size=4, grad_accum=1, seed=0, workers=0):
     return t.ByteDataset(t.Config.from_options({"data": [str(path) for path in paths], "context": context, "batch_size": batch_size,
-                                                "grad_accum": grad_accum, "seed": seed}))
+                                                "grad_accum": grad_accum, "seed": seed, "workers": workers}))
 
 
 @pytest.fixture
@@ -75,7 +75,6 @@ def test_the_fingerprint_knows_content_and_not_place(folder, tmp_path):
     path.joinpath("sub").rename(moved)
     assert dataset(path).fingerprint() == fingerprint
     (moved / "d").write_bytes(text[705:-1] + b"!")
-    t.mapped_file.cache_clear()
     assert dataset(path).fingerprint() != fingerprint
 
 
@@ -86,7 +85,6 @@ def test_a_large_corpus_is_fingerprinted_by_samples(folder, monkeypatch):
     fingerprint = dataset(path).fingerprint()
     assert dataset(path).fingerprint() == fingerprint
     (path / "a.txt").write_bytes(b"!" + text[1:701])
-    t.mapped_file.cache_clear()
     assert dataset(path).fingerprint() != fingerprint
 
 
@@ -104,3 +102,14 @@ def test_files_are_mapped_and_hold_no_descriptors(tmp_path):
     data = dataset(tmp_path)
     list(data.batches(0, 0))
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_workers_whose_sockets_would_have_too_long_a_path_are_refused(folder, monkeypatch):
+    """They would be waited for for ever."""
+    monkeypatch.setattr(t.tempfile, "tempdir", "/" + "a" * t.SOCKET_FOLDER_BYTES)
+    dataset(folder[0])
+    with pytest.raises(t.UserError, match="set TMPDIR"):
+        dataset(folder[0], workers=1)
+    monkeypatch.setattr(t.tempfile, "tempdir", "/" + "a" * (t.SOCKET_FOLDER_BYTES - 1))
+    assert len(t.tempfile.gettempdir() + "/pymp-12345678/listener-12345678") == 103
+    dataset(folder[0], workers=1)
