@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import bisect
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -36,6 +37,7 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import mmap
 import math
 import multiprocessing
 import multiprocessing.util
@@ -61,6 +63,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,10 +83,12 @@ OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that w
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST, USER_SAVE = "user_requested_graceful_exit", "user_requested_save"
+HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
 LINE_BYTES = 4096  # a typed line longer than this is no command
+SMALL_BYTES = 2**20  # less than this is gathered before it is written
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
@@ -476,9 +481,9 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
+        with open(temporary, "wb", buffering=0) as file:
+            with OverlappedWriter(file, state) as writer:
+                torch.save(state, writer)
             flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -497,6 +502,63 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
 
 def flush_to_disk(fd: int) -> None:
     """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
+class OverlappedWriter:
+    """A file for torch.save that writes one tensor in a thread while torch computes the checksum of the next.
+
+    The tensors of state are written from where they are, without a copy; whatever else torch hands over lies in memory
+    that it reuses, and is copied. The first error of a write is raised by a later one or on leaving the block.
+    """
+
+    def __init__(self, file: typing.BinaryIO, state: dict) -> None:
+        self._file = file
+        self._lasting = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(state) if tensor.is_cpu}
+        self._small = bytearray()
+        self._pending: collections.deque[Future] = collections.deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-overlap")  # starts with the first write
+
+    def __enter__(self) -> OverlappedWriter:
+        return self
+
+    def __exit__(self, kind, *exc_info) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for write in self._pending:
+                write.result()
+            self._write(self._small)
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(data) >= SMALL_BYTES and numpy.frombuffer(data, numpy.uint8).ctypes.data in self._lasting:
+            self._hand_over(self._small, data)
+        else:
+            self._small += data
+            if len(self._small) >= SMALL_BYTES:
+                self._hand_over(self._small)
+        return len(data)
+
+    def flush(self) -> None:
+        """torch asks for it; leaving the block does it."""
+
+    def _hand_over(self, *chunks: bytes | memoryview) -> None:
+        while len(self._pending) > 2 or self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, *chunks))
+        self._small = bytearray()
+
+    def _write(self, *chunks: bytes | memoryview) -> None:
+        for chunk in map(memoryview, chunks):
+            while chunk:
+                chunk = chunk[self._file.write(chunk) :]
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
     if hasattr(fcntl, "F_FULLFSYNC"):
         with contextlib.suppress(OSError):  # a file system without it still has fsync
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -601,25 +663,34 @@ def fallback_directory(directory: Path | str) -> Path:
     return Path(tempfile.gettempdir(), f"train_graceful_{os.getuid()}_{digest}")
 
 
-def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
-    """The checkpoint in directory (emergency ones included) that was written last and passes verify_checkpoint.
-
-    One of step 0 is only taken where there is no other. Damaged ones that are newer are named through report and
-    skipped. Raises CheckpointError where none is left.
-    """
+def checkpoints_in(directory: Path | str) -> list[Path]:
+    """All checkpoints of a directory, emergency ones included, the one that was written last first; step 0 comes last."""
     directory, fallback = Path(directory), fallback_directory(directory)
-    candidates = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
+    paths = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
     if fallback.is_dir() and fallback.stat().st_uid == os.getuid():  # anybody may make a folder of that name
-        candidates += fallback.glob("*.pt")
-    candidates = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
+        paths += fallback.glob("*.pt")
     untrained = re.compile(r"emergency_step_0[._].*")  # a fresh start that was stopped at once must not hide a trained run
-    for path in sorted(candidates, key=lambda path: (not untrained.match(path.name), path.stat().st_mtime_ns), reverse=True):
+    return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), reverse=True,
+                  key=lambda path: (not untrained.match(path.name), path.stat().st_mtime_ns))
+
+
+def load_latest(directory: Path | str, report: Callable[[str], None] = print) -> tuple[Path, dict]:
+    """The newest checkpoint of checkpoints_in(directory) that load_checkpoint takes, and its content.
+
+    Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
+    """
+    paths = checkpoints_in(directory)
+    for path in paths:
         try:
-            verify_checkpoint(path)
-            return path
+            return path, load_checkpoint(path)
         except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
-    raise CheckpointError(f"{directory}: no {'whole ' if candidates else ''}checkpoint to resume from")
+    raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
+
+
+def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
+    """The path that load_latest finds."""
+    return load_latest(directory, report)[0]
 
 
 def host_copy(value, reuse=None):
@@ -758,9 +829,11 @@ class RunDirectory:
 
     def _is_own(self, path: Path) -> bool:
         try:
-            with opened_checkpoint(path):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("run_id") == self.run_id
-        except CheckpointError:  # unreadable in any way: not ours to overwrite
+            if not path.is_file():  # a pipe would be waited for
+                return False
+            with open(path, "rb") as file:  # run_id comes first in it: among thousands of files this stays cheap
+                return self.run_id.encode() in file.read(HEAD_BYTES)
+        except OSError:  # unreadable: not ours to overwrite
             return False
 
 
@@ -800,7 +873,6 @@ def data_files(paths: Sequence[str]) -> list[tuple[Path, int]]:
     return found
 
 
-@functools.lru_cache(maxsize=1024)  # bounded, so that a corpus may have more files than a process may have mappings
 def mapped_file(path: Path, size: int) -> Tensor:
     """The bytes of a file, uint8 of shape (size,), mapped and not read; no descriptor stays open."""
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
@@ -1237,7 +1309,12 @@ class Metrics:
             lambda row: re.fullmatch(rb"[0-9]{1,18},.*\n", row) and int(row.split(b",")[0]) <= step, rows[1:])
         self._size = 0  # bytes known to be whole rows
         self._waiting = b""
-        self._append(header + b"".join(kept))
+        if os.fstat(self._file).st_size < len(header):
+            self._append(header)
+        else:
+            with mmap.mmap(self._file, 0, prot=mmap.PROT_READ) as text:
+                self._size = end_of_rows(text, len(header), step)
+            os.ftruncate(self._file, self._size)
 
     def row(self, *values: object) -> None:
         self._append((",".join("" if value is None else str(value) for value in values) + "\n").encode())
@@ -1306,13 +1383,27 @@ class Run:
             "batch_in_epoch": self.batch_in_epoch,
             "best_loss": self.best_loss,
             "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
+    """Where the rows up to step end. Read from the end, so that a long file takes no longer than a short one.
+
+    Those rows were flushed before the checkpoint was; what a power cut made of later ones is cut off with them.
+    """
+    end = len(text)
+    while end > start:
+        row_start = text.rfind(b"\n", 0, end - 1) + 1
+        row = re.fullmatch(rb"([0-9]{1,18}),.*\n", text[row_start:end])
+        if row and int(row[1]) <= step:
+            break
+        end = row_start
+    return end
+
+
                         "last_loss": self.last_loss, "seconds": self.seconds},
             "config": dataclasses.asdict(self.config),
             "rng_state": self.rng_state,
             "data_fingerprint": self.data_fingerprint,
             "exit_reason": exit_reason,
             "torch_version": str(torch.__version__),
-            "run_id": self.run_id,
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -1342,6 +1433,7 @@ class Run:
     def _check(self, state: dict) -> None:
         """Raises ValueError unless every part of state is what this run itself would have saved."""
         template = self.state_dict("")
+            "run_id": self.run_id,  # at the front, where RunDirectory looks for it
         template["metrics"]["file"] = ""
         template["config"] = state["config"]  # read_checkpoint has seen to it
         template["rng_state"] = {kind: tensor for kind, tensor in self.rng_state.items() if kind in {"cpu"} | state["rng_state"].keys()}
@@ -1685,9 +1777,11 @@ def choose_device(name: str) -> torch.device:
 
 def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) -> tuple[Path, dict]:
     """The checkpoint that --resume names, verified and with every part this program needs. Raises CheckpointError."""
-    path = latest_checkpoint(directory, report) if resume == "latest" else Path(resume)
-    path = Path(os.path.abspath(path))
-    state = load_checkpoint(path)
+    if resume == "latest":
+        path, state = load_latest(os.path.abspath(directory), report)
+    else:
+        path = Path(os.path.abspath(resume))
+        state = load_checkpoint(path)
     if "format_version" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this program")
     if type(state["format_version"]) is not int or state["format_version"] != FORMAT_VERSION:

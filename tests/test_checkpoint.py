@@ -1,10 +1,12 @@
 """Checkpoints: atomic, damaged, hostile, kept, locked."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 
 import pytest
@@ -137,6 +139,34 @@ def test_what_a_power_cut_made_of_the_rows_after_the_checkpoint_is_cut_off(finis
     assert b"\0" not in (tmp_path / "ck" / "metrics.csv").read_bytes()
 
 
+def test_only_the_end_of_a_long_metrics_file_is_read():
+    class Text(bytes):
+        lowest = 10**9
+
+        def __getitem__(self, part):
+            self.lowest = min(self.lowest, part.start)
+            return super().__getitem__(part)
+
+        def rfind(self, what, start, end):
+            position = super().rfind(what, start, end)
+            self.lowest = min(self.lowest, position)
+            return position
+
+    header = b"step,loss\n"
+    text = Text(header + b"".join(b"%d,0.5\n" % step for step in range(10, 10_010, 10)))
+    end = t.end_of_rows(text, len(header), 9_984)
+    assert bytes(text).startswith(b"9980,0.5\n9990,", end - len(b"9980,0.5\n"))
+    assert text.lowest > len(text) - 60
+    assert t.end_of_rows(text, len(header), 9) == len(header)
+
+
+def test_resuming_latest_reads_the_checkpoint_once(finished, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(t, "load_checkpoint", lambda path, load=t.load_checkpoint: loaded.append(path) or load(path))
+    path, state = t.read_checkpoint("latest", str(finished), print)
+    assert loaded == [path] and state["step"] == 12
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     texts = {"text.pt": b"hello", "empty.pt": b""}
     for name, content in texts.items():
@@ -177,6 +207,37 @@ except OSError as error:
     assert result.stdout == "refused 27\n" and result.stderr == ""
     assert torch.equal(t.load_checkpoint(tmp_path / "a.pt")["old"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_save_checkpoint_writes_the_very_bytes_of_torch_save(tmp_path):
+    """Tensors are written from where they lie while torch goes on; what torch hands over in memory it reuses is not."""
+    base = torch.randn(300_000)
+    state = {"views": [base, base[5:70_000], base[::3]], "tied": (base, base), "empty": torch.empty(0), "half": base.half(),
+             "small": {str(i): torch.full((i,), i) for i in range(300)}, "plain": ["x" * 200_000, 1, None, 2.5],
+             "sizes": [torch.randn(n) for n in (16_383, 16_384, 16_385, 1_000_000)]}
+    t.save_checkpoint(state, tmp_path / "a.pt")
+    expected = io.BytesIO()
+    torch.save(state, expected)
+    assert (tmp_path / "a.pt").read_bytes() == expected.getvalue()
+    t.verify_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_failed_write_in_the_thread_ends_the_save_and_the_thread(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 3_000_000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    state = {str(i): torch.randn(250_000) for i in range(20)}
+    with pytest.raises(RuntimeError) as error, t.OverlappedWriter(Full(), state) as writer:
+        torch.save(state, writer)
+    assert isinstance(error.value.__context__, OSError)
+    with pytest.raises(OSError), t.OverlappedWriter(Full(), {}) as writer:
+        for _ in range(4):  # the last one fails when nothing more is written
+            writer.write(bytes(1_000_000))
+        writer.write(b"the end")
+    assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
