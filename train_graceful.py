@@ -34,11 +34,10 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import functools
 import hashlib
 import itertools
-import mmap
 import math
+import mmap
 import multiprocessing
 import multiprocessing.util
 import pickletools
@@ -83,12 +82,12 @@ OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that w
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST, USER_SAVE = "user_requested_graceful_exit", "user_requested_save"
-HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
+HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
-LINE_BYTES = 4096  # a typed line longer than this is no command
 SMALL_BYTES = 2**20  # less than this is gathered before it is written
+LINE_BYTES = 4096  # a typed line longer than this is no command
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
@@ -97,11 +96,12 @@ VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
 FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
 FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 1024, 4096
+SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own
 MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
+SYNCHRONOUS_DEVICES = ("cpu",)  # reading a loss there waits for nothing; elsewhere the host runs ahead between two rows
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
 MUON_LR_FACTOR = 5.0  # Muon's learning rate relative to --lr, which is AdamW's
 
-SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own
 
 class UserError(Exception):
     """A mistake the user can mend: main() prints it as one line on stderr and exits with code 2."""
@@ -500,8 +500,6 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
             os.close(fd)
 
 
-def flush_to_disk(fd: int) -> None:
-    """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
 class OverlappedWriter:
     """A file for torch.save that writes one tensor in a thread while torch computes the checksum of the next.
 
@@ -559,6 +557,8 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def flush_to_disk(fd: int) -> None:
+    """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
     if hasattr(fcntl, "F_FULLFSYNC"):
         with contextlib.suppress(OSError):  # a file system without it still has fsync
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -842,9 +842,11 @@ class RunDirectory:
 
 def standard_library_files() -> list[Path]:
     """Python's own source text, without installed packages and without tests, which some distributions leave out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def data_files(paths: Sequence[str]) -> list[tuple[Path, int]]:
@@ -874,7 +876,10 @@ def data_files(paths: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def mapped_file(path: Path, size: int) -> Tensor:
-    """The bytes of a file, uint8 of shape (size,), mapped and not read; no descriptor stays open."""
+    """The bytes of a file, uint8 of shape (size,), mapped and not read; no descriptor stays open.
+
+    Not cached: a mapping costs 20 us, and one that is kept counts all that was ever read as this process's memory.
+    """
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
 
@@ -911,6 +916,9 @@ class ByteDataset(torch.utils.data.Dataset):
         for _, size in self.files:
             self.starts.append(self.starts[-1] + size)
         self.context, self.seed, self.workers = config.context, config.seed, config.workers
+        if self.workers and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
+            raise UserError(f"--workers {self.workers}: the path of the temporary directory {tempfile.gettempdir()} is too long for "
+                            f"the sockets of PyTorch's workers; set TMPDIR to one of at most {SOCKET_FOLDER_BYTES} bytes")
         self.batch_size = config.batch_size
         self.windows_per_batch = config.batch_size * config.grad_accum
         total = self.starts[-1]
@@ -988,9 +996,6 @@ def exit_signals_blocked() -> Iterator[None]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
     try:
-        if self.workers and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
-            raise UserError(f"--workers {self.workers}: the path of the temporary directory {tempfile.gettempdir()} is too long for "
-                            f"the sockets of PyTorch's workers; set TMPDIR to one of at most {SOCKET_FOLDER_BYTES} bytes")
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -1167,11 +1172,17 @@ def forward_backward(model: ByteLM, batch: Tensor, grad_accum: int,
     return mean
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> None:
-    """Scales the gradient to at most max_norm. Raises FloatingPointError where it, and so the loss, is NaN or infinite."""
+def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
+    """Scales the gradient to at most max_norm; returns loss, or NaN where the gradient's norm is NaN or infinite.
+
+    From such a gradient on the optimizers skip every update, by the flag that torch.amp.GradScaler uses. So nothing has
+    to wait for the device here: the run finds the NaN when it next looks, with the weights as they were before.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the gradient's norm is {norm.item()}; the optimizer was not stepped")
+    bad = (~norm.isfinite()).float()
+    for optimizer in optimizers:
+        optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
+    return loss.where(norm.isfinite(), math.nan)
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -1213,26 +1224,66 @@ class StandardTrainingController(TrainingController):
 
     def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
         self.model, self.config = model, config
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.optimizers = {"adamw": optimizer}
         self.schedulers = {"adamw": warmup_cosine(optimizer, config.warmup_steps, total_steps)}
 
     def training_step(self, batch: Tensor) -> Tensor:
         self.optimizers["adamw"].zero_grad()
         loss = forward_backward(self.model, batch, self.config.grad_accum)
-        clip_gradients(self.model, self.config.grad_clip)
+        loss = clip_gradients(self.model, self.config.grad_clip, loss, [self.optimizers["adamw"]])
         self.optimizers["adamw"].step()
         self.schedulers["adamw"].step()
         return loss
 
 
-class Float32NewtonSchulz(torch.overrides.TorchFunctionMode):
-    """Keeps Muon's orthogonalization in float32 on CPUs: most of them emulate bfloat16, at a fraction of the speed."""
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The nearest (semi-)orthogonal matrix, roughly, to each of matrices (count, rows, columns), by Newton-Schulz.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.bfloat16 and args[0].device.type == "cpu":
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
+    A quintic iteration whose singular values end near 1, not at it (Jordan et al., "Muon", 2024). In bfloat16, or in
+    float32 on a CPU without bfloat16 arithmetic, which would emulate it at a fraction of the speed.
+    """
+    a, b, c = coefficients
+    emulated = matrices.is_cpu and not torch.cpu.get_capabilities().get("avx512_bf16")
+    x = matrices.to(torch.float32 if emulated else torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon, its options and its state, but all matrices of a shape are orthogonalized at once.
+
+    Like torch's fused optimizers it skips the update where `found_inf`, a scalar tensor, is 1.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, group, group["lr"] * math.sqrt(max(1, shape[0] / shape[1])))
+
+    def _update(self, parameters: list[nn.Parameter], group: dict, lr: float) -> None:
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        momentum, gradient = torch.stack(buffers), torch.stack([parameter.grad for parameter in parameters])
+        found_inf = getattr(self, "found_inf", momentum.new_zeros(()))
+        gradient = gradient.where(found_inf == 0, momentum)  # a step towards itself leaves the momentum as it is
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        torch._foreach_copy_(buffers, list(momentum))
+        update = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        keep = 1 - found_inf
+        torch._foreach_mul_(parameters, 1 - keep * (group["lr"] * group["weight_decay"]))
+        torch._foreach_add_(parameters, list(update.mul_(keep * -lr)))
 
 
 class GeometricTrainingController(TrainingController):
@@ -1256,9 +1307,9 @@ class GeometricTrainingController(TrainingController):
             else:
                 groups["embedding"].append(parameter)
         self.optimizers = {
-            "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr),
-            "expert": torch.optim.Muon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay),
-            "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay),
+            "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr, fused=True),
+            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay),
+            "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay, fused=True),
         }
         self.schedulers = {name: warmup_cosine(optimizer, config.warmup_steps, total_steps)
                            for name, optimizer in self.optimizers.items()}
@@ -1277,11 +1328,9 @@ class GeometricTrainingController(TrainingController):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
-        clip_gradients(self.model, self.config.grad_clip)
-        self.optimizers["rotation"].step()
-        with Float32NewtonSchulz():
-            self.optimizers["expert"].step()
-        self.optimizers["embedding"].step()
+        loss = clip_gradients(self.model, self.config.grad_clip, loss, list(self.optimizers.values()))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         for scheduler in self.schedulers.values():
             scheduler.step()
         return loss
@@ -1301,12 +1350,8 @@ class Metrics:
         columns = ["step", "epoch", "loss", "val_loss", *(f"lr_{name}" for name in lr_names), "tokens_per_second", "seconds"]
         header = (",".join(columns) + "\n").encode()
         with open(path, "rb") as file:
-            rows = file.readlines()
-        if rows and not header.startswith(rows[0]):
-            raise ValueError("its columns are not this run's")
-        # Rows up to a checkpoint were flushed before it; what a power cut made of later ones is cut off with them.
-        kept = itertools.takewhile(
-            lambda row: re.fullmatch(rb"[0-9]{1,18},.*\n", row) and int(row.split(b",")[0]) <= step, rows[1:])
+            if not header.startswith(file.read(len(header))):
+                raise ValueError("its columns are not this run's")
         self._size = 0  # bytes known to be whole rows
         self._waiting = b""
         if os.fstat(self._file).st_size < len(header):
@@ -1338,6 +1383,21 @@ class Metrics:
         os.close(self._file)
 
 
+def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
+    """Where the rows up to step end. Read from the end, so that a long file takes no longer than a short one.
+
+    Those rows were flushed before the checkpoint was; what a power cut made of later ones is cut off with them.
+    """
+    end = len(text)
+    while end > start:
+        row_start = text.rfind(b"\n", 0, end - 1) + 1
+        row = re.fullmatch(rb"([0-9]{1,18}),.*\n", text[row_start:end])
+        if row and int(row[1]) <= step:
+            break
+        end = row_start
+    return end
+
+
 class Run:
     """The state that a checkpoint holds beside the model and its optimizers, and what happens at batch boundaries.
 
@@ -1363,6 +1423,7 @@ class Run:
         self.error: Exception | None = None
         self.saved: tuple[str, Path] | None = None  # what the summary names
         self._in_update = False
+        self._unread: list[tuple[Tensor, tuple]] = []  # loss of a batch, and what the host knew before it
         for optimizer in controller.optimizers.values():
             optimizer.register_step_pre_hook(self._update_begins)
 
@@ -1373,6 +1434,7 @@ class Run:
         controller = self.controller.state_dict()
         return {
             "format_version": FORMAT_VERSION,
+            "run_id": self.run_id,  # at the front, where RunDirectory looks for it
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dicts": controller["optimizers"],
             "scheduler_state_dicts": controller["schedulers"],
@@ -1383,21 +1445,6 @@ class Run:
             "batch_in_epoch": self.batch_in_epoch,
             "best_loss": self.best_loss,
             "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
-def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
-    """Where the rows up to step end. Read from the end, so that a long file takes no longer than a short one.
-
-    Those rows were flushed before the checkpoint was; what a power cut made of later ones is cut off with them.
-    """
-    end = len(text)
-    while end > start:
-        row_start = text.rfind(b"\n", 0, end - 1) + 1
-        row = re.fullmatch(rb"([0-9]{1,18}),.*\n", text[row_start:end])
-        if row and int(row[1]) <= step:
-            break
-        end = row_start
-    return end
-
-
                         "last_loss": self.last_loss, "seconds": self.seconds},
             "config": dataclasses.asdict(self.config),
             "rng_state": self.rng_state,
@@ -1433,7 +1480,6 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
     def _check(self, state: dict) -> None:
         """Raises ValueError unless every part of state is what this run itself would have saved."""
         template = self.state_dict("")
-            "run_id": self.run_id,  # at the front, where RunDirectory looks for it
         template["metrics"]["file"] = ""
         template["config"] = state["config"]  # read_checkpoint has seen to it
         template["rng_state"] = {kind: tensor for kind, tensor in self.rng_state.items() if kind in {"cpu"} | state["rng_state"].keys()}
@@ -1467,6 +1513,7 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
             path = self.directory.path / (self.metrics_name or "metrics.csv")
             raise UserError(f"{path}: cannot go on with these metrics ({one_line(error)})") from error
         self.metrics_name = path.name
+        self._before_batch = self._host_state()
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
@@ -1492,18 +1539,39 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
 
     def batch_done(self, loss: Tensor) -> None:
         """Counts a complete batch with its mean task loss (a scalar tensor) and does what is due at this step."""
+        self._unread.append((loss, self._before_batch))
         self.step += 1
         self.batch_in_epoch += 1
         if self.batch_in_epoch == self.data.batches_per_epoch:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
-        self.last_loss = loss.item()
-        self.loss_sum += self.last_loss
-        self.loss_count += 1
         self.rng_state = get_rng_state(self.device)
+        self._before_batch = self._host_state()
         self._in_update = False
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         self.finish_step()
+
+    def _host_state(self) -> tuple:
+        """What advances on the host while the device may still be computing the batch before."""
+        return (self.step, self.epoch, self.batch_in_epoch, self.rng_state,
+                [scheduler.state_dict() for scheduler in self.controller.schedulers.values()])
+
+    def _read_losses(self) -> None:
+        """Waits for the device and adds up the losses of the batches since the last time.
+
+        Raises FloatingPointError where one is NaN or infinite, with everything as it was before that batch: from it on
+        clip_gradients had the optimizers skip their updates.
+        """
+        unread, self._unread = self._unread, []
+        for loss, (_, before) in zip(torch.stack([loss for loss, _ in unread]).tolist() if unread else (), unread):
+            if not math.isfinite(loss):
+                self.step, self.epoch, self.batch_in_epoch, self.rng_state, schedulers = before
+                for scheduler, state in zip(self.controller.schedulers.values(), schedulers):
+                    scheduler.load_state_dict(state)
+                    for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+                        group["lr"] = lr
+                raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated")
+            self.last_loss, self.loss_sum, self.loss_count = loss, self.loss_sum + loss, self.loss_count + 1
 
     @property
     def _evaluation_due(self) -> bool:
@@ -1517,6 +1585,10 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
     def finish_step(self) -> None:
         """Evaluates, logs and saves where due. A request to leave cuts the evaluation short; all of it is then done on resume."""
         targets, validation_loss = {}, None
+        logged = self._evaluation_due or self.step % self.config.log_every == 0
+        saved = self.step % self.config.save_every == 0 or self.monitor.save_requested
+        if logged or saved or self.device.type in SYNCHRONOUS_DEVICES:
+            self._read_losses()
         if self._evaluation_due:
             validation_loss = self.evaluate()
             if validation_loss is None:
@@ -1524,10 +1596,9 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
             if validation_loss < self.best_loss:
                 self.best_loss = validation_loss
                 targets["best"] = self.directory.path_for("best.pt")
-        logged = self._evaluation_due or self.step % self.config.log_every == 0
         if logged:
             self._log(validation_loss)
-        if self.step % self.config.save_every == 0 or self.monitor.save_requested:
+        if saved:
             reason = USER_SAVE if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
             targets[reason] = self.directory.path_for(f"step_{self.step}.pt")
@@ -1589,6 +1660,7 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
         After q a person can make room and type q again. After a signal there may be no second chance: the system's
         temporary directory is tried, and exit_code is 1 if that fails too.
         """
+        self._read_losses()
         self.screen.say("📝 Saving emergency checkpoint...")
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
@@ -1624,6 +1696,8 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
                 pass  # there is none: the summary then names no checkpoint
             self.screen.say("❌ The exception came in the middle of an optimizer step: nothing half-updated is saved.")
             return
+        with contextlib.suppress(FloatingPointError):  # a batch before was bad already: it is undone, which is all we need
+            self._read_losses()
         self.screen.say("📝 Saving emergency checkpoint...")
         self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt",
                          f"exception_{type(error).__name__}", fall_back=True)
@@ -1719,7 +1793,7 @@ def standard_training_loop(run: Run, model: ByteLM, optimizer: Optimizer, schedu
                 return
             optimizer.zero_grad()
             loss = forward_backward(model, batch, config.grad_accum)
-            clip_gradients(model, config.grad_clip)
+            loss = clip_gradients(model, config.grad_clip, loss, [optimizer])
             optimizer.step()
             scheduler.step()
             run.batch_done(loss)
