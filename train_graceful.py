@@ -28,7 +28,6 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import bisect
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -62,7 +61,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,7 +84,7 @@ KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C tw
 HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
-SMALL_BYTES = 2**20  # less than this is gathered before it is written
+WRITEBACK_BYTES = 8 * 2**20
 LINE_BYTES = 4096  # a typed line longer than this is no command
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
@@ -100,7 +98,7 @@ SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 
 MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
 SYNCHRONOUS_DEVICES = ("cpu",)  # reading a loss there waits for nothing; elsewhere the host runs ahead between two rows
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
-MUON_LR_FACTOR = 5.0  # Muon's learning rate relative to --lr, which is AdamW's
+MUON_LR_FACTOR = 8.0  # Muon's learning rate relative to --lr, which is AdamW's
 
 
 class UserError(Exception):
@@ -355,11 +353,10 @@ class ExitMonitor:
         with self._lock:
             if any(reason == known for known, _ in self._requests):
                 return
+            if not self._requests:  # said before the main thread can know, whose next line must come after this one
+                self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
             self._requests.append((reason, exit_code))
             self._publish()
-            first = len(self._requests) == 1
-        if first:
-            self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
 
     def hear(self, signum: int) -> None:
         """Turns a signal into a request; the second SIGINT ends the process."""
@@ -481,9 +478,9 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb", buffering=0) as file:
-            with OverlappedWriter(file, state) as writer:
-                torch.save(state, writer)
+        with open(temporary, "wb") as file:
+            torch.save(state, EarlyWriteback(file))
+            file.flush()
             flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -500,61 +497,23 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
             os.close(fd)
 
 
-class OverlappedWriter:
-    """A file for torch.save that writes one tensor in a thread while torch computes the checksum of the next.
+class EarlyWriteback:
+    """A file for torch.save whose bytes go to the disk while torch computes the checksum of the next ones."""
 
-    The tensors of state are written from where they are, without a copy; whatever else torch hands over lies in memory
-    that it reuses, and is copied. The first error of a write is raised by a later one or on leaving the block.
-    """
-
-    def __init__(self, file: typing.BinaryIO, state: dict) -> None:
+    def __init__(self, file: typing.BinaryIO) -> None:
         self._file = file
-        self._lasting = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(state) if tensor.is_cpu}
-        self._small = bytearray()
-        self._pending: collections.deque[Future] = collections.deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-overlap")  # starts with the first write
+        self._written = self._asked = 0  # bytes, and up to where the kernel was asked to write them back
 
-    def __enter__(self) -> OverlappedWriter:
-        return self
-
-    def __exit__(self, kind, *exc_info) -> None:
-        self._thread.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            for write in self._pending:
-                write.result()
-            self._write(self._small)
-
-    def write(self, data: bytes | memoryview) -> int:
-        if len(data) >= SMALL_BYTES and numpy.frombuffer(data, numpy.uint8).ctypes.data in self._lasting:
-            self._hand_over(self._small, data)
-        else:
-            self._small += data
-            if len(self._small) >= SMALL_BYTES:
-                self._hand_over(self._small)
-        return len(data)
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), WRITEBACK_BYTES):
+            self._written += self._file.write(data[start : start + WRITEBACK_BYTES])
+            if self._written - self._asked >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
+                # On Linux this starts the write without waiting for it; dirty pages are not dropped.
+                os.posix_fadvise(self._file.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
+                self._asked = self._written
 
     def flush(self) -> None:
-        """torch asks for it; leaving the block does it."""
-
-    def _hand_over(self, *chunks: bytes | memoryview) -> None:
-        while len(self._pending) > 2 or self._pending and self._pending[0].done():
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, *chunks))
-        self._small = bytearray()
-
-    def _write(self, *chunks: bytes | memoryview) -> None:
-        for chunk in map(memoryview, chunks):
-            while chunk:
-                chunk = chunk[self._file.write(chunk) :]
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
+        """torch asks for it; save_checkpoint flushes to the disk."""
 
 
 def flush_to_disk(fd: int) -> None:
@@ -1185,14 +1144,23 @@ def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor, optimizers: 
     return loss.where(norm.isfinite(), math.nan)
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Learning rate factor: a straight rise over warmup_steps, then half a cosine down to a tenth at total_steps."""
+def cosine(progress: float) -> float:
+    """Half a cosine, from 1 down to a tenth."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def cubic(progress: float) -> float:
+    """From 1 down to 0.03, most of it early: Muon's large steps are noise that only a lower rate averages out."""
+    return 0.03 + 0.97 * (1 - progress) ** 3
+
+
+def warmup_decay(optimizer: Optimizer, warmup_steps: int, total_steps: int, decay: Callable[[float], float]) -> LambdaLR:
+    """Learning rate factor: a straight rise over warmup_steps, then decay(progress), progress from 0 to 1 at total_steps."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return decay(min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
     return LambdaLR(optimizer, factor)
 
@@ -1226,7 +1194,7 @@ class StandardTrainingController(TrainingController):
         self.model, self.config = model, config
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.optimizers = {"adamw": optimizer}
-        self.schedulers = {"adamw": warmup_cosine(optimizer, config.warmup_steps, total_steps)}
+        self.schedulers = {"adamw": warmup_decay(optimizer, config.warmup_steps, total_steps, cosine)}
 
     def training_step(self, batch: Tensor) -> Tensor:
         self.optimizers["adamw"].zero_grad()
@@ -1308,10 +1276,11 @@ class GeometricTrainingController(TrainingController):
                 groups["embedding"].append(parameter)
         self.optimizers = {
             "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr, fused=True),
-            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay),
+            # A step decays the weights by lr * weight_decay: as much as AdamW's does.
+            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay / MUON_LR_FACTOR),
             "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay, fused=True),
         }
-        self.schedulers = {name: warmup_cosine(optimizer, config.warmup_steps, total_steps)
+        self.schedulers = {name: warmup_decay(optimizer, config.warmup_steps, total_steps, cubic)
                            for name, optimizer in self.optimizers.items()}
 
     def regularization(self, gates: list[Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
 """The mathematics of the rotations, the geometric losses and the controllers."""
 
+import copy
 import math
 
 import pytest
 import torch
 from conftest import TINY
+from test_resume import assert_same
 
 import train_graceful as t
 
@@ -166,9 +168,10 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(config):
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_the_schedule_rises_and_falls_to_a_tenth_and_stays_there():
+@pytest.mark.parametrize("decay, middle, end", [(t.cosine, 0.1 + 0.45, 0.1), (t.cubic, 0.03 + 0.97 / 8, 0.03)])
+def test_the_schedule_rises_falls_and_stays(decay, middle, end):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = t.warmup_cosine(optimizer, warmup_steps=4, total_steps=20)
+    scheduler = t.warmup_decay(optimizer, 4, 20, decay)
     rates = []
     for _ in range(25):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -176,8 +179,8 @@ def test_the_schedule_rises_and_falls_to_a_tenth_and_stays_there():
         scheduler.step()
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:21] == sorted(rates[5:21], reverse=True)
-    assert rates[12] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
-    assert rates[20:] == pytest.approx([0.1] * 5)
+    assert rates[12] == pytest.approx(middle)
+    assert rates[20:] == pytest.approx([end] * 5)
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
@@ -193,13 +196,13 @@ def test_from_a_non_finite_gradient_on_nothing_is_updated_any_more(config, mode)
     assert controller.training_step(data[0]).isfinite()
     def tensors():
         states = {name: optimizer.state_dict()["state"] for name, optimizer in controller.optimizers.items()}
-        return [tensor.clone() for tensor in t.tensors_in({"model": model.state_dict(), "states": states})]
+        return copy.deepcopy({"model": dict(model.state_dict()), "states": states})
     before = tensors()
     hook = model.head.weight.register_hook(lambda grad: grad * math.nan)
     assert controller.training_step(data[1]).isnan()
     hook.remove()
     controller.training_step(data[2])
-    assert all(new.equal(old) for new, old in zip(tensors(), before, strict=True))
+    assert_same(tensors(), before)
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
