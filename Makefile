@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train resume tmux attach nohup stop test campaign lint install clean
+.PHONY: help train resume tmux attach nohup stop test campaign bench bench-peers lint install clean
 
 ARGS =
 MODE =
@@ -15,7 +15,7 @@ TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
 	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
@@ -43,10 +43,16 @@ campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
+bench: .venv/installed ## measure what README claims, most of an hour on 2 cores (ARGS="--only save resume", --quick)
+	$(VENV_PYTHON) scripts/bench.py $(ARGS)
+
+bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the bare loop, in an environment of their own
+	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
+
 lint: .venv/installed ## shellcheck, and byte-compile with warnings as errors
 	$(call need,shellcheck)
 	shellcheck scripts/*.sh .ci/run
-	$(VENV_PYTHON) -W error -m py_compile train_graceful.py tests/*.py
+	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py
 
 install: .venv/installed ## create .venv and install requirements.txt (PYTHON=python3)
 
@@ -61,5 +67,10 @@ install: .venv/installed ## create .venv and install requirements.txt (PYTHON=py
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch .venv/installed
 
+.venv-peers/installed: requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate
+	@touch .venv-peers/installed
+
 clean: ## remove .venv and caches, never checkpoints
-	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
+	rm -rf .venv .venv-peers .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__

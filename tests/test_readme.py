@@ -38,6 +38,6 @@ def test_the_monitor_example_leaves_on_q_and_goes_on(spawn, tmp_path):
 def test_every_option_and_make_target_is_described():
     for field in t.dataclasses.fields(t.Config):
         assert f"--{field.name.replace('_', '-')}" in README
-    targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     assert targets and all(f"make {target} " in listed for target in targets)
