@@ -1276,8 +1276,9 @@ class GeometricTrainingController(TrainingController):
                 groups["embedding"].append(parameter)
         self.optimizers = {
             "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr, fused=True),
-            # A step decays the weights by lr * weight_decay: as much as AdamW's does.
-            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay / MUON_LR_FACTOR),
+            # A step decays the weights by lr * weight_decay: as much as AdamW's does. Four iterations instead of torch's five:
+            # a fifth of Muon's time, and the loss falls as fast.
+            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay / MUON_LR_FACTOR, ns_steps=4),
             "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay, fused=True),
         }
         self.schedulers = {name: warmup_decay(optimizer, config.warmup_steps, total_steps, cubic)
