@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help train resume tmux attach nohup stop test campaign bench bench-peers lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop test campaign bench bench-peers lint install clean
 
 ARGS =
 MODE =
+NPROC = 2
 CKPT = latest
 SESSION = train
 DIR = checkpoints
@@ -19,6 +20,9 @@ help:
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
 	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
+
+train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
+	@PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS)
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
 	$(VENV_PYTHON) train_graceful.py --resume "$(or $(CKPT),latest)" $(ARGS)

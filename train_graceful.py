@@ -62,6 +62,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -229,9 +230,10 @@ class Screen:
     It writes with os.write because text left in Python's own buffer by a failed flush turns exit code 0 into 120.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         self._lock = threading.Lock()
-        self._fd = descriptor(sys.stdout)
+        self._shown = shown  # by one of many processes
+        self._fd = descriptor(sys.stdout) if shown else None
         self._encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         # Python answers LANG=C with UTF-8; the person who set it has a terminal that shows no symbols.
         locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
@@ -272,7 +274,7 @@ class Screen:
 
     def _write(self, text: str, keep: bool = True, wait: float = 0.0) -> None:
         if self._fd is None:
-            if sys.stdout is not None:  # a notebook's
+            if self._shown and sys.stdout is not None:  # a notebook's
                 sys.stdout.write(text)
             return
         self._backlog = (self._backlog + text.encode(self._encoding, "replace"))[-BACKLOG_BYTES:]
@@ -368,10 +370,10 @@ class ExitMonitor:
         if signum in EXIT_SIGNALS:
             self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
-    def withdraw(self) -> None:
-        """Takes the oldest request back, for a save that failed; one that came after it stays."""
+    def withdraw(self, reason: str) -> None:
+        """Takes a request back, for a save that failed; one that came after it stays."""
         with self._lock:
-            del self._requests[0]
+            self._requests = [request for request in self._requests if request[0] != reason]
             self._publish()
 
     def _publish(self) -> None:
@@ -865,10 +867,11 @@ class ByteDataset(torch.utils.data.Dataset):
 
     A batch is a pure function of (seed, epoch, number in the epoch): nothing has to be replayed to start at any of
     them. It has shape (windows, context + 1), uint8: the model predicts bytes 1... from bytes ...context - 1. An epoch
-    is one pass over the non-overlapping windows of the first 95 %; the rest is validation data.
+    is one pass over the non-overlapping windows of the first 95 %; the rest is validation data. Of world_size processes
+    each gets every world_size-th window of the same batches.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0, world_size: int = 1) -> None:
         files = [str(path) for path in standard_library_files()] if not config.data else config.data
         self.files = data_files(files)
         self.starts = [0]
@@ -878,7 +881,9 @@ class ByteDataset(torch.utils.data.Dataset):
         if self.workers and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
             raise UserError(f"--workers {self.workers}: the path of the temporary directory {tempfile.gettempdir()} is too long for "
                             f"the sockets of PyTorch's workers; set TMPDIR to one of at most {SOCKET_FOLDER_BYTES} bytes")
-        self.batch_size = config.batch_size
+        if config.batch_size % world_size:
+            raise UserError(f"--batch-size {config.batch_size} cannot be shared out equally among {world_size} processes")
+        self.batch_size, self.rank, self.world_size = config.batch_size, rank, world_size
         self.windows_per_batch = config.batch_size * config.grad_accum
         total = self.starts[-1]
         self.train_bytes = total - int(total * VALIDATION_FRACTION)
@@ -894,7 +899,7 @@ class ByteDataset(torch.utils.data.Dataset):
         epoch, number = divmod(index, self.batches_per_epoch)
         key = b"%d %d" % (self.seed, epoch)
         first = number * self.windows_per_batch
-        windows = (shuffled(first + i, self.train_windows, key) for i in range(self.windows_per_batch))
+        windows = (shuffled(first + i, self.train_windows, key) for i in range(self.rank, self.windows_per_batch, self.world_size))
         return torch.stack([self.read(window * self.context, self.context + 1) for window in windows])
 
     def batches(self, epoch: int, start: int, pin_memory: bool = False) -> Iterator[Tensor]:
@@ -916,12 +921,16 @@ class ByteDataset(torch.utils.data.Dataset):
         yield from batches
 
     def validation_batches(self) -> Iterator[Tensor]:
-        """The same windows every time, spread evenly over the validation data; (batch_size or fewer, context + 1)."""
+        """The same windows every time, spread evenly over the validation data; (batch_size or fewer, context + 1).
+
+        Every process gets as many batches; of the last one there may be no window for it.
+        """
         count = min(self.validation_windows, VALIDATION_BATCHES * self.batch_size)
         windows = [i * self.validation_windows // count for i in range(count)]
         for first in range(0, count, self.batch_size):
-            yield torch.stack([self.read(self.train_bytes + window * self.context, self.context + 1)
-                               for window in windows[first : first + self.batch_size]])
+            mine = windows[first : first + self.batch_size][self.rank :: self.world_size]
+            texts = [self.read(self.train_bytes + window * self.context, self.context + 1) for window in mine]
+            yield torch.stack(texts) if texts else torch.empty(0, self.context + 1, dtype=torch.uint8)
 
     def read(self, start: int, length: int) -> Tensor:
         """Bytes start to start + length of the corpus, across file boundaries; uint8 of shape (length,)."""
@@ -1098,18 +1107,17 @@ def rotation_efficiency_loss(angles: Tensor) -> Tensor:
     return (angles / MAX_ANGLE).square().mean()
 
 
-def specialization_loss(gates: Tensor) -> Tensor:
-    """(mean_t H(p_t) - H(mean_t p_t)) / log(experts), in [-1, 0]: minus the information a token has about its expert.
+def specialization_loss(gates: Tensor, load: Tensor) -> Tensor:
+    """(mean_t H(p_t) - H(load)) / log(experts), in [-1, 0]: minus the information a token has about its expert.
 
     H is the entropy; low when each token is routed decisively while all experts share the load (regularized
-    information maximization; Krause, Perona and Gomes, 2010). gates (..., experts), each row summing to 1.
+    information maximization; Krause, Perona and Gomes, 2010). gates (..., experts), each row summing to 1; load (experts,)
+    is their mean over the tokens of the batch.
     """
     if gates.shape[-1] == 1:
         return gates.new_zeros(())
-    gates = gates.float().flatten(0, -2)
-    entropy = torch.special.entr(gates).sum(dim=-1).mean()
-    load_entropy = torch.special.entr(gates.mean(dim=0)).sum()
-    return (entropy - load_entropy) / math.log(gates.shape[-1])
+    entropy = torch.special.entr(gates.float()).sum(dim=-1).mean()
+    return (entropy - torch.special.entr(load).sum()) / math.log(gates.shape[-1])
 
 
 def no_regularization(gates: list[Tensor]) -> float:
@@ -1124,10 +1132,12 @@ def forward_backward(model: ByteLM, batch: Tensor, grad_accum: int,
     """
     device = next(model.parameters()).device
     mean = torch.zeros((), device=device)
-    for windows in batch.to(device, non_blocking=True).chunk(grad_accum):
-        loss, gates = task_loss(model, windows)
-        ((loss + regularization(gates)) / grad_accum).backward()
-        mean += loss.detach() / grad_accum
+    for number, windows in enumerate(batch.to(device, non_blocking=True).chunk(grad_accum), start=1):
+        # Of many processes, the gradients meet in the last pass.
+        with model.no_sync() if number < grad_accum and hasattr(model, "no_sync") else contextlib.nullcontext():
+            loss, gates = task_loss(model, windows)
+            ((loss + regularization(gates)) / grad_accum).backward()
+            mean += loss.detach() / grad_accum
     return mean
 
 
@@ -1166,14 +1176,30 @@ def warmup_decay(optimizer: Optimizer, warmup_steps: int, total_steps: int, deca
 
 
 class TrainingController:
-    """Turns batches into optimizer steps. A subclass fills `optimizers` and `schedulers` and defines training_step."""
+    """Turns batches into optimizer steps. A subclass fills `optimizers` and `schedulers`, and may define regularization."""
 
     optimizers: dict[str, Optimizer]
     schedulers: dict[str, LRScheduler]
 
+    def __init__(self, model: ByteLM, config: Config) -> None:
+        self.model, self.config = model, config
+        self.average: Callable[[Tensor], Tensor] = lambda mean: mean  # makes a mean over our share of a batch that over all of it
+
+    def regularization(self, gates: list[Tensor]) -> Tensor | float:
+        """What is added to the task loss. gates: one (batch, context, experts) a block."""
+        return no_regularization(gates)
+
     def training_step(self, batch: Tensor) -> Tensor:
         """One optimizer step on batch (grad_accum * batch_size, context + 1), uint8; returns the mean task loss."""
-        raise NotImplementedError
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
+        loss = clip_gradients(self.model, self.config.grad_clip, loss, list(self.optimizers.values()))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        return loss
 
     def state_dict(self) -> dict[str, dict[str, dict]]:
         return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -1191,18 +1217,10 @@ class StandardTrainingController(TrainingController):
     """One AdamW over all parameters, one warm-up and cosine schedule."""
 
     def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
-        self.model, self.config = model, config
+        super().__init__(model, config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.optimizers = {"adamw": optimizer}
         self.schedulers = {"adamw": warmup_decay(optimizer, config.warmup_steps, total_steps, cosine)}
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        self.optimizers["adamw"].zero_grad()
-        loss = forward_backward(self.model, batch, self.config.grad_accum)
-        loss = clip_gradients(self.model, self.config.grad_clip, loss, [self.optimizers["adamw"]])
-        self.optimizers["adamw"].step()
-        self.schedulers["adamw"].step()
-        return loss
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -1265,7 +1283,8 @@ class GeometricTrainingController(TrainingController):
     ORTHOGONALITY, ROTATION_EFFICIENCY, SPECIALIZATION = 0.01, 0.001, 0.01
 
     def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
-        self.model, self.config = model, config
+        super().__init__(model, config)
+        self.blocks = model.blocks
         groups: dict[str, list[nn.Parameter]] = {"rotation": [], "expert": [], "embedding": []}
         for name, parameter in model.named_parameters():
             if name.endswith("theta"):
@@ -1287,23 +1306,15 @@ class GeometricTrainingController(TrainingController):
     def regularization(self, gates: list[Tensor]) -> Tensor:
         """The three geometric losses, weighted, averaged over the blocks. gates: one (batch, context, experts) a block."""
         total = torch.zeros((), device=gates[0].device)
-        for block, block_gates in zip(self.model.blocks, gates):
+        loads = torch.stack([block_gates.float().mean(dim=(0, 1)) for block_gates in gates])
+        # The value is that of all processes, the slope this one's, as for every other part of the loss.
+        loads = loads + (self.average(loads.detach()) - loads.detach())
+        for block, block_gates, load in zip(self.blocks, gates, loads):
             angles = block.experts.angles()
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
             total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
-            total = total + self.SPECIALIZATION * specialization_loss(block_gates)
+            total = total + self.SPECIALIZATION * specialization_loss(block_gates, load)
         return total / len(gates)
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
-        loss = clip_gradients(self.model, self.config.grad_clip, loss, list(self.optimizers.values()))
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        for scheduler in self.schedulers.values():
-            scheduler.step()
-        return loss
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -1368,6 +1379,44 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
     return end
 
 
+class Processes:
+    """The processes that train one model together: this one alone. What torchrun starts is a ManyProcesses."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, monitor: ExitMonitor) -> None:
+        self.monitor = monitor  # what the loops look at
+
+    def parallel(self, controller: TrainingController, batch: Tensor) -> None:
+        """Makes the gradients of a controller those of all processes. batch: any that it could train on."""
+
+    def average(self, mean: Tensor) -> Tensor:
+        """A mean over this process's part of a batch (every part is as large) becomes that over all of it."""
+        return mean
+
+    def total(self, *values: float) -> Sequence[float]:
+        """The sum of each value over all processes."""
+        return values
+
+    def agree(self) -> None:
+        """Between two batches: what one process has heard becomes the request of all."""
+
+    def together(self, function: Callable, *arguments: object) -> typing.Any:
+        """Calls function, in which no process may wait for another; a UserError in one is raised in all."""
+        return function(*arguments)
+
+    def on_first(self, function: Callable, *arguments: object) -> typing.Any:
+        """Calls function on rank 0 alone; what it returns, or a UserError or one of SAVE_ERRORS, is for all."""
+        return function(*arguments)
+
+    def first_failure(self, error: Exception) -> tuple[int, str]:
+        """Rank and type of the exception that came first, of which those of other processes may be consequences."""
+        return self.rank, type(error).__name__
+
+    def close(self) -> None:
+        """Of a run that has left gracefully."""
+
+
 class Run:
     """The state that a checkpoint holds beside the model and its optimizers, and what happens at batch boundaries.
 
@@ -1375,9 +1424,10 @@ class Run:
     """
 
     def __init__(self, config: Config, model: ByteLM, controller: TrainingController, data: ByteDataset, total_steps: int,
-                 device: torch.device, monitor: ExitMonitor, screen: Screen) -> None:
+                 device: torch.device, processes: Processes, screen: Screen) -> None:
         self.config, self.model, self.controller, self.data = config, model, controller, data
-        self.total_steps, self.device, self.monitor, self.screen = total_steps, device, monitor, screen
+        self.total_steps, self.device, self.screen = total_steps, device, screen
+        self.processes, self.monitor = processes, processes.monitor
         self.run_id = uuid.uuid4().hex[:12]
         self.step = self.epoch = self.batch_in_epoch = 0
         self.best_loss = math.inf
@@ -1387,7 +1437,6 @@ class Run:
         self.metrics_name: str | None = None
         self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
         self.data_fingerprint = data.fingerprint()
-        self.rng_state = get_rng_state(device)
         self.completed = False  # before it began: a resumed run that was done
         self.exit_code = 0
         self.error: Exception | None = None
@@ -1401,6 +1450,7 @@ class Run:
 
     def state_dict(self, exit_reason: str | None) -> dict:
         """The checkpoint as of the last complete batch. Its tensors are the live ones, not copies."""
+        self.seed_batch()
         controller = self.controller.state_dict()
         return {
             "format_version": FORMAT_VERSION,
@@ -1417,7 +1467,7 @@ class Run:
             "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
                         "last_loss": self.last_loss, "seconds": self.seconds},
             "config": dataclasses.asdict(self.config),
-            "rng_state": self.rng_state,
+            "rng_state": {"cpu": torch.get_rng_state()},  # of the next batch; for readers, since seed_batch makes it anew
             "data_fingerprint": self.data_fingerprint,
             "exit_reason": exit_reason,
             "torch_version": str(torch.__version__),
@@ -1432,7 +1482,6 @@ class Run:
                 where = " ".join(self.config.data) or "Python's standard library"
                 raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
             self._check(state)
-            set_rng_state(state["rng_state"], self.device)
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
                                              "schedulers": state["scheduler_state_dicts"]})
@@ -1441,7 +1490,7 @@ class Run:
         metrics = state["metrics"]
         self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
         self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
-        self.run_id, self.best_loss, self.rng_state = state["run_id"], state["best_loss"], state["rng_state"]
+        self.run_id, self.best_loss = state["run_id"], state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
         self.completed = state["exit_reason"] == "completed"
         self.homes = [path.parent.parent if path.parent.name == "emergency_exit" else path.parent,
@@ -1452,7 +1501,6 @@ class Run:
         template = self.state_dict("")
         template["metrics"]["file"] = ""
         template["config"] = state["config"]  # read_checkpoint has seen to it
-        template["rng_state"] = {kind: tensor for kind, tensor in self.rng_state.items() if kind in {"cpu"} | state["rng_state"].keys()}
         if state.get("step") != 0:
             for name, optimizer in self.controller.optimizers.items():
                 template["optimizer_state_dicts"][name]["state"] = state_after_a_step(optimizer)
@@ -1473,6 +1521,15 @@ class Run:
 
     def begin(self) -> None:
         """Takes hold of the checkpoint directory and opens metrics.csv. Raises UserError where it may not or cannot."""
+        self.processes.on_first(self._open_directory)
+        self.processes.parallel(self.controller, self.data[0])
+        self.seed_batch()
+        self._before_batch = self._host_state()
+        self._clock = self._row_clock = self._status_clock = time.monotonic()
+        self._start = (self._clock, self.step)
+        self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
+
+    def _open_directory(self) -> None:
         state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
         self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
         self.writer = CheckpointWriter(self._save, self.screen.say)
@@ -1483,10 +1540,6 @@ class Run:
             path = self.directory.path / (self.metrics_name or "metrics.csv")
             raise UserError(f"{path}: cannot go on with these metrics ({one_line(error)})") from error
         self.metrics_name = path.name
-        self._before_batch = self._host_state()
-        self._clock = self._row_clock = self._status_clock = time.monotonic()
-        self._start = (self._clock, self.step)
-        self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
     def _metrics_path(self) -> Path:
         """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
@@ -1514,16 +1567,24 @@ class Run:
         self.batch_in_epoch += 1
         if self.batch_in_epoch == self.data.batches_per_epoch:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
-        self.rng_state = get_rng_state(self.device)
+        self.seed_batch()
         self._before_batch = self._host_state()
         self._in_update = False
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
+        # Where another rank has died these raise; by now the batch is complete.
+        self._unread[-1] = self.processes.average(loss), self._unread[-1][1]
+        self.processes.agree()
         self.finish_step()
+
+    def seed_batch(self) -> None:
+        """The random numbers of a batch (its dropout) come from seed, step and rank alone: there is no state to restore."""
+        digest = hashlib.blake2b(b"%d %d %d" % (self.config.seed, self.step, self.processes.rank), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def _host_state(self) -> tuple:
         """What advances on the host while the device may still be computing the batch before."""
-        return (self.step, self.epoch, self.batch_in_epoch, self.rng_state,
+        return (self.step, self.epoch, self.batch_in_epoch,
                 [scheduler.state_dict() for scheduler in self.controller.schedulers.values()])
 
     def _read_losses(self) -> None:
@@ -1535,7 +1596,7 @@ class Run:
         unread, self._unread = self._unread, []
         for loss, (_, before) in zip(torch.stack([loss for loss, _ in unread]).tolist() if unread else (), unread):
             if not math.isfinite(loss):
-                self.step, self.epoch, self.batch_in_epoch, self.rng_state, schedulers = before
+                self.step, self.epoch, self.batch_in_epoch, schedulers = before
                 for scheduler, state in zip(self.controller.schedulers.values(), schedulers):
                     scheduler.load_state_dict(state)
                     for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
@@ -1565,15 +1626,15 @@ class Run:
                 return
             if validation_loss < self.best_loss:
                 self.best_loss = validation_loss
-                targets["best"] = self.directory.path_for("best.pt")
+                targets["best"] = "best.pt"
         if logged:
             self._log(validation_loss)
         if saved:
             reason = USER_SAVE if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
-            targets[reason] = self.directory.path_for(f"step_{self.step}.pt")
-        if targets:
-            self.writer.submit(self.state_dict(None), targets)
+            targets[reason] = f"step_{self.step}.pt"
+        if targets and self.processes.rank == 0:
+            self.writer.submit(self.state_dict(None), {reason: self.directory.path_for(name) for reason, name in targets.items()})
         self._show(logged)
 
     @torch.no_grad()
@@ -1585,10 +1646,13 @@ class Run:
             for windows in self.data.validation_batches():
                 if self.monitor.exit_requested:
                     return None
-                loss, _ = task_loss(self.model, windows.to(self.device))
-                total, count = total + loss.item() * len(windows), count + len(windows)
+                if len(windows):
+                    loss, _ = task_loss(self.model, windows.to(self.device))
+                    total, count = total + loss.item() * len(windows), count + len(windows)
+                self.processes.agree()
         finally:
             self.model.train()
+        total, count = self.processes.total(total, count)
         return total / count
 
     def _save(self, state: dict, path: Path) -> None:
@@ -1605,7 +1669,8 @@ class Run:
         tokens = self.loss_count * self.data.windows_per_batch * self.config.context
         loss = self.loss_sum / max(1, self.loss_count)
         tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
-        self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second, round(self.seconds, 3))
+        if self.processes.rank == 0:
+            self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second, round(self.seconds, 3))
         self.loss_sum, self.loss_count, self._row_clock = 0.0, 0, now
 
     def _show(self, logged: bool) -> None:
@@ -1635,13 +1700,13 @@ class Run:
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
             try:
-                self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
-                                 fall_back=reason != USER_REQUEST)
+                self.processes.on_first(self._leave_with, EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
+                                        reason != USER_REQUEST)
                 return True
             except SAVE_ERRORS as error:
                 self.screen.say(f"❌ Emergency checkpoint not saved: {one_line(error)}. Training goes on: "
                                 "make room, then press 'q' + Enter again.")
-                self.monitor.withdraw()
+                self.monitor.withdraw(reason)
         if self.evaluation_pending:
             self.finish_step()
         return False
@@ -1652,11 +1717,16 @@ class Run:
             if self.monitor.exit_requested and self.leave_gracefully():
                 return
             self.finish_step()
-        self._leave_with(FINAL, "final.pt", "completed", fall_back=True)
+        self.processes.on_first(self._leave_with, FINAL, "final.pt", "completed", True)
 
     def leave_after_exception(self, error: Exception) -> None:
         """Saves the state as of the last complete batch, unless the exception came between two halves of an update."""
         self.error, self.exit_code = error, 1
+        rank, name = self.processes.first_failure(error)
+        if self.processes.rank != 0:  # which has the same weights
+            return
+        if rank != 0:
+            self.screen.say(f"❌ {name} in rank {rank}.")
         if self._in_update:
             self.writer.wait()
             try:
@@ -1670,7 +1740,7 @@ class Run:
             self._read_losses()
         self.screen.say("📝 Saving emergency checkpoint...")
         self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt",
-                         f"exception_{type(error).__name__}", fall_back=True)
+                         f"exception_{name}", fall_back=True)
 
     def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
         """The last save, and the accelerator's cache. Raises one of SAVE_ERRORS where it fails and fall_back is False."""
@@ -1699,8 +1769,9 @@ class Run:
             self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
 
     def close(self) -> None:
-        self.writer.close()
-        self.metrics.close()
+        if self.processes.rank == 0:
+            self.writer.close()
+            self.metrics.close()
 
     def summary(self) -> str:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
@@ -1725,20 +1796,6 @@ def state_after_a_step(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
             for number, parameter in enumerate(parameters)}
 
 
-def get_rng_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """A checkpoint from another kind of device has no state for this one, which then keeps that of the seed."""
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type])
-
-
 def own_command() -> str:
     """This program as the person would type it here."""
     words = []
@@ -1747,7 +1804,18 @@ def own_command() -> str:
         words.append(shlex.quote(word if near.startswith("..") else near))
     if shutil.which("python") == sys.executable:
         words[0] = "python"
+    if started_by_torchrun():
+        words[1:1] = ["-m torch.distributed.run", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
     return " ".join(words)
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Only rank 0 of many processes speaks."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 # ---- Training loops --------------------------------------------------------------------------------------------------
@@ -1782,6 +1850,137 @@ def controller_training_loop(run: Run, controller: TrainingController, data: Byt
             if run.finished:
                 break
     run.complete()
+
+
+# ---- Many processes, which torchrun starts ---------------------------------------------------------------------------
+
+
+class AgreedMonitor:
+    """In an ExitMonitor's place: a request that the monitor of any rank has heard shows on all ranks after the same batch.
+
+    The question travels while a batch is computed, so the answer is there when it is done and costs no waiting; a request
+    is honoured after the batch that follows the one it came in.
+    """
+
+    REQUESTS = [(None, 0), (USER_REQUEST, 0), ("torchrun_died", 1), *((f"signal_{signum.name}", 128 + signum) for signum in EXIT_SIGNALS)]
+
+    def __init__(self, own: ExitMonitor) -> None:
+        self.own, self._torchrun = own, os.getppid()
+        self.save_requested = False
+        self._ask()
+
+    def _ask(self) -> None:
+        self.exit_requested, self.reason, self.exit_code = False, None, 0
+        if os.getppid() != self._torchrun:  # nobody is left who could end us
+            self.own.request("torchrun_died", 1)
+        save, self.own.save_requested = self.own.save_requested, False
+        self._heard = torch.tensor([[reason for reason, _ in self.REQUESTS].index(self.own.reason), save])
+        self._question = dist.all_reduce(self._heard, dist.ReduceOp.MAX, async_op=True)
+
+    def agree(self) -> None:
+        """Takes the answer to the last question and asks the next. Raises RuntimeError where a rank has died."""
+        if self.exit_requested:
+            return
+        self._question.wait()
+        request, save = self._heard.tolist()
+        self.save_requested |= bool(save)
+        if request:
+            self.exit_requested, (self.reason, self.exit_code) = True, self.REQUESTS[request]
+            self.own.request(self.reason, self.exit_code)  # whoever heard it, rank 0 says so
+        else:
+            self._ask()
+
+    def withdraw(self, reason: str) -> None:
+        self.own.withdraw(reason)
+        self._ask()
+
+
+class ManyProcesses(Processes):
+    """This process's view of the group that torchrun made: rank 0 alone prints, saves and listens to the keyboard.
+
+    Every rank holds the whole model; DistributedDataParallel averages the gradients. Raises UserError where there are
+    more processes than GPUs.
+    """
+
+    def __init__(self, monitor: ExitMonitor) -> None:
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but only {torch.cuda.device_count()} GPUs here")
+            torch.cuda.set_device(local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun may keep it over a restart, with the addresses of those that have died.
+        self._store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size)
+        super().__init__(AgreedMonitor(monitor))
+
+    def parallel(self, controller: TrainingController, batch: Tensor) -> None:
+        controller.model = nn.parallel.DistributedDataParallel(controller.model)
+        controller.average = self.average
+        # It orders its buckets by the first backward pass. That one comes before training, so that a resumed run adds
+        # gradients up in the same order.
+        forward_backward(controller.model, batch, 1, controller.regularization)
+        controller.model.zero_grad()
+
+    def average(self, mean: Tensor) -> Tensor:
+        total = mean.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def total(self, *values: float) -> Sequence[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def agree(self) -> None:
+        self.monitor.agree()
+
+    def together(self, function: Callable, *arguments: object) -> typing.Any:
+        result, mistakes = None, [None] * self.world_size
+        try:
+            result, mistake = function(*arguments), None
+        except UserError as error:
+            mistake = str(error)
+        dist.all_gather_object(mistakes, mistake)
+        for rank, mistake in enumerate(mistakes):
+            if mistake is not None:
+                raise UserError(f"rank {rank}: {mistake}" if rank else mistake)
+        return result
+
+    def on_first(self, function: Callable, *arguments: object) -> typing.Any:
+        outcome = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = function(*arguments)
+            except (UserError, *SAVE_ERRORS) as error:
+                outcome[1] = error
+            with contextlib.suppress(RuntimeError):  # a rank that has died is not our function's fault: the next batch will tell
+                dist.broadcast_object_list(outcome)
+        else:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def first_failure(self, error: Exception) -> tuple[int, str]:
+        own = f"{self.rank} {type(error).__name__}"
+        try:
+            rank, name = self._store.compare_set("failure", "", own).decode().split()
+        except RuntimeError:  # the store has died with torchrun
+            rank, name = own.split()
+        return int(rank), name
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def newest_for_all(directory: str, report: Callable[[str], None]) -> str | None:
+    """The checkpoint that --resume latest means. None, a fresh start, where there is none and torchrun may restart us."""
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and not checkpoints_in(directory):
+        return None
+    return str(latest_checkpoint(directory, report).absolute())
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1876,7 +2075,7 @@ def check_model(config: Config, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} does not fit its own configuration ({one_line(error)})") from error
 
 
-def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) -> Run:
+def prepare(options: dict[str, object], processes: Processes, screen: Screen) -> Run:
     """Builds data, model, controller and run and restores the checkpoint; writes nothing."""
     options = dict(options)
     resume = options.pop("resume")
@@ -1891,7 +2090,7 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
-    data = ByteDataset(config)
+    data = ByteDataset(config, processes.rank, processes.world_size)
     total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     try:
@@ -1900,7 +2099,7 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
         raise UserError(f"no memory for a model of this size ({one_line(error)})") from error
     controllers = {"standard": StandardTrainingController, "geometric": GeometricTrainingController}
     controller = controllers[config.mode](model, config, total_steps)
-    run = Run(config, model, controller, data, total_steps, device, monitor, screen)
+    run = Run(config, model, controller, data, total_steps, device, processes, screen)
     if state is not None:
         run.load_state_dict(state, resumed_from)
         screen.say(f"📂 Resumed at step {run.step} of {total_steps} from {resumed_from}")
@@ -1911,13 +2110,19 @@ def prepare(options: dict[str, object], monitor: ExitMonitor, screen: Screen) ->
 
 def train(options: dict[str, object]) -> int:
     """Trains as the options say and returns the exit code. Raises UserError for mistakes found before training."""
-    screen = Screen()
+    first = is_first_rank()
+    screen = Screen(shown=first)
     with contextlib.ExitStack() as stack:
         stack.callback(end_children)
-        monitor = stack.enter_context(ExitMonitor(screen, keyboard=not options.pop("no_keyboard")))
+        keyboard = not options.pop("no_keyboard")
+        monitor = stack.enter_context(ExitMonitor(screen, keyboard and first))
         for signum in _early_signals:
             monitor.hear(signum)
-        run = prepare(options, monitor, screen)
+        many = started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
+        processes = ManyProcesses(monitor) if many else Processes(monitor)
+        if many and options["resume"] == "latest":  # the same one for all
+            options["resume"] = processes.on_first(newest_for_all, options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+        run = processes.together(prepare, options, processes, screen)
         if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
             return 0
@@ -1927,22 +2132,25 @@ def train(options: dict[str, object]) -> int:
             if run.evaluation_pending:
                 run.finish_step()
             if run.config.loop == "standard":
-                standard_training_loop(run, run.model, run.controller.optimizers["adamw"], run.controller.schedulers["adamw"],
-                                       run.data, monitor)
+                standard_training_loop(run, run.controller.model, run.controller.optimizers["adamw"], run.controller.schedulers["adamw"],
+                                       run.data, processes.monitor)
             else:
-                controller_training_loop(run, run.controller, run.data, monitor)
+                controller_training_loop(run, run.controller, run.data, processes.monitor)
+            processes.close()
         except Exception as error:  # whatever the batch raised; it is shown once the state is safe
             run.leave_after_exception(error)
     if run.error is not None:
-        with contextlib.suppress(OSError):  # stderr may have gone with the terminal
-            traceback.print_exception(run.error)
+        if processes.first_failure(run.error)[0] == processes.rank:  # no other rank can say more
+            with contextlib.suppress(OSError):  # stderr may have gone with the terminal
+                traceback.print_exception(run.error)
     elif run.saved is not None:
         screen.say("🎉 All steps done!" if run.saved[0] == FINAL else "✨ Graceful exit completed!")
     summary = run.summary()
     screen.say(summary)
     screen.close()
-    with contextlib.suppress(OSError):  # a full disk: scripts/stop.sh will know less
-        run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
+    if first:
+        with contextlib.suppress(OSError):  # a full disk: scripts/stop.sh will know less
+            run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
     return run.exit_code
 
 
@@ -1957,8 +2165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return train(parse_options(arguments))
     except UserError as error:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        if is_first_rank():
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     finally:
         for signum in EXIT_SIGNALS:  # everything is saved: a signal in the interpreter's last moments changes nothing

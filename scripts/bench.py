@@ -181,7 +181,7 @@ def started_run(options: Sequence[object], monitor, screen):
 
     settings = t.parse_options([str(word) for word in options])
     del settings["no_keyboard"]
-    run = t.prepare(settings, monitor, screen)
+    run = t.prepare(settings, t.Processes(monitor), screen)
     run.begin()
     return run
 

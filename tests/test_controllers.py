@@ -109,12 +109,13 @@ def test_rotation_efficiency_loss_is_the_mean_square_of_the_relative_angle():
 
 def test_specialization_loss_is_minus_the_mutual_information():
     decided = torch.eye(4).repeat(8, 1)  # each token sure of its expert, all experts equally used
-    torch.testing.assert_close(t.specialization_loss(decided), torch.tensor(-1.0))
-    torch.testing.assert_close(t.specialization_loss(torch.full((8, 4), 0.25)), torch.tensor(0.0))
+    torch.testing.assert_close(t.specialization_loss(decided, decided.mean(dim=0)), torch.tensor(-1.0))
+    undecided = torch.full((8, 4), 0.25)
+    torch.testing.assert_close(t.specialization_loss(undecided, undecided.mean(dim=0)), torch.tensor(0.0))
     collapsed = torch.zeros(8, 4)
     collapsed[:, 0] = 1
-    torch.testing.assert_close(t.specialization_loss(collapsed), torch.tensor(0.0))
-    assert t.specialization_loss(torch.ones(8, 1)) == 0
+    torch.testing.assert_close(t.specialization_loss(collapsed, collapsed.mean(dim=0)), torch.tensor(0.0))
+    assert t.specialization_loss(torch.ones(8, 1), torch.ones(1)) == 0
 
 
 def test_every_parameter_has_exactly_one_optimizer_and_muon_only_matrices(config):
