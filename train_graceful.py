@@ -1387,8 +1387,8 @@ class Processes:
     def __init__(self, monitor: ExitMonitor) -> None:
         self.monitor = monitor  # what the loops look at
 
-    def parallel(self, controller: TrainingController, batch: Tensor) -> None:
-        """Makes the gradients of a controller those of all processes. batch: any that it could train on."""
+    def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
+        """Makes the gradients of a controller those of all processes."""
 
     def average(self, mean: Tensor) -> Tensor:
         """A mean over this process's part of a batch (every part is as large) becomes that over all of it."""
@@ -1522,7 +1522,7 @@ class Run:
     def begin(self) -> None:
         """Takes hold of the checkpoint directory and opens metrics.csv. Raises UserError where it may not or cannot."""
         self.processes.on_first(self._open_directory)
-        self.processes.parallel(self.controller, self.data[0])
+        self.processes.parallel(self.controller, self.data)
         self.seed_batch()
         self._before_batch = self._host_state()
         self._clock = self._row_clock = self._status_clock = time.monotonic()
@@ -1916,12 +1916,13 @@ class ManyProcesses(Processes):
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size)
         super().__init__(AgreedMonitor(monitor))
 
-    def parallel(self, controller: TrainingController, batch: Tensor) -> None:
+    def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
         controller.model = nn.parallel.DistributedDataParallel(controller.model)
         controller.average = self.average
         # It orders its buckets by the first backward pass. That one comes before training, so that a resumed run adds
         # gradients up in the same order.
-        forward_backward(controller.model, batch, 1, controller.regularization)
+        windows = data[0].chunk(controller.config.grad_accum)[0]
+        forward_backward(controller.model, windows, 1, controller.regularization)
         controller.model.zero_grad()
 
     def average(self, mean: Tensor) -> Tensor:

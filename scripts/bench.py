@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import select
 import shutil
 import signal
 import statistics
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 MIB, GIB = 2**20, 2**30
 NEVER = 10**9
+PATIENCE_SECONDS = 300  # with a program that says nothing
 TINY = "--context 16 --layers 2 --heads 2 --dim 16 --experts 2 --batch-size 4".split()
 ENDLESS = ["--steps", NEVER, "--save-every", NEVER, "--eval-every", NEVER]
 LEARNING_RATES = (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)  # the grid for AdamW
@@ -110,6 +112,8 @@ class Terminal:
         """When text arrived; what follows it is looked at next. Raises EOFError, with all output, where it never does."""
         while text.encode() not in self.text:
             try:
+                if not select.select([self.process.fd], [], [], PATIENCE_SECONDS)[0]:
+                    raise EOFError(f"{self.text.decode(errors='replace')}\nno {text!r} in {PATIENCE_SECONDS} s")
                 self.text += os.read(self.process.fd, 65536)
             except OSError:
                 raise EOFError(self.text.decode(errors="replace")) from None
@@ -133,10 +137,11 @@ def ours(*options: object) -> list[object]:
     return [sys.executable, SCRIPT, *options]
 
 
-def child(name: str, **arguments: object) -> dict:
-    """What the function child_NAME of this file returns, run in a process and on a terminal of its own."""
+def child(name: str, processes: int = 1, **arguments: object) -> dict:
+    """What the function child_NAME of this file returns, run in a process (or many) and on a terminal of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     with tempfile.NamedTemporaryFile("r") as result:
-        terminal = Terminal([sys.executable, __file__, "--child", name, json.dumps(arguments, default=str), result.name])
+        terminal = Terminal([sys.executable, *launcher, __file__, "--child", name, json.dumps(arguments, default=str), result.name])
         terminal.wait_gone()
         text = result.read()
     if not text:
@@ -175,13 +180,13 @@ def child_watching(seconds: float) -> dict:
         return {"check": check, "wakeups": context_switches(thread) - before}
 
 
-def started_run(options: Sequence[object], monitor, screen):
+def started_run(options: Sequence[object], monitor, screen, processes=None):
     """A Run of the program as main would make it, begun."""
     import train_graceful as t
 
     settings = t.parse_options([str(word) for word in options])
     del settings["no_keyboard"]
-    run = t.prepare(settings, t.Processes(monitor), screen)
+    run = t.prepare(settings, processes or t.Processes(monitor), screen)
     run.begin()
     return run
 
@@ -285,7 +290,7 @@ def child_hearing(tries: int) -> dict:
     class Forgetful(t.ExitMonitor):
         def request(self, reason: str, exit_code: int) -> None:
             super().request(reason, exit_code)
-            self.withdraw()
+            self.withdraw(reason)
             self._interrupts = 0
 
     a = torch.rand(4096, 4096)
@@ -823,6 +828,39 @@ def growth(scale: float, folder: Path) -> Iterator[Figure]:
             yield Figure("growth", f"a {what} with {factor}x the steps, epochs, data files, checkpoints and rows", unit, times[0], 1.1, times[1])
 
 
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+def child_agreement(folder: str, options: list, steps: int) -> dict:
+    """How long the loop waits for the others' requests between two batches."""
+    import train_graceful as t
+
+    screen, times = t.Screen(shown=False), []
+    with t.ExitMonitor(screen, keyboard=False) as monitor:
+        processes = t.ManyProcesses(monitor)
+        run = started_run([*options, *ENDLESS, "--checkpoint-dir", folder], monitor, screen, processes)
+        agree = processes.agree
+
+        def timed() -> None:
+            started = time.perf_counter()
+            agree()
+            times.append(1e3 * (time.perf_counter() - started))
+
+        processes.agree = timed
+        batches = run.data.batches(0, 0)
+        for _ in range(5 + steps):
+            run.batch_done(run.controller.training_step(next(batches)))
+        processes.close()
+        return {"times": times[5:]}
+
+
+def many(scale: float, folder: Path) -> Iterator[Figure]:
+    options = [] if scale == 1 else TINY
+    for size in (2, 4):
+        times = child("agreement", size, folder=folder / str(size), options=options, steps=max(5, round(100 * scale)))["times"]
+        yield Figure("many", f"agreement of {size} processes on leaving, waited for in a step", "ms", times, 0.5)
+
+
 # ---- 9 a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -927,7 +965,7 @@ def peers(scale: float, folder: Path, python: str) -> Iterator[Figure]:
 
 
 SECTIONS = {section.__name__: section for section in
-            (watching, hearing, leaving, saving, periodic, resuming, step_cost, data, startup, growth, gpu, convergence)}
+            (watching, hearing, leaving, saving, periodic, resuming, step_cost, data, startup, growth, many, gpu, convergence)}
 
 
 def machine() -> dict[str, object]:
@@ -953,7 +991,9 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     if arguments.child:
         name, settings, result = arguments.child
-        Path(result).write_text(json.dumps(globals()[f"child_{name}"](**json.loads(settings))))
+        measured = json.dumps(globals()[f"child_{name}"](**json.loads(settings)))
+        if os.environ.get("RANK", "0") == "0":
+            Path(result).write_text(measured)
         return 0
     scale = 0.02 if arguments.quick else 1
     figures: list[Figure] = []

@@ -281,7 +281,7 @@ def test_inside_tmux_the_client_is_switched_not_nested(tmux, spawn):
 def test_help_is_the_first_comment(path):
     result = script(path.name, "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"Usage: scripts/{path.name} ") and "#" not in result.stdout
+    assert re.match(rf"Usage: (sbatch .*)?scripts/{path.name} ", result.stdout) and "#" not in result.stdout
 
 
 @pytest.mark.parametrize("path", WRAPPERS, ids=lambda path: path.name)

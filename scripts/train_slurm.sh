@@ -1,0 +1,59 @@
+#!/bin/sh
+#SBATCH --job-name=train_graceful
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Usage: sbatch [options of sbatch] scripts/train_slurm.sh [options of train_graceful.py]
+#
+# Trains under Slurm on one node, with a process for each GPU of the job (or NPROC). Submit it from the repository's root.
+# Two minutes before its time is up, or when it is preempted, the run saves and the job goes back into the queue; when it
+# comes back it goes on from there, as often as it takes. All steps done or scancel ends it for good. A longer save needs an
+# earlier warning: sbatch --signal=USR1@600.
+#
+# NPROC=n      processes (default: the GPUs of the job, else 1)
+# PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
+
+set -eu
+
+if [ "${1:-}" = --help ]; then
+    sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "$0"
+    exit
+fi
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "This is a job for Slurm: sbatch scripts/train_slurm.sh" >&2; exit 2; }
+cd "$SLURM_SUBMIT_DIR"
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
+    { echo "python3 is missing: apt install python3" >&2; exit 2; }
+
+directory=checkpoints previous=
+for word; do
+    case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
+    [ "$previous" != --checkpoint-dir ] || directory=$word
+    previous=$word
+done
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    for checkpoint in "$directory"/*.pt "$directory"/emergency_exit/*.pt; do
+        if [ -e "$checkpoint" ]; then
+            set -- "$@" --resume latest
+            break
+        fi
+    done
+fi
+
+before=$(cat "$directory/run.lock" 2>/dev/null || :)
+code=0
+srun "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout=3600 train_graceful.py --no-keyboard "$@" || code=$?
+
+# How it ended stands there, unless it never began. 138 and 143 are Slurm's wish; after scancel the job is not running any more.
+[ "$(cat "$directory/run.lock" 2>/dev/null || :)" != "$before" ] || exit "$code"
+case $(sed -n 2p "$directory/run.lock") in
+    138 | 143)
+        if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+            echo "Back into the queue: the run goes on when the job starts again."
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        ;;
+esac
+exit "$code"

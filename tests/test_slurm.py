@@ -1,0 +1,128 @@
+"""scripts/train_slurm.sh under a real Slurm: one node, this machine, configured and started here."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+
+import pytest
+from conftest import ROOT, wait_until
+from test_many_processes import assert_same_end, data, group  # noqa: F401 (fixtures)
+
+import train_graceful as t
+
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+OPTIONS = ["--context", 16, "--layers", 2, "--heads", 2, "--dim", 16, "--experts", 2, "--batch-size", 4, "--dropout", 0.1, "--mode", "geometric",
+           "--eval-every", 100, "--save-every", 200]
+
+
+class Slurm:
+    def __init__(self, folder) -> None:
+        missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+        if missing or os.getuid():
+            pytest.skip(f"needs root and Debian's packages slurm-wlm and munge (missing: {' '.join(missing) or 'root'})")
+        folder.mkdir()
+        host = socket.gethostname()
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            ports = first.getsockname()[1], second.getsockname()[1]
+        (folder / "slurm.conf").write_text("\n".join([
+            "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", "SlurmUser=root", f"SlurmctldPort={ports[0]}", f"SlurmdPort={ports[1]}",
+            f"AuthInfo=socket={folder}/munge.sock", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SwitchType=switch/none",
+            "MpiDefault=none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", f"StateSaveLocation={folder}/state",
+            f"SlurmdSpoolDir={folder}/spool", f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/slurmd.pid",
+            f"SlurmctldLogFile={folder}/ctld.log", f"SlurmdLogFile={folder}/slurmd.log", "ReturnToService=2",
+            "JobAcctGatherType=jobacct_gather/none", f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
+            f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP"]) + "\n")
+        (folder / "state").mkdir()
+        (folder / "spool").mkdir()
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "NPROC": "2"}
+        self.log = open(folder / "daemons.log", "w")
+        self.daemons = [self.start("munged", "--force", "--foreground", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock",
+                                   f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed")]
+        wait_until((folder / "munge.sock").exists, self.daemons[0])
+        self.daemons += [self.start("slurmctld", "-D"), self.start("slurmd", "-D")]
+        wait_until(lambda: "idle" in self.run("sinfo", "--noheader", check=False), self.daemons[1])
+
+    def start(self, *command: str) -> subprocess.Popen:
+        return subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+
+    def run(self, *command: object, check: bool = True) -> str:
+        return subprocess.run([str(word) for word in command], env=self.environment, cwd=ROOT, check=check, capture_output=True, text=True).stdout
+
+    def submit(self, log, *arguments: object, limits=("--time=10",)) -> str:
+        """The job's number."""
+        return self.run("sbatch", "--parsable", *limits, f"--output={log}", "scripts/train_slurm.sh", *arguments).strip()
+
+    def state(self, job: str) -> str:
+        return re.search(r"JobState=(\w+)", self.run("scontrol", "show", "job", job))[1]
+
+    def close(self) -> None:
+        self.run("scancel", "--user=root", check=False)
+        wait_until(lambda: not self.run("squeue", "--noheader", check=False))
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+            daemon.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    slurm = Slurm(tmp_path_factory.mktemp("slurm") / "slurm")
+    yield slurm
+    slurm.close()
+
+
+def logged(log, text: str):
+    return lambda: log.exists() and text in log.read_text()
+
+
+def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group, data, tmp_path, whole):  # noqa: F811
+    # whole: Slurm's own time limit, which it keeps by the minute; else the signal that it would send.
+    limits, steps = (("--time=2", "--signal=USR1@60"), 15_000) if whole else (("--time=10",), 500)
+    options = [*OPTIONS, "--steps", steps, "--data", data]
+    log, directory = tmp_path / "job.log", tmp_path / "ck"
+    job = slurm.submit(log, *options, "--checkpoint-dir", directory, limits=limits)
+    wait_until(logged(log, "step 10/"))
+    if not whole:
+        slurm.run("scancel", "--signal=USR1", job)
+    wait_until(logged(log, "Back into the queue"), timeout=180)
+    wait_until(lambda: slurm.state(job) == "PENDING")
+    [emergency] = (directory / "emergency_exit").iterdir()
+    state = t.load_checkpoint(emergency)
+    assert state["exit_reason"] == "signal_SIGUSR1" and 0 < state["step"] < steps
+
+    def completed() -> bool:
+        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)  # while it is pending: Slurm would wait two minutes
+        assert (state := slurm.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED"), log.read_text()
+        return state == "COMPLETED"
+
+    wait_until(completed, timeout=300)
+    assert f"Resumed at step {state['step']} of {steps}" in log.read_text()
+    for rank in group(2, *options, "--checkpoint-dir", tmp_path / "whole"):
+        rank.finish()
+    assert_same_end(directory, tmp_path / "whole")
+
+
+def test_a_cancelled_job_saves_and_stays_away(slurm, data, tmp_path):  # noqa: F811
+    log, directory = tmp_path / "job.log", tmp_path / "ck"
+    job = slurm.submit(log, *OPTIONS, "--steps", 10**6, "--data", data, "--checkpoint-dir", directory)
+    wait_until(logged(log, "step 10/"))
+    slurm.run("scancel", job)
+    wait_until(lambda: not slurm.run("squeue", "--noheader"))
+    assert slurm.state(job) == "CANCELLED" and "Back into the queue" not in log.read_text()
+    [emergency] = (directory / "emergency_exit").iterdir()
+    assert t.load_checkpoint(emergency)["exit_reason"] == "signal_SIGTERM"
+
+
+def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_one(slurm, data, tmp_path):  # noqa: F811
+    directory, log = tmp_path / "ck", tmp_path / "job.log"
+    directory.mkdir()
+    (directory / "run.lock").write_text("1 elsewhere\n143\n")
+    job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", data, "--checkpoint-dir", directory)
+    wait_until(lambda: slurm.state(job) == "FAILED")
+    assert "error: --dim 3" in log.read_text() and "Back into the queue" not in log.read_text()
