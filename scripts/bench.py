@@ -383,9 +383,20 @@ def flushed(write: Callable[[object], None], path: Path) -> float:
     return seconds
 
 
+def our_save(state: dict, path: Path) -> float:
+    """The same of save_checkpoint."""
+    import train_graceful as t
+
+    os.sync()
+    started = time.perf_counter()
+    t.save_checkpoint(state, path)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
 def child_saving(options: list, folder: str, rounds: int) -> dict:
     import torch
-    import train_graceful as t
 
     state = trained_state(options)
     tensors = list(tensors_in(state))
@@ -398,20 +409,12 @@ def child_saving(options: list, folder: str, rounds: int) -> dict:
             while data:
                 data = data[file.write(data) :]
 
-    def graceful() -> float:
-        os.sync()
-        started = time.perf_counter()
-        t.save_checkpoint(state, path)
-        seconds = time.perf_counter() - started
-        path.unlink()
-        return seconds
-
     peak_reset()
     before = memory("VmRSS")
-    graceful()
+    our_save(state, path)
     extra = max(0, memory("VmHWM") - before)
     plain, saved, torchs = interleaved(
-        rounds, lambda: flushed(raw, path), graceful, lambda: flushed(lambda file: torch.save(state, file), path))
+        rounds, lambda: flushed(raw, path), lambda: our_save(state, path), lambda: flushed(lambda file: torch.save(state, file), path))
     return {"size": size, "extra": extra / size, "raw": [size / GIB / seconds for seconds in plain],
             "ours": [size / GIB / seconds for seconds in saved], "torch": [size / GIB / seconds for seconds in torchs]}
 
@@ -887,7 +890,6 @@ def child_gpu_syncs(folder: str, mode: str) -> dict:
 
 def child_gpu_saving(folder: str, gibibytes: float, rounds: int) -> dict:
     import torch
-    import train_graceful as t
 
     state = {str(i): torch.randn(64 * MIB, device="cuda") for i in range(max(1, round(4 * gibibytes)))}
     path = Path(folder, "saved.pt")
@@ -898,15 +900,7 @@ def child_gpu_saving(folder: str, gibibytes: float, rounds: int) -> dict:
         for tensor in state.values():
             file.write(memoryview(tensor.cpu().numpy()).cast("B"))
 
-    def graceful() -> float:
-        os.sync()
-        started = time.perf_counter()
-        t.save_checkpoint(state, path)
-        seconds = time.perf_counter() - started
-        path.unlink()
-        return seconds
-
-    saved, plain = interleaved(rounds, graceful, lambda: flushed(copy_and_write, path))
+    saved, plain = interleaved(rounds, lambda: our_save(state, path), lambda: flushed(copy_and_write, path))
     return {"ours": [size / seconds for seconds in saved], "reference": [size / seconds for seconds in plain]}
 
 
