@@ -47,7 +47,7 @@ campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
-bench: .venv/installed ## measure what README claims, most of an hour on 2 cores (ARGS="--only save resume", --quick)
+bench: .venv/installed ## measure what README claims, most of an hour on 2 cores (ARGS="--only saving resuming", --quick)
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
 
 bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the bare loop, in an environment of their own

@@ -46,6 +46,7 @@ import select
 import shlex
 import shutil
 import stat
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -82,6 +83,7 @@ BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes non
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
 USER_REQUEST, USER_SAVE = "user_requested_graceful_exit", "user_requested_save"
 KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C twice leaves without saving."
+TORCHRUN_KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on."  # a second Ctrl-C does not reach us
 HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
@@ -213,6 +215,26 @@ def in_foreground(fd: int) -> bool:
     try:
         return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:  # not a terminal, or not our controlling one: job control does not apply
+        return True
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Only rank 0 of many processes speaks."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
+def typed_at_us(terminal: int) -> bool:
+    """False where a shell has given the terminal to another job, so that what is typed there is not ours to read."""
+    if not (started_by_torchrun() and os.isatty(terminal)):
+        return in_foreground(terminal)
+    # torchrun gave us a session of our own; only torchrun itself is one of the shell's jobs. + means the foreground.
+    try:
+        return "+" in subprocess.run(["ps", "-o", "stat=", "-p", str(os.getppid())], capture_output=True, text=True).stdout
+    except OSError:  # a container without ps
         return True
 
 
@@ -402,7 +424,7 @@ class ExitMonitor:
             if self._stop_pipe in ready:
                 return
             if self._stdin in ready:
-                if in_foreground(self._stdin):
+                if typed_at_us(self._stdin):
                     if self._read_keyboard() == READ_BYTES:
                         pause = FLOOD_PAUSE_SECONDS
                 else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
@@ -433,7 +455,7 @@ class ExitMonitor:
             self.save_requested = True
             self._screen.say("💾 Saving a checkpoint after this batch...")
         elif commands and not self.exit_requested and os.isatty(self._stdin):
-            self._screen.say(KEYS)
+            self._screen.say(TORCHRUN_KEYS if started_by_torchrun() else KEYS)
         return len(data)
 
     def _abandon(self) -> typing.NoReturn:
@@ -738,20 +760,7 @@ class RunDirectory:
         self.path, self.run_id = path, run_id
         self._own: set[Path] = set()  # names known to hold this run's files
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, 1)  # one starts at a time: who comes second reads the first one's pid
-            try:
-                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)  # ours until the process is gone
-                self.write_outcome("")
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                pid, host = (os.pread(self._lock_file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"])[:2]
-                raise UserError(f"{path} is in use by another run (pid {pid} on {host}); "
-                                "give this one its own --checkpoint-dir") from error
-            finally:
-                fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, 1)
+            self._take_hold()
             for folder in (path, path / "emergency_exit", fallback_directory(path)):
                 for leftover in folder.glob(".*.pt.tmp"):
                     with contextlib.suppress(OSError):  # in the way of nothing
@@ -761,9 +770,40 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
         if free < needed_bytes:
-            raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.0f} MB free, checkpoints need {needed_bytes / 1e6:.0f}")
+            raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.2f} MB free, checkpoints need {needed_bytes / 1e6:.2f}")
         by_age = sorted(path.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
         self._periodic = [path for path in by_age if self._is_own(path)]  # oldest first
+
+    def _take_hold(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file, holder = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666), None
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)  # one starts at a time: who comes second reads the first one's pid
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)  # ours until the process is gone
+            self._lock_file = file
+            self.write_outcome("")
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            holder = (os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"])[:2]
+        finally:
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
+        if holder is not None:
+            os.close(file)
+            raise UserError(f"{self.path} is in use by another run (pid {holder[0]} on {holder[1]}); "
+                            "give this one its own --checkpoint-dir")
+
+    def keep_hold(self) -> None:
+        """Makes a directory that somebody has deleted anew. Raises OSError where it is another run's by now."""
+        try:
+            if os.path.samestat(os.stat(self.path / "run.lock"), os.fstat(self._lock_file)):
+                return
+        except FileNotFoundError:
+            pass
+        try:
+            self._take_hold()
+        except UserError as error:
+            raise OSError(errno.EBUSY, str(error)) from error
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for scripts/stop.sh."""
@@ -1327,7 +1367,8 @@ class Metrics:
     """
 
     def __init__(self, path: Path, lr_names: Sequence[str], step: int) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path, self._file = path, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = threading.Lock()  # rows come from the training loop, flushes from the thread that saves
         columns = ["step", "epoch", "loss", "val_loss", *(f"lr_{name}" for name in lr_names), "tokens_per_second", "seconds"]
         header = (",".join(columns) + "\n").encode()
         with open(path, "rb") as file:
@@ -1346,17 +1387,25 @@ class Metrics:
         self._append((",".join("" if value is None else str(value) for value in values) + "\n").encode())
 
     def _append(self, text: bytes) -> None:
-        self._waiting += text
-        try:
-            written = os.pwrite(self._file, self._waiting, self._size)
-            if written == len(self._waiting):
-                self._size, self._waiting = self._size + written, b""
-            os.ftruncate(self._file, self._size)
-        except OSError:
-            pass  # the rows are kept; a person hears of a full disk from the next save
+        with self._lock:
+            self._waiting += text
+            try:
+                written = os.pwrite(self._file, self._waiting, self._size)
+                if written == len(self._waiting):
+                    self._size, self._waiting = self._size + written, b""
+                os.ftruncate(self._file, self._size)
+            except OSError:
+                pass  # the rows are kept; a person hears of a full disk from the next save
 
     def flush(self) -> None:
-        """To the disk. Raises OSError where it refuses."""
+        """To the disk; where somebody has deleted the file, all its rows anew. Raises OSError where the disk refuses."""
+        if not self._path.exists():
+            with self._lock:
+                new = self._path.with_name(f".{self._path.name}.tmp")
+                new.write_bytes(os.pread(self._file, self._size, 0))
+                os.replace(new, self._path)
+                deleted, self._file = self._file, os.open(self._path, os.O_RDWR)
+                os.close(deleted)
         self._append(b"")
         os.fsync(self._file)
 
@@ -1601,7 +1650,8 @@ class Run:
                     scheduler.load_state_dict(state)
                     for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
                         group["lr"] = lr
-                raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated")
+                raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated. A resumed "
+                                         "run is the same run and comes to it again: start a new one with a smaller --lr or another --seed")
             self.last_loss, self.loss_sum, self.loss_count = loss, self.loss_sum + loss, self.loss_count + 1
 
     @property
@@ -1656,6 +1706,7 @@ class Run:
         return total / count
 
     def _save(self, state: dict, path: Path) -> None:
+        self.directory.keep_hold()
         self.metrics.flush()  # no checkpoint is ever ahead of its rows
         save_checkpoint(state, path)
         if path.name.startswith("step_"):
@@ -1729,11 +1780,7 @@ class Run:
             self.screen.say(f"❌ {name} in rank {rank}.")
         if self._in_update:
             self.writer.wait()
-            try:
-                newest = latest_checkpoint(self.directory.path, self.screen.say)
-                self.saved = ("Newest whole checkpoint", newest)
-            except CheckpointError:
-                pass  # there is none: the summary then names no checkpoint
+            self._name_newest()
             self.screen.say("❌ The exception came in the middle of an optimizer step: nothing half-updated is saved.")
             return
         with contextlib.suppress(FloatingPointError):  # a batch before was bad already: it is undone, which is all we need
@@ -1741,6 +1788,11 @@ class Run:
         self.screen.say("📝 Saving emergency checkpoint...")
         self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt",
                          f"exception_{name}", fall_back=True)
+
+    def _name_newest(self) -> None:
+        """For a summary after which nothing new is on the disk."""
+        with contextlib.suppress(CheckpointError):  # there is none: the summary then names no checkpoint
+            self.saved = ("Newest whole checkpoint", latest_checkpoint(self.directory.path, self.screen.say))
 
     def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
         """The last save, and the accelerator's cache. Raises one of SAVE_ERRORS where it fails and fall_back is False."""
@@ -1761,6 +1813,9 @@ class Run:
             except SAVE_ERRORS as second_error:
                 self.exit_code = 1
                 self.screen.say(f"❌ {label} not saved: {one_line(second_error)}.")
+                with contextlib.suppress(OSError):  # what was saved there earlier stays
+                    path.parent.rmdir()
+                self._name_newest()
                 return
         self.saved = (label, path)
         self.screen.say(f"✅ {label} saved: {path}")
@@ -1781,6 +1836,7 @@ class Run:
             label, path = self.saved
             lines.append(f"   {label}: {path}")
             more = f" --steps {2 * self.total_steps}" if label == FINAL else ""
+            more += f" --epochs {2 * self.config.epochs}" if more and self.config.epochs else ""
             lines.append(f"▶️ {'Train further' if more else 'Resume'} with: {own_command()} --resume {shlex.quote(str(path))}{more}")
         return "\n".join(lines)
 
@@ -1798,24 +1854,20 @@ def state_after_a_step(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
 
 def own_command() -> str:
     """This program as the person would type it here."""
-    words = []
-    for word in (sys.executable, os.path.abspath(sys.argv[0])):
-        near = os.path.relpath(word)
-        words.append(shlex.quote(word if near.startswith("..") else near))
+    script = Path(os.path.abspath(sys.argv[0]))
+    words = [sys.executable, str(script)]
+    if script.parent == Path.cwd():  # elsewhere a relative path would be of no use tomorrow
+        words = [word.removeprefix(f"{script.parent}/") for word in words]
+    words = list(map(shlex.quote, words))
     if shutil.which("python") == sys.executable:
         words[0] = "python"
     if started_by_torchrun():
-        words[1:1] = ["-m torch.distributed.run", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        wrapper = script.parent / "scripts" / "train_torchrun.sh"
+        if wrapper.exists():
+            return f"{shlex.quote(str(wrapper) if words[1] == str(script) else 'scripts/train_torchrun.sh')} {processes}"
+        words[1:1] = ["-m torch.distributed.run", f"--nproc-per-node={processes}"]
     return " ".join(words)
-
-
-def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_first_rank() -> bool:
-    """Only rank 0 of many processes speaks."""
-    return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 # ---- Training loops --------------------------------------------------------------------------------------------------
@@ -2152,6 +2204,8 @@ def train(options: dict[str, object]) -> int:
     if first:
         with contextlib.suppress(OSError):  # a full disk: scripts/stop.sh will know less
             run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
+    if run.error is None and started_by_torchrun() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+        return 0  # torchrun would start again what was asked to leave
     return run.exit_code
 
 

@@ -2,7 +2,7 @@
 """Measures what README claims about speed, each figure beside its reference, in rounds that alternate between the two.
 
     make bench                                       everything, most of an hour on 2 cores
-    make bench ARGS="--only save resume"             some sections
+    make bench ARGS="--only saving resuming"         some sections
     make bench-peers                                 with lightning, transformers and accelerate beside us
 
 Prints a Markdown table and appends the same figures, with what they were measured on, to a file of JSON lines. Exit code
@@ -1004,7 +1004,7 @@ def main() -> int:
         rows = [{"section": figure.section, "name": figure.name, "unit": figure.unit, "value": figure.value, "limit": figure.limit, "met": figure.good,
                  "ours": figure.ours, "reference": figure.reference} for figure in figures]
         file.write(json.dumps({**machine(), "quick": arguments.quick, "figures": rows}) + "\n")
-    return not all(figure.good for figure in figures)
+    return not arguments.quick and not all(figure.good for figure in figures)
 
 
 if __name__ == "__main__":

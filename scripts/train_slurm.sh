@@ -10,7 +10,7 @@
 # Trains under Slurm on one node, with a process for each GPU of the job (or NPROC). Submit it from the repository's root.
 # Two minutes before its time is up, or when it is preempted, the run saves and the job goes back into the queue; when it
 # comes back it goes on from there, as often as it takes. All steps done or scancel ends it for good. A longer save needs an
-# earlier warning: sbatch --signal=USR1@600.
+# earlier warning: sbatch --signal=USR1@600. It saves in --checkpoint-dir (default: checkpoints), also when it resumes.
 #
 # NPROC=n      processes (default: the GPUs of the job, else 1)
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
@@ -32,18 +32,18 @@ for word; do
     [ "$previous" != --checkpoint-dir ] || directory=$word
     previous=$word
 done
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    for checkpoint in "$directory"/*.pt "$directory"/emergency_exit/*.pt; do
-        if [ -e "$checkpoint" ]; then
-            set -- "$@" --resume latest
-            break
-        fi
-    done
+set -- "$@" --checkpoint-dir "$directory"
+mkdir -p "$directory"
+started=$directory/.slurm_job_$SLURM_JOB_ID
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+    : >"$started"
+elif [ -n "$(find "$directory" -name '*.pt' -newer "$started")" ]; then
+    set -- "$@" --resume latest # only what this job itself has saved
 fi
 
 before=$(cat "$directory/run.lock" 2>/dev/null || :)
 code=0
-srun "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" \
+srun --nodes=1 --ntasks=1 --cpu-bind=none "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout=3600 train_graceful.py --no-keyboard "$@" || code=$?
 
 # How it ended stands there, unless it never began. 138 and 143 are Slurm's wish; after scancel the job is not running any more.

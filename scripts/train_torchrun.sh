@@ -1,9 +1,9 @@
 #!/bin/sh
 # Usage: scripts/train_torchrun.sh [processes] [options of train_graceful.py]
 #
-# Trains one model with several processes on this machine (default: gpu, one for each GPU). They leave together: q + Enter
-# and Ctrl-C work as with one. A process that dies outright makes torchrun start all of them anew, from the last save;
-# that happens at most RESTARTS times. Relative paths start at the repository's root.
+# Trains one model with several processes on this machine (default: auto, one for each GPU, or else for each core). They
+# leave together: q + Enter and Ctrl-C work as with one. A process that dies outright makes torchrun start all of them anew,
+# from the last save; that happens at most RESTARTS times. Relative paths start at the repository's root.
 #
 # RESTARTS=n   (default: 0; give --resume latest with it)
 # PATIENCE=s   seconds that torchrun leaves them for their last save before it kills them (default: 600)
@@ -17,7 +17,7 @@ if [ "${1:-}" = --help ]; then
 fi
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
-processes=gpu
+processes=auto
 case "${1:--}" in
     -*) ;;
     *)
@@ -29,5 +29,6 @@ esac
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
     { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
 
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
-    --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"

@@ -16,7 +16,7 @@ def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_jso
     sections = [name for name in bench.SECTIONS if name != "gpu"] if whole else ["watching", "hearing", "leaving", "saving", "data"]
     result = subprocess.run([sys.executable, str(ROOT / "scripts" / "bench.py"), "--quick", "--dir", str(tmp_path), "--json", str(json_file),
                              "--only", *sections], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert result.returncode in (0, 1) and result.stderr == "", result.stderr
+    assert result.returncode == 0 and result.stderr == "", result.stderr
     [line] = json_file.read_text().splitlines()
     measured = json.loads(line)
     assert measured["cores"] and measured["torch"] and measured["quick"] is True
@@ -24,7 +24,6 @@ def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_jso
     for figure in measured["figures"]:
         assert all(map(math.isfinite, figure["ours"] + (figure["reference"] or []))) and figure["ours"], figure
         assert f"| {figure['name']} | " in result.stdout
-    assert (result.returncode == 0) == all(figure["met"] for figure in measured["figures"])
     assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]  # and nothing it wrote for measuring is left
 
 

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, refused, run, saved_path
+from conftest import ENDLESS, ROOT, finish, refused, run, saved_path
 
 import train_graceful as t
 
@@ -332,3 +333,54 @@ def test_host_copy_reuses_its_tensors():
     again = t.host_copy(state, copy)
     assert again["a"].data_ptr() == copy["a"].data_ptr() != state["a"].data_ptr()
     assert again["a"].tolist() == [2, 2, 2] and again["b"][1] == {"c": 1} and again["d"] == (1, "x")
+
+
+def test_rows_are_written_whole_while_a_save_flushes_them(tmp_path):
+    metrics = t.Metrics(tmp_path / "metrics.csv", ["adamw"], 0)
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.is_set():
+            metrics.flush()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    for step in range(1, 20_001):
+        metrics.row(step, 0, 1.5)
+    done.set()
+    thread.join()
+    metrics.close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == [f"{step},0,1.5" for step in range(1, 20_001)]
+
+
+def test_a_deleted_directory_is_made_again_with_its_lock_and_all_rows(spawn, options, tmp_path):
+    directory = tmp_path / "ck"
+    child = spawn(*options, *ENDLESS, "--log-every", 1)
+    child.expect(r"step \d+/")
+    shutil.rmtree(directory)
+    child.sendline("s")
+    child.expect("Checkpoint saved: ")
+    second = run(*options, "--steps", 1)
+    assert second.returncode == 2 and f"pid {child.pid} " in second.stderr
+    child.sendline("q")
+    state = t.load_checkpoint(saved_path(finish(child)))
+    steps = [int(line.partition(",")[0]) for line in (directory / "metrics.csv").read_text().splitlines()[1:]]
+    assert child.exitstatus == 0 and steps == list(range(1, state["step"] + 1))
+    assert (directory / "run.lock").read_text().startswith(f"{child.pid} ")
+
+
+def test_a_directory_that_was_deleted_and_is_another_runs_by_now_gets_no_file_of_ours(spawn, options, tmp_path):
+    child = spawn(*options, *ENDLESS)
+    child.expect(r"step \d+/")
+    shutil.rmtree(tmp_path / "ck")
+    second = spawn(*options, *ENDLESS)
+    second.expect(r"step \d+/")
+    for _ in range(2):
+        child.sendline("s")
+        child.expect(f"not saved: .*in use by another run .pid {second.pid} ")
+    child.sendline("q")
+    child.expect("Training goes on")
+    second.sendline("q")
+    finish(second)
+    child.sendline("q")
+    assert saved_path(finish(child)).is_file() and child.exitstatus == 0

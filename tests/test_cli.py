@@ -88,7 +88,7 @@ def test_a_checkpoint_directory_that_cannot_be_written_is_named(mistake, tmp_pat
 
 def test_too_little_space_is_one_clear_line(mistake, tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(t.shutil, "disk_usage", lambda path: t.shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(t.UserError, match="0 MB free, checkpoints need"):
+    with pytest.raises(t.UserError, match="0.00 MB free, checkpoints need"):
         t.train(t.parse_options(["--data", str(corpus), *TINY, "--checkpoint-dir", str(tmp_path / "ck"), "--no-keyboard"]))
 
 

@@ -234,7 +234,7 @@ def test_q_and_enter_in_torchruns_terminal(spawn, data, tmp_path):
     child.send("q\n")
     text = finish(child)
     assert child.exitstatus == 0 and "Graceful exit completed" in text
-    assert re.search(r"Resume with: .* -m torch.distributed.run --nproc-per-node=2 .*train_graceful.py --resume ", text), text
+    assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume ", text), text
     assert len(workers) == 2 and not any(map(alive, workers))
 
 
@@ -247,6 +247,32 @@ def test_ctrl_c_in_torchruns_terminal_counts_once(spawn, data, tmp_path):
     assert "Emergency checkpoint saved" in text and "Second Ctrl-C" not in text
     assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
     assert not any(map(alive, workers))
+
+
+def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, data, tmp_path):
+    shell = spawn(command=["bash", "--norc", "--noprofile", "-i"], env={**os.environ, "PS1": "$ "})
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, *OPTIONS, *ENDLESS, "--data", data,
+             "--checkpoint-dir", tmp_path]
+    shell.sendline(" ".join(map(str, words)) + " &")
+    shell.expect(r"step \d+/")
+    for number in range(5):
+        shell.sendline(f"echo sum $(({number} + 100))")
+        shell.expect(f"sum {number + 100}")
+    shell.sendline("fg")
+    shell.expect(r"step \d+/")
+    shell.sendline("q")
+    shell.expect("Graceful exit completed")
+    shell.sendline("exit")
+    finish(shell)
+
+
+def test_leaving_is_no_failure_that_torchrun_would_mend(spawn, data, tmp_path):
+    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, *ENDLESS, "--data", data, "--checkpoint-dir", tmp_path, "--resume", "latest")
+    child.expect(r"step \d+/")
+    os.kill(worker_pids(child.pid)[1], signal.SIGTERM)
+    text = finish(child)
+    assert child.exitstatus == 0 and text.count("Training Summary") == 1 and "Resumed" not in text
+    assert (tmp_path / "run.lock").read_text().splitlines()[1] == "143"
 
 
 def test_torchrun_killed_outright_leaves_no_worker(spawn, data, tmp_path):

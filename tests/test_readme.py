@@ -22,8 +22,8 @@ def test_the_monitor_example_leaves_on_q_and_goes_on(spawn, tmp_path):
     example = BLOCKS[1]
     steps = []
     for resume_from in (None, "mine.pt"):
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); resume_from = {resume_from!r}\n" + example.replace(
-            "while step <", "print('@training')\n    while step <")
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + example.replace(
+            "resume_from = None", f"resume_from = {resume_from!r}").replace("while step <", "print('@training')\n    while step <")
         child = spawn(command=[sys.executable, "-c", code], cwd=tmp_path)
         child.expect("@training")
         child.sendline("q")

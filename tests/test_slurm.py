@@ -36,7 +36,7 @@ class Slurm:
             "MpiDefault=none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool", f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/slurmd.pid",
             f"SlurmctldLogFile={folder}/ctld.log", f"SlurmdLogFile={folder}/slurmd.log", "ReturnToService=2",
-            "JobAcctGatherType=jobacct_gather/none", f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
+            "JobAcctGatherType=jobacct_gather/none", "SchedulerParameters=sched_interval=1", f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
             f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP"]) + "\n")
         (folder / "state").mkdir()
         (folder / "spool").mkdir()
@@ -95,9 +95,10 @@ def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group
     [emergency] = (directory / "emergency_exit").iterdir()
     state = t.load_checkpoint(emergency)
     assert state["exit_reason"] == "signal_SIGUSR1" and 0 < state["step"] < steps
+    # Not the two minutes that Slurm waits, but long enough for the node to have done with the job.
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
 
     def completed() -> bool:
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)  # while it is pending: Slurm would wait two minutes
         assert (state := slurm.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED"), log.read_text()
         return state == "COMPLETED"
 
@@ -123,6 +124,7 @@ def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_o
     directory, log = tmp_path / "ck", tmp_path / "job.log"
     directory.mkdir()
     (directory / "run.lock").write_text("1 elsewhere\n143\n")
+    (directory / "final.pt").write_text("another run's")
     job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", data, "--checkpoint-dir", directory)
     wait_until(lambda: slurm.state(job) == "FAILED")
     assert "error: --dim 3" in log.read_text() and "Back into the queue" not in log.read_text()
