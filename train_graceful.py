@@ -1791,7 +1791,7 @@ class Run:
 
     def _name_newest(self) -> None:
         """For a summary after which nothing new is on the disk."""
-        with contextlib.suppress(CheckpointError):  # there is none: the summary then names no checkpoint
+        with contextlib.suppress(CheckpointError, OSError):  # there is none to be read: the summary then names no checkpoint
             self.saved = ("Newest whole checkpoint", latest_checkpoint(self.directory.path, self.screen.say))
 
     def _leave_with(self, label: str, name: str, reason: str, fall_back: bool) -> None:
