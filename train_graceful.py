@@ -229,13 +229,14 @@ def is_first_rank() -> bool:
 
 def typed_at_us(terminal: int) -> bool:
     """False where a shell has given the terminal to another job, so that what is typed there is not ours to read."""
-    if not (started_by_torchrun() and os.isatty(terminal)):
-        return in_foreground(terminal)
-    # torchrun gave us a session of our own; only torchrun itself is one of the shell's jobs. + means the foreground.
     try:
-        return "+" in subprocess.run(["ps", "-o", "stat=", "-p", str(os.getppid())], capture_output=True, text=True).stdout
-    except OSError:  # a container without ps
-        return True
+        os.tcgetpgrp(terminal)
+    except OSError:
+        if started_by_torchrun() and os.isatty(terminal) and shutil.which("ps"):
+            # It gave us a session of our own; only torchrun itself is one of the shell's jobs. + means the foreground.
+            answer = subprocess.run(["ps", "-o", "stat=", "-p", str(os.getppid())], capture_output=True, text=True)
+            return "+" in answer.stdout
+    return in_foreground(terminal)
 
 
 def descriptor(stream: typing.TextIO | None) -> int | None:
