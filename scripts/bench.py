@@ -949,7 +949,7 @@ def peers(scale: float, folder: Path, python: str) -> Iterator[Figure]:
             continue
         measured[name] = json.loads(answer.stdout.splitlines()[-1])
         yield Figure("peers", f"training with {name} / bare loop", "tokens/s", measured[name]["ours"], 0.0, measured[name]["bare"], at_least=True)
-    for name in measured.keys() - {"train_graceful"}:
+    for name in [name for name in measured if name != "train_graceful"]:
         yield Figure("peers", f"a checkpoint of the default model, written and flushed by us / written by {name}", "ms",
                      [1e3 * seconds for seconds in measured["train_graceful"]["saves"]], math.inf,
                      [1e3 * seconds for seconds in measured[name]["saves"]])
