@@ -23,8 +23,6 @@ if [ "${1:-}" = --help ]; then
 fi
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "This is a job for Slurm: sbatch scripts/train_slurm.sh" >&2; exit 2; }
 cd "$SLURM_SUBMIT_DIR"
-[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
-    { echo "python3 is missing: apt install python3" >&2; exit 2; }
 
 directory=checkpoints previous=
 for word; do
@@ -43,8 +41,8 @@ fi
 
 before=$(cat "$directory/run.lock" 2>/dev/null || :)
 code=0
-srun --nodes=1 --ntasks=1 --cpu-bind=none "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout=3600 train_graceful.py --no-keyboard "$@" || code=$?
+PATIENCE=3600 RESTARTS=0 srun --nodes=1 --ntasks=1 --cpu-bind=none \
+    scripts/train_torchrun.sh "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --no-keyboard "$@" || code=$?
 
 # How it ended stands there, unless it never began. 138 and 143 are Slurm's wish; after scancel the job is not running any more.
 [ "$(cat "$directory/run.lock" 2>/dev/null || :)" != "$before" ] || exit "$code"

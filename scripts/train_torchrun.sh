@@ -29,6 +29,6 @@ esac
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
     { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
+[ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"
