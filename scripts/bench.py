@@ -103,9 +103,8 @@ def interleaved(rounds: int, *measures: Callable[[], float]) -> list[list[float]
 class Terminal:
     """A command on a pseudo-terminal of its own, read as it writes, with the time at which each text arrived."""
 
-    def __init__(self, command: Sequence[object], **environment: str) -> None:
-        self.started = time.perf_counter()
-        self.process = PtyProcess.spawn([str(word) for word in command], env={**os.environ, **environment}, dimensions=(24, 120))
+    def __init__(self, command: Sequence[object]) -> None:
+        self.process = PtyProcess.spawn([str(word) for word in command], dimensions=(24, 120))
         self.text = b""
 
     def wait_for(self, text: str) -> float:
@@ -257,6 +256,11 @@ def bare_loop(config, data, device) -> Iterator[None]:
         yield
 
 
+def rates(times: Sequence[float], block: int, tokens: int) -> list[float]:
+    """Tokens a second of each block of so many steps, seconds and tokens of a step given; the first block is a warm-up."""
+    return [block * tokens / sum(times[i : i + block]) for i in range(block, len(times) - block + 1, block)]
+
+
 def child_throughput(options: list, steps: int, block: int) -> dict:
     import train_graceful as t
 
@@ -267,10 +271,8 @@ def child_throughput(options: list, steps: int, block: int) -> dict:
         data = Alternating(run.data, lambda: next(bare), block + steps)
         with contextlib.suppress(Enough):
             t.standard_training_loop(run, run.model, run.controller.optimizers["adamw"], run.controller.schedulers["adamw"], data, monitor)
-    blocks = range(block, len(data.times) - block + 1, block)  # the first is a warm-up
-    tokens = block * run.data.windows_per_batch * run.config.context
-    return {"ours": [tokens / sum(data.times[i : i + block]) for i in blocks],
-            "bare": [tokens / sum(data.other_times[i : i + block]) for i in blocks]}
+    tokens = run.data.windows_per_batch * run.config.context
+    return {"ours": rates(data.times, block, tokens), "bare": rates(data.other_times, block, tokens)}
 
 
 def watching(scale: float, folder: Path) -> Iterator[Figure]:
@@ -282,7 +284,7 @@ def watching(scale: float, folder: Path) -> Iterator[Figure]:
                  measured["bare"], at_least=True)
 
 
-def child_hearing(tries: int) -> dict:
+def child_hearing() -> dict:
     """Its main thread is never outside a long matrix product; every request is taken back, so that the next one is heard."""
     import torch
     import train_graceful as t
@@ -303,7 +305,7 @@ def child_hearing(tries: int) -> dict:
 
 def hearing(scale: float, folder: Path) -> Iterator[Figure]:
     with tempfile.NamedTemporaryFile("r") as result:
-        terminal = Terminal([sys.executable, __file__, "--child", "hearing", json.dumps({"tries": 0}), result.name])
+        terminal = Terminal([sys.executable, __file__, "--child", "hearing", "{}", result.name])
         terminal.wait_for("@ready")
         requests = {"q + Enter": lambda: os.write(terminal.process.fd, b"q\n")}
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

@@ -28,7 +28,7 @@ class Clock:
 
     def __init__(self, config: t.Config, data: t.ByteDataset) -> None:
         self.bare = bench.bare_loop(config, data, torch.device("cpu"))
-        self.tokens = BLOCK * config.batch_size * config.context
+        self.tokens = config.batch_size * config.context
         self.times: list[float] = []
         self.bare_times: list[float] = []
         self.saves: list[float] = []
@@ -49,9 +49,8 @@ class Clock:
             self.saves.append(time.perf_counter() - started)
 
     def result(self) -> dict[str, list[float]]:
-        blocks = range(BLOCK, len(self.times) - BLOCK + 1, BLOCK)  # the first is a warm-up
-        return {"ours": [self.tokens / sum(self.times[i : i + BLOCK]) for i in blocks],
-                "bare": [self.tokens / sum(self.bare_times[i : i + BLOCK]) for i in blocks], "saves": self.saves}
+        return {"ours": bench.rates(self.times, BLOCK, self.tokens), "bare": bench.rates(self.bare_times, BLOCK, self.tokens),
+                "saves": self.saves}
 
 
 class Windows(torch.utils.data.Dataset):

@@ -12,15 +12,15 @@ import sys
 import pytest
 import torch
 from campaign import Moment
-from conftest import MODES, SCRIPT, finish, saved_path, wait_until
-from test_resume import STATE_KEYS, assert_same, corpus_of, metrics_without_times
+from conftest import ENDLESS, MODES, SCRIPT, finish, saved_path, wait_until
+from test_faults_stops import assert_same_end
+from test_resume import corpus_of, metrics_without_times
 
 import train_graceful as t
 
 STEPS = 8
 OPTIONS = ["--context", 16, "--layers", 2, "--heads", 2, "--dim", 16, "--experts", 2, "--batch-size", 4, "--grad-accum", 2, "--warmup-steps", 3,
            "--steps", STEPS, "--log-every", 1, "--eval-every", 4, "--save-every", 3]
-ENDLESS = ["--steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,6 @@ def finished(ranks) -> tuple[list[str], list[int]]:
 
 def final(directory) -> dict:
     return t.load_checkpoint(directory / "final.pt")
-
-
-def assert_same_end(left, right) -> None:
-    a, b = final(left), final(right)
-    assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
-    assert metrics_without_times(left) == metrics_without_times(right)
 
 
 def assert_close_end(left, right) -> None:

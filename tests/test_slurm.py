@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 from conftest import ROOT, wait_until
-from test_many_processes import assert_same_end, data, group  # noqa: F401 (fixtures)
+from test_faults_stops import assert_same_end
+from test_many_processes import data, group  # noqa: F401 (fixtures)
 
 import train_graceful as t
 
