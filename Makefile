@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop test campaign bench bench-peers lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop test campaign bench bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -16,7 +16,7 @@ TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
 	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
@@ -52,6 +52,9 @@ bench: .venv/installed ## measure what README claims, most of an hour on 2 cores
 
 bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the bare loop, in an environment of their own
 	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
+
+bench-scaling: .venv/installed ## sharded training on 1, 2 and 4 processes, and what follows for up to 4,096
+	$(VENV_PYTHON) scripts/bench_scaling.py $(ARGS)
 
 lint: .venv/installed ## shellcheck, and byte-compile with warnings as errors
 	$(call need,shellcheck)

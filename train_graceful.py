@@ -29,22 +29,27 @@ import argparse
 import atexit
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
+import gc
 import hashlib
 import itertools
 import math
 import mmap
 import multiprocessing
 import multiprocessing.util
+import pickle
 import pickletools
 import re
 import reprlib
 import select
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -65,6 +70,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -91,6 +97,8 @@ WRITEBACK_BYTES = 8 * 2**20
 LINE_BYTES = 4096  # a typed line longer than this is no command
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
+INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
+LEFTOVER = re.compile(r"\..*\.pt\.tmp|\.((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?\.(tmp|old)")  # of a killed run
 PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
                  ("torch._utils", "_rebuild_parameter")}
 VALIDATION_FRACTION = 0.05
@@ -177,6 +185,7 @@ class Config:
                         choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "run the model through torch.compile", fixed=False, action="store_true")
     workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0, 1025))
+    shard: bool = option(False, "spread the model over torchrun's processes; checkpoints are directories then", action="store_true")
 
     @classmethod
     def from_options(cls, explicit: dict[str, object], stored: dict[str, object] | None = None) -> Config:
@@ -339,7 +348,7 @@ class ExitMonitor:
         self._use_keyboard = keyboard
         self._requests: list[tuple[str, int]] = []  # (reason, exit code), oldest first
         self._lock = threading.Lock()
-        self._interrupts = 0
+        self.signals_heard = self._interrupts = 0
         self._stdin: int | None = None
         self._listening = False  # until the end of input
         self._typed = b""  # the beginning of a line whose end has not come yet
@@ -385,6 +394,7 @@ class ExitMonitor:
 
     def hear(self, signum: int) -> None:
         """Turns a signal into a request; the second SIGINT ends the process."""
+        self.signals_heard += 1
         self._interrupts += signum == signal.SIGINT
         if self._interrupts > 1:
             self._abandon()
@@ -503,23 +513,27 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, disk_errors():
             torch.save(state, EarlyWriteback(file))
             file.flush()
             flush_to_disk(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):  # a file system that takes no change: the next start clears up
             temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch's zip writer stumbles over the write that failed before it
         raise
-    for folder in (path.parent, *(new.parent for new in new_folders)):  # the new names
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    flush_names(path.parent, *(new.parent for new in new_folders))
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """torch's zip writer stumbles over the write that failed before it; what is raised is why that one did."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class EarlyWriteback:
@@ -541,6 +555,16 @@ class EarlyWriteback:
         """torch asks for it; save_checkpoint flushes to the disk."""
 
 
+def flush_names(*folders: Path) -> None:
+    """Makes the names in folders as durable as the files they stand for."""
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def flush_to_disk(fd: int) -> None:
     """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
     if hasattr(fcntl, "F_FULLFSYNC"):
@@ -551,7 +575,7 @@ def flush_to_disk(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def opened_checkpoint(path: Path | str) -> Iterator[zipfile.ZipFile]:
+def opened_checkpoint(path: Path | str, plain_globals: set[tuple[str, str]]) -> Iterator[zipfile.ZipFile]:
     """The zip file that torch.save wrote. Whatever goes wrong with it, here or in the block, is a CheckpointError.
 
     torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say): so the names that the
@@ -574,7 +598,7 @@ def opened_checkpoint(path: Path | str) -> Iterator[zipfile.ZipFile]:
             for number, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(f"{folder}/data.pkl"))):
                 if number > PICKLE_OPCODES:
                     raise CheckpointError(f"{path}: not a checkpoint (more than {PICKLE_OPCODES:,} values beside its tensors)")
-                if opcode.name == "GLOBAL" and not is_plain(*argument.split(" ")):
+                if opcode.name == "GLOBAL" and not is_plain(*argument.split(" "), plain_globals):
                     raise CheckpointError(f"{path}: not a checkpoint (it refers to {argument.replace(' ', '.')})")
             yield archive
     except CheckpointError:
@@ -585,20 +609,42 @@ def opened_checkpoint(path: Path | str) -> Iterator[zipfile.ZipFile]:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
 
 
-def is_plain(module: str, name: str) -> bool:
+def is_plain(module: str, name: str, plain_globals: set[tuple[str, str]]) -> bool:
     """True for what the pickle of a tensor or a plain value refers to, and nothing that takes a size."""
-    return (module, name) in PLAIN_GLOBALS or module == "torch" and (
+    return (module, name) in plain_globals or module == "torch" and (
         name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
 
 
 def load_checkpoint(path: Path | str) -> dict:
-    """The content of a file that save_checkpoint wrote, tensors on the CPU; no code in it is ever run.
+    """The content of a file that save_checkpoint wrote, or of the directory of a sharded run; tensors whole and on the CPU.
+
+    No code in it is ever run. Raises CheckpointError where it cannot be read, is damaged or holds anything but tensors
+    and plain values.
+    """
+    return with_tensors(read_checkpoint(path), path, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+
+def verify_checkpoint(path: Path | str) -> None:
+    """Raises CheckpointError where load_checkpoint would."""
+    read_checkpoint(path)
+
+
+def read_checkpoint(path: Path | str) -> dict:
+    """What load_checkpoint returns, but in place of a sharded run's tensors some on the meta device, without data."""
+    if not os.path.isdir(path):
+        return load_file(path)
+    index = read_index(path)
+    verify_parts(path, index["files"])
+    return index
+
+
+def load_file(path: Path | str, plain_globals: set[tuple[str, str]] = PLAIN_GLOBALS) -> dict:
+    """The content of one file. Raises CheckpointError, naming the record that is damaged.
 
     Every record's checksum is compared with what has arrived in memory: torch.load alone misses a flipped bit, and
-    another reader of the file may see another one. Raises CheckpointError, naming the record, where the file cannot be
-    read, is damaged or holds anything but tensors and plain values.
+    another reader of the file may see another one.
     """
-    with opened_checkpoint(path) as archive:
+    with opened_checkpoint(path, plain_globals) as archive:
         sums = {record.filename.partition("/")[2]: record.CRC for record in archive.infolist()}
         names = (f"data/{number}" for number in itertools.count())  # torch.save numbers the storages as it meets them
 
@@ -615,11 +661,6 @@ def load_checkpoint(path: Path | str) -> dict:
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
         return state
-
-
-def verify_checkpoint(path: Path | str) -> None:
-    """Raises CheckpointError where load_checkpoint would."""
-    load_checkpoint(path)
 
 
 def check_like(value: object, template: object, where: str) -> None:
@@ -649,24 +690,25 @@ def fallback_directory(directory: Path | str) -> Path:
 
 def checkpoints_in(directory: Path | str) -> list[Path]:
     """All checkpoints of a directory, emergency ones included, the one that was written last first; step 0 comes last."""
-    directory, fallback = Path(directory), fallback_directory(directory)
-    paths = [*directory.glob("*.pt"), *directory.glob("emergency_exit/*.pt")]
+    folders, fallback = [Path(directory), Path(directory, "emergency_exit")], fallback_directory(directory)
     if fallback.is_dir() and fallback.stat().st_uid == os.getuid():  # anybody may make a folder of that name
-        paths += fallback.glob("*.pt")
-    untrained = re.compile(r"emergency_step_0[._].*")  # a fresh start that was stopped at once must not hide a trained run
-    return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), reverse=True,
-                  key=lambda path: (not untrained.match(path.name), path.stat().st_mtime_ns))
+        folders.append(fallback)
+    files = [file for folder in folders for pattern in ("*.pt", f"*/{INDEX_NAME}") for file in folder.glob(pattern)]
+    untrained = re.compile(r"emergency_step_0([._].*)?")  # a fresh start that was stopped at once must not hide a trained run
+    paths = {file.parent if file.name == INDEX_NAME else file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    return sorted((path for path in paths if not path.name.startswith(".")), reverse=True,
+                  key=lambda path: (not untrained.fullmatch(path.name), paths[path]))
 
 
 def load_latest(directory: Path | str, report: Callable[[str], None] = print) -> tuple[Path, dict]:
-    """The newest checkpoint of checkpoints_in(directory) that load_checkpoint takes, and its content.
+    """The newest checkpoint of checkpoints_in(directory) that read_checkpoint takes, and its content.
 
     Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
     """
     paths = checkpoints_in(directory)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, read_checkpoint(path)
         except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
     raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
@@ -693,50 +735,58 @@ def host_copy(value, reuse=None):
 
 
 class CheckpointWriter:
-    """Saves in a thread: training waits for one copy of the state and, if need be, for the write before."""
+    """Saves in a thread: training waits for one copy of the state and, if need be, for the write before.
 
-    def __init__(self, save: Callable[[dict, Path], None], report: Callable[[str], None]) -> None:
-        self._save, self._report = save, report
+    save(state, name) returns where it has saved. each(function, ...) calls function; with it, many writers that save
+    together fail together (Processes.each).
+    """
+
+    def __init__(self, save: Callable[[dict, str], Path], report: Callable[[str], None],
+                 each: Callable = lambda function, *arguments: function(*arguments)) -> None:
+        self._save, self._report, self._each = save, report, each
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
         self._copy: dict | None = None
-        self._unsaved_best: tuple[dict, Path] | None = None
+        self._unsaved_best: tuple[dict, str] | None = None
 
-    def submit(self, state: dict, targets: dict[str, Path]) -> None:
-        """Saves state as it is now to every target {exit_reason: path}; a failure is reported and never ends the run."""
+    def submit(self, state: dict, targets: dict[str, str]) -> None:
+        """Saves state as it is now to every target {exit_reason: name}; a failure is reported and never ends the run."""
         self.wait()
         self.retry()
         try:
-            self._copy = host_copy(state, self._copy)
+            self._each(self._take_copy, state)
         except SAVE_ERRORS as error:
             self._copy = None  # whatever was there already is not worth its memory now
-            for path in targets.values():
-                self._failed(path, error)
+            for name in targets.values():
+                self._failed(name, error)
             return
         self._pending = self._thread.submit(self._write, self._copy, targets)
 
-    def _write(self, state: dict, targets: dict[str, Path]) -> None:
-        for reason, path in targets.items():
+    def _take_copy(self, state: dict) -> None:
+        self._copy = host_copy(state, self._copy)
+
+    def _write(self, state: dict, targets: dict[str, str]) -> None:
+        for reason, name in targets.items():
             try:
-                self._save({**state, "exit_reason": reason}, path)
+                path = self._save({**state, "exit_reason": reason}, name)
                 if reason == "best":
                     self._unsaved_best = None
                 if reason == USER_SAVE:
                     self._report(f"✅ Checkpoint saved: {path}")
             except SAVE_ERRORS as error:
-                self._failed(path, error)
+                self._failed(name, error)
                 if reason == "best":  # the next one may be worse: this copy is kept, and the next save makes another
-                    self._unsaved_best, self._copy = ({**state, "exit_reason": reason}, path), None
+                    self._unsaved_best, self._copy = ({**state, "exit_reason": reason}, name), None
 
-    def _failed(self, path: Path, error: Exception) -> None:
-        self._report(f"⚠️ {path.name} not saved: {one_line(error)}. Training goes on.")
+    def _failed(self, name: str, error: Exception) -> None:
+        self._report(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
 
     def retry(self) -> None:
         """Tries again to save the best weights where that has failed."""
         if self._unsaved_best is not None:
-            state, path = self._unsaved_best
+            state, name = self._unsaved_best
             with contextlib.suppress(*SAVE_ERRORS):  # reported when it failed first; the next save tries again
-                self._save(state, path)
+                path = self._save(state, name)
                 self._unsaved_best = None
                 self._report(f"✅ Saved after all: {path}")
 
@@ -748,6 +798,20 @@ class CheckpointWriter:
 
     def close(self) -> None:
         self._thread.shutdown()
+
+
+def clear_up(leftover: Path) -> None:
+    """Removes what a killed run has left under a hidden name. A checkpoint that was being replaced gets its name back."""
+    if not LEFTOVER.fullmatch(leftover.name):
+        return
+    if not leftover.is_dir():
+        leftover.unlink()
+        return
+    path = leftover.with_name(leftover.stem[1:])
+    if leftover.suffix == ".old" and not path.exists():
+        os.rename(leftover, path)
+    else:
+        shutil.rmtree(leftover)
 
 
 class RunDirectory:
@@ -763,17 +827,17 @@ class RunDirectory:
         try:
             self._take_hold()
             for folder in (path, path / "emergency_exit", fallback_directory(path)):
-                for leftover in folder.glob(".*.pt.tmp"):
+                for leftover in folder.glob(".*"):
                     with contextlib.suppress(OSError):  # in the way of nothing
-                        leftover.unlink()
+                        clear_up(leftover)
             with tempfile.TemporaryFile(dir=path):
                 free = shutil.disk_usage(path).free
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
         if free < needed_bytes:
             raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.2f} MB free, checkpoints need {needed_bytes / 1e6:.2f}")
-        by_age = sorted(path.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
-        self._periodic = [path for path in by_age if self._is_own(path)]  # oldest first
+        by_age = reversed(checkpoints_in(path))
+        self._periodic = [file for file in by_age if file.parent == path and file.name.startswith("step_") and self._is_own(file)]  # oldest first
 
     def _take_hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -817,7 +881,7 @@ class RunDirectory:
         path, number = self.path / name, 1
         while path not in self._own and path.exists() and not self._is_own(path):
             number += 1
-            path = self.path / name.replace(".pt", f"_{number}.pt")
+            path = path.with_name(f"{Path(name).stem}_{number}{path.suffix}")
         self._own.add(path)
         return path
 
@@ -826,10 +890,12 @@ class RunDirectory:
         self._periodic = [path for path in self._periodic if path != newest] + [newest]
         for path in self._periodic[:-keep]:
             with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-                path.unlink(missing_ok=True)
+                shutil.rmtree(hide(path)) if path.is_dir() else path.unlink(missing_ok=True)
                 self._periodic.remove(path)
 
     def _is_own(self, path: Path) -> bool:
+        if path.is_dir():
+            path = path / INDEX_NAME
         try:
             if not path.is_file():  # a pipe would be waited for
                 return False
@@ -1021,6 +1087,9 @@ def ignore_exit_signals(worker: int) -> None:
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
 
+Routing = tuple[Tensor, Tensor | None]  # of a block: gates (batch, context, experts); angles (experts, dim // 2), radians
+
+
 class Attention(nn.Module):
     """Causal self-attention; (batch, context, dim) to the same shape."""
 
@@ -1070,15 +1139,17 @@ class Experts(nn.Module):
         """(experts, dim // 2), radians."""
         return MAX_ANGLE * self.theta.tanh()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, context, dim) to the same shape, and the gates (batch, context, experts)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(batch, context, dim) to the same shape; the gates (batch, context, experts) and the angles, if there are any."""
         gates = self.router(x).softmax(dim=-1)
         w_in = torch.stack(list(self.w_in))
+        angles = None
         if self.theta is not None:
-            w_in = rotate_columns(w_in, self.angles())
+            angles = self.angles()
+            w_in = rotate_columns(w_in, angles)
         hidden = F.gelu(F.linear(x, w_in.flatten(0, 1))).unflatten(-1, (len(self.w_in), -1))
         hidden = (hidden * gates.unsqueeze(-1)).flatten(-2)
-        return F.linear(hidden, torch.cat(list(self.w_out), dim=1)), gates
+        return F.linear(hidden, torch.cat(list(self.w_out), dim=1)), (gates, angles)
 
 
 class Block(nn.Module):
@@ -1088,44 +1159,55 @@ class Block(nn.Module):
         self.attention = Attention(config.dim, config.heads, config.dropout)
         self.experts = Experts(config.dim, config.experts, rotations=config.mode == "geometric")
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = config.shard
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        if self.recompute and torch.is_grad_enabled():
+            # Else the backward pass would keep what is made of the weights here, of the whole model on every rank.
+            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         x = x + self.dropout(self.attention(self.norm_attention(x)))
-        y, gates = self.experts(self.norm_experts(x))
-        return x + self.dropout(y), gates
+        y, routing = self.experts(self.norm_experts(x))
+        return x + self.dropout(y), routing
 
 
 class ByteLM(nn.Module):
-    """A byte-level decoder-only Transformer with mixture-of-experts feed-forward layers."""
+    """A byte-level decoder-only Transformer with mixture-of-experts feed-forward layers.
 
-    def __init__(self, config: Config, autocast: torch.dtype = torch.float32) -> None:
+    place moves a block to where it will be computed as soon as it is made, so that of a sharded model one whole block
+    is there at a time.
+    """
+
+    def __init__(self, config: Config, autocast: torch.dtype = torch.float32, place: Callable[[nn.Module], nn.Module] = lambda block: block) -> None:
         super().__init__()
         self.autocast = autocast
         self.token = nn.Embedding(256, config.dim)
         self.position = nn.Embedding(config.context, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(place(Block(config)) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, 256, bias=False)
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """tokens (batch, context) int64 to logits (batch, context, 256) float32 and every block's gates."""
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
+        """tokens (batch, context) int64 to logits (batch, context, 256) float32 and every block's routing."""
         with torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast != torch.float32):
             x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-            x, gates = self.dropout(x), []
+            x, routings = self.dropout(x), []
             for block in self.blocks:
-                x, block_gates = block(x)
-                gates.append(block_gates)
-            return self.head(self.norm(x)).float(), gates
+                x, routing = block(x)
+                routings.append(routing)
+            return self.head(self.norm(x)).float(), routings
 
 
-def task_loss(model: ByteLM, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Mean cross entropy, in nats a byte, of predicting each next byte of windows (batch, context + 1); and the gates."""
+def task_loss(model: ByteLM, windows: Tensor) -> tuple[Tensor, list[Routing]]:
+    """Mean cross entropy, in nats a byte, of predicting each next byte of windows (batch, context + 1); and the routing."""
     windows = windows.long()
-    logits, gates = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), gates
+    logits, routings = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), routings
 
 
 # ---- Controllers -----------------------------------------------------------------------------------------------------
@@ -1161,25 +1243,35 @@ def specialization_loss(gates: Tensor, load: Tensor) -> Tensor:
     return (entropy - torch.special.entr(load).sum()) / math.log(gates.shape[-1])
 
 
-def no_regularization(gates: list[Tensor]) -> float:
+def no_regularization(routings: list[Routing]) -> float:
     return 0.0
 
 
 def forward_backward(model: ByteLM, batch: Tensor, grad_accum: int,
-                     regularization: Callable[[list[Tensor]], Tensor | float] = no_regularization) -> Tensor:
-    """Adds the gradient of the mean task loss, plus regularization(gates), to .grad and returns the mean task loss.
+                     regularization: Callable[[list[Routing]], Tensor | float] = no_regularization) -> Tensor:
+    """Adds the gradient of the mean task loss, plus regularization(routings), to .grad and returns the mean task loss.
 
     batch (grad_accum * batch_size, context + 1) uint8 is taken in grad_accum forward passes.
     """
     device = next(model.parameters()).device
     mean = torch.zeros((), device=device)
     for number, windows in enumerate(batch.to(device, non_blocking=True).chunk(grad_accum), start=1):
-        # Of many processes, the gradients meet in the last pass.
+        # Of many processes, the gradients meet in the last pass; those of a sharded model in each, so that none is kept whole.
         with model.no_sync() if number < grad_accum and hasattr(model, "no_sync") else contextlib.nullcontext():
-            loss, gates = task_loss(model, windows)
-            ((loss + regularization(gates)) / grad_accum).backward()
+            loss, routings = task_loss(model, windows)
+            ((loss + regularization(routings)) / grad_accum).backward()
             mean += loss.detach() / grad_accum
     return mean
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, of which this process holds a part. (Importing its class takes time that most runs need not spend.)"""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Of a sharded tensor this process's part, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
@@ -1189,6 +1281,7 @@ def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor, optimizers: 
     to wait for the device here: the run finds the NaN when it next looks, with the weights as they were before.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = norm.full_tensor() if is_sharded(norm) else norm
     bad = (~norm.isfinite()).float()
     for optimizer in optimizers:
         optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
@@ -1226,9 +1319,9 @@ class TrainingController:
         self.model, self.config = model, config
         self.average: Callable[[Tensor], Tensor] = lambda mean: mean  # makes a mean over our share of a batch that over all of it
 
-    def regularization(self, gates: list[Tensor]) -> Tensor | float:
-        """What is added to the task loss. gates: one (batch, context, experts) a block."""
-        return no_regularization(gates)
+    def regularization(self, routings: list[Routing]) -> Tensor | float:
+        """What is added to the task loss."""
+        return no_regularization(routings)
 
     def training_step(self, batch: Tensor) -> Tensor:
         """One optimizer step on batch (grad_accum * batch_size, context + 1), uint8; returns the mean task loss."""
@@ -1301,16 +1394,18 @@ class BatchedMuon(torch.optim.Muon):
                 self._update(parameters, group, group["lr"] * math.sqrt(max(1, shape[0] / shape[1])))
 
     def _update(self, parameters: list[nn.Parameter], group: dict, lr: float) -> None:
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        momentum, gradient = torch.stack(buffers), torch.stack([parameter.grad for parameter in parameters])
+        buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        momentum, gradient = torch.stack(buffers), torch.stack([local(parameter.grad) for parameter in parameters])
         found_inf = getattr(self, "found_inf", momentum.new_zeros(()))
         gradient = gradient.where(found_inf == 0, momentum)  # a step towards itself leaves the momentum as it is
         momentum.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(momentum))
-        update = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        keep = 1 - found_inf
-        torch._foreach_mul_(parameters, 1 - keep * (group["lr"] * group["weight_decay"]))
-        torch._foreach_add_(parameters, list(update.mul_(keep * -lr)))
+        newton_schulz = functools.partial(orthogonalize, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"])
+        update = gradient.lerp_(momentum, group["momentum"])
+        update = on_whole_matrices(newton_schulz, update, parameters[0]) if is_sharded(parameters[0]) else newton_schulz(update)
+        keep, weights = 1 - found_inf, [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(weights, 1 - keep * (group["lr"] * group["weight_decay"]))
+        torch._foreach_add_(weights, list(update.mul_(keep * -lr)))
 
 
 class GeometricTrainingController(TrainingController):
@@ -1325,7 +1420,6 @@ class GeometricTrainingController(TrainingController):
 
     def __init__(self, model: ByteLM, config: Config, total_steps: int) -> None:
         super().__init__(model, config)
-        self.blocks = model.blocks
         groups: dict[str, list[nn.Parameter]] = {"rotation": [], "expert": [], "embedding": []}
         for name, parameter in model.named_parameters():
             if name.endswith("theta"):
@@ -1344,18 +1438,17 @@ class GeometricTrainingController(TrainingController):
         self.schedulers = {name: warmup_decay(optimizer, config.warmup_steps, total_steps, cubic)
                            for name, optimizer in self.optimizers.items()}
 
-    def regularization(self, gates: list[Tensor]) -> Tensor:
-        """The three geometric losses, weighted, averaged over the blocks. gates: one (batch, context, experts) a block."""
-        total = torch.zeros((), device=gates[0].device)
-        loads = torch.stack([block_gates.float().mean(dim=(0, 1)) for block_gates in gates])
+    def regularization(self, routings: list[Routing]) -> Tensor:
+        """The three geometric losses, weighted, averaged over the blocks."""
+        total = torch.zeros((), device=routings[0][0].device)
+        loads = torch.stack([gates.float().mean(dim=(0, 1)) for gates, _ in routings])
         # The value is that of all processes, the slope this one's, as for every other part of the loss.
         loads = loads + (self.average(loads.detach()) - loads.detach())
-        for block, block_gates, load in zip(self.blocks, gates, loads):
-            angles = block.experts.angles()
+        for (gates, angles), load in zip(routings, loads):
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
             total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
-            total = total + self.SPECIALIZATION * specialization_loss(block_gates, load)
-        return total / len(gates)
+            total = total + self.SPECIALIZATION * specialization_loss(gates, load)
+        return total / len(routings)
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -1433,9 +1526,15 @@ class Processes:
     """The processes that train one model together: this one alone. What torchrun starts is a ManyProcesses."""
 
     rank, world_size = 0, 1
+    sharded, suffix = False, ".pt"  # of a checkpoint's name
+    saves = True  # this process takes part in it
 
-    def __init__(self, monitor: ExitMonitor) -> None:
+    def __init__(self, monitor: ExitMonitor | None) -> None:
         self.monitor = monitor  # what the loops look at
+
+    def place(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Moves a module, made on the CPU, to where this process computes."""
+        return module.to(device)
 
     def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
         """Makes the gradients of a controller those of all processes."""
@@ -1459,9 +1558,32 @@ class Processes:
         """Calls function on rank 0 alone; what it returns, or a UserError or one of SAVE_ERRORS, is for all."""
         return function(*arguments)
 
+    def finally_saving(self, function: Callable, *arguments: object) -> None:
+        """Calls function, the last save, wherever a process takes part in it; a UserError or one of SAVE_ERRORS is for all."""
+        function(*arguments)
+
+    def lead(self, function: Callable, *arguments: object) -> typing.Any:
+        """In a save: calls function on one of the processes that take part; its result, or one of SAVE_ERRORS, is for all of them."""
+        return function(*arguments)
+
+    def each(self, function: Callable, *arguments: object) -> list:
+        """In a save: calls function on each that takes part; one of SAVE_ERRORS is for all of them, the results for who leads."""
+        return [function(*arguments)]
+
+    def save(self, state: dict, path: Path) -> None:
+        """Writes a checkpoint. Raises one of SAVE_ERRORS."""
+        save_checkpoint(state, path)
+
+    def restore(self, state: dict, path: Path) -> dict:
+        """What read_checkpoint has returned becomes what this process needs of it."""
+        return state
+
     def first_failure(self, error: Exception) -> tuple[int, str]:
         """Rank and type of the exception that came first, of which those of other processes may be consequences."""
         return self.rank, type(error).__name__
+
+    def break_off(self) -> None:
+        """After a failure: whoever waits for us in the middle of a batch gets an exception instead."""
 
     def close(self) -> None:
         """Of a run that has left gracefully."""
@@ -1532,6 +1654,7 @@ class Run:
                 where = " ".join(self.config.data) or "Python's standard library"
                 raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
             self._check(state)
+            state = self.processes.restore(state, path)
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
                                              "schedulers": state["scheduler_state_dicts"]})
@@ -1572,6 +1695,8 @@ class Run:
     def begin(self) -> None:
         """Takes hold of the checkpoint directory and opens metrics.csv. Raises UserError where it may not or cannot."""
         self.processes.on_first(self._open_directory)
+        if self.processes.saves:
+            self.writer = CheckpointWriter(self._save, self.screen.say, self.processes.each)
         self.processes.parallel(self.controller, self.data)
         self.seed_batch()
         self._before_batch = self._host_state()
@@ -1582,7 +1707,6 @@ class Run:
     def _open_directory(self) -> None:
         state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
         self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
-        self.writer = CheckpointWriter(self._save, self.screen.say)
         try:
             path = self._metrics_path()
             self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
@@ -1677,15 +1801,15 @@ class Run:
                 return
             if validation_loss < self.best_loss:
                 self.best_loss = validation_loss
-                targets["best"] = "best.pt"
+                targets["best"] = "best"
         if logged:
             self._log(validation_loss)
         if saved:
             reason = USER_SAVE if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
-            targets[reason] = f"step_{self.step}.pt"
-        if targets and self.processes.rank == 0:
-            self.writer.submit(self.state_dict(None), {reason: self.directory.path_for(name) for reason, name in targets.items()})
+            targets[reason] = f"step_{self.step}"
+        if targets and self.processes.saves:
+            self.writer.submit(self.state_dict(None), {reason: name + self.processes.suffix for reason, name in targets.items()})
         self._show(logged)
 
     @torch.no_grad()
@@ -1697,21 +1821,26 @@ class Run:
             for windows in self.data.validation_batches():
                 if self.monitor.exit_requested:
                     return None
-                if len(windows):
-                    loss, _ = task_loss(self.model, windows.to(self.device))
-                    total, count = total + loss.item() * len(windows), count + len(windows)
+                # Without a window of its own a rank computes something all the same: in a sharded model all need all.
+                loss, _ = task_loss(self.model, (windows if len(windows) else windows.new_zeros(1, windows.shape[1])).to(self.device))
+                total, count = total + loss.item() * len(windows), count + len(windows)
                 self.processes.agree()
         finally:
             self.model.train()
         total, count = self.processes.total(total, count)
         return total / count
 
-    def _save(self, state: dict, path: Path) -> None:
+    def _save(self, state: dict, name: str) -> Path:
+        path = self.processes.lead(self._begin_save, name)
+        self.processes.save(state, path)
+        if path.name.startswith("step_") and self.processes.rank == 0:
+            self.directory.prune(path, self.config.keep)
+        return path
+
+    def _begin_save(self, name: str) -> Path:
         self.directory.keep_hold()
         self.metrics.flush()  # no checkpoint is ever ahead of its rows
-        save_checkpoint(state, path)
-        if path.name.startswith("step_"):
-            self.directory.prune(path, self.config.keep)
+        return self.directory.path_for(name)
 
     def _learning_rates(self) -> list[float]:
         return [optimizer.param_groups[0]["lr"] for optimizer in self.controller.optimizers.values()]
@@ -1752,8 +1881,8 @@ class Run:
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
             try:
-                self.processes.on_first(self._leave_with, EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
-                                        reason != USER_REQUEST)
+                self.processes.finally_saving(self._leave_with, EMERGENCY, f"emergency_exit/emergency_step_{self.step}", reason,
+                                              reason != USER_REQUEST)
                 return True
             except SAVE_ERRORS as error:
                 self.screen.say(f"❌ Emergency checkpoint not saved: {one_line(error)}. Training goes on: "
@@ -1769,29 +1898,43 @@ class Run:
             if self.monitor.exit_requested and self.leave_gracefully():
                 return
             self.finish_step()
-        self.processes.on_first(self._leave_with, FINAL, "final.pt", "completed", True)
+        self.processes.finally_saving(self._leave_with, FINAL, "final", "completed", True)
 
     def leave_after_exception(self, error: Exception) -> None:
         """Saves the state as of the last complete batch, unless the exception came between two halves of an update."""
         self.error, self.exit_code = error, 1
         rank, name = self.processes.first_failure(error)
-        if self.processes.rank != 0:  # which has the same weights
+        if not self.processes.saves:  # who does has the same weights
             return
-        if rank != 0:
+        self.writer.wait()
+        self.processes.break_off()
+        if rank != self.processes.rank:
             self.screen.say(f"❌ {name} in rank {rank}.")
-        if self._in_update:
-            self.writer.wait()
+        try:
+            self.processes.lead(self._check_complete, self.processes.each(self._complete_step))
+        except SAVE_ERRORS as incomplete:
             self._name_newest()
-            self.screen.say("❌ The exception came in the middle of an optimizer step: nothing half-updated is saved.")
+            self.screen.say(f"❌ {one_line(incomplete)}: nothing half-updated is saved.")
             return
+        self.screen.say("📝 Saving emergency checkpoint...")
+        self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}", f"exception_{name}", fall_back=True)
+
+    def _complete_step(self) -> int | None:
+        """As of which step this process's state is whole; None in the middle of an update."""
+        if self._in_update:
+            return None
         with contextlib.suppress(FloatingPointError):  # a batch before was bad already: it is undone, which is all we need
             self._read_losses()
-        self.screen.say("📝 Saving emergency checkpoint...")
-        self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt",
-                         f"exception_{name}", fall_back=True)
+        return self.step
+
+    def _check_complete(self, steps: list[int | None]) -> None:
+        if None in steps or len(set(steps)) > 1:
+            raise RuntimeError("The exception came in the middle of an optimizer step")
 
     def _name_newest(self) -> None:
         """For a summary after which nothing new is on the disk."""
+        if self.processes.rank != 0:
+            return
         with contextlib.suppress(CheckpointError, OSError):  # there is none to be read: the summary then names no checkpoint
             self.saved = ("Newest whole checkpoint", latest_checkpoint(self.directory.path, self.screen.say))
 
@@ -1800,22 +1943,20 @@ class Run:
         self.writer.wait()
         self.writer.retry()
         state = self.state_dict(reason)
-        path = self.directory.path_for(name)
         try:
-            self._save(state, path)
+            path = self._save(state, name + self.processes.suffix)
         except SAVE_ERRORS as error:
             if not fall_back:
                 raise
             self.screen.say(f"⚠️ {label} not saved: {one_line(error)}. Trying the temporary directory...")
             try:
-                path = fallback_directory(self.directory.path) / f"{path.stem}_{self.run_id}.pt"
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                save_checkpoint(state, path)
+                path = self.processes.lead(self._fallback_path, name)
+                self.processes.save(state, path)
             except SAVE_ERRORS as second_error:
                 self.exit_code = 1
                 self.screen.say(f"❌ {label} not saved: {one_line(second_error)}.")
                 with contextlib.suppress(OSError):  # what was saved there earlier stays
-                    path.parent.rmdir()
+                    fallback_directory(self.config.checkpoint_dir).rmdir()
                 self._name_newest()
                 return
         self.saved = (label, path)
@@ -1824,9 +1965,15 @@ class Run:
             torch.accelerator.empty_cache()
             self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
 
+    def _fallback_path(self, name: str) -> Path:
+        folder = fallback_directory(self.config.checkpoint_dir)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{Path(name).name}_{self.run_id}{self.processes.suffix}"
+
     def close(self) -> None:
-        if self.processes.rank == 0:
+        if self.processes.saves:
             self.writer.close()
+        if self.processes.rank == 0:
             self.metrics.close()
 
     def summary(self) -> str:
@@ -1908,17 +2055,27 @@ def controller_training_loop(run: Run, controller: TrainingController, data: Byt
 # ---- Many processes, which torchrun starts ---------------------------------------------------------------------------
 
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3): from that size on memory goes back to the system when it is freed
+RANKS_A_BATCH = 512  # 2 x 512 hops of 50 us are a batch of 50 ms
+ANSWER_SECONDS = 30  # what a rank waits for another that may have died
+METADATA_CLASSES = {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+                    "_MEM_FORMAT_ENCODING", "_StorageInfo"}
+METADATA_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
+
+
 class AgreedMonitor:
     """In an ExitMonitor's place: a request that the monitor of any rank has heard shows on all ranks after the same batch.
 
     The question travels while a batch is computed, so the answer is there when it is done and costs no waiting; a request
-    is honoured after the batch that follows the one it came in.
+    is honoured after the batch that follows the one it came in. gloo sends it round a ring: where it has to pass more than
+    RANKS_A_BATCH ranks it is given more batches.
     """
 
     REQUESTS = [(None, 0), (USER_REQUEST, 0), ("torchrun_died", 1), *((f"signal_{signum.name}", 128 + signum) for signum in EXIT_SIGNALS)]
 
     def __init__(self, own: ExitMonitor) -> None:
         self.own, self._torchrun = own, os.getppid()
+        self._patience = 1 + dist.get_world_size() // RANKS_A_BATCH  # batches
         self.save_requested = False
         self._ask()
 
@@ -1929,10 +2086,12 @@ class AgreedMonitor:
         save, self.own.save_requested = self.own.save_requested, False
         self._heard = torch.tensor([[reason for reason, _ in self.REQUESTS].index(self.own.reason), save])
         self._question = dist.all_reduce(self._heard, dist.ReduceOp.MAX, async_op=True)
+        self._batches_left = self._patience
 
     def agree(self) -> None:
         """Takes the answer to the last question and asks the next. Raises RuntimeError where a rank has died."""
-        if self.exit_requested:
+        self._batches_left -= 1
+        if self.exit_requested or self._batches_left > 0:
             return
         self._question.wait()
         request, save = self._heard.tolist()
@@ -1968,6 +2127,36 @@ class ManyProcesses(Processes):
         self._store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size)
         super().__init__(AgreedMonitor(monitor))
+
+    @property
+    def saves(self) -> bool:
+        return self.rank == 0
+
+    def checkpoint_to_resume(self, resume: str, directory: str, report: Callable[[str], None]) -> str | None:
+        """The path that --resume names, the same for all ranks; a sharded checkpoint has been verified, a part by each.
+
+        None, a fresh start, for latest where there is none and torchrun may restart us. Raises CheckpointError.
+        """
+        if resume != "latest":
+            if os.path.isdir(resume):
+                self.together(self._verify_part, Path(resume))
+            return resume
+        paths = self.on_first(checkpoints_in, directory)
+        if not paths and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            return None
+        for path in paths:
+            try:
+                self.together(self._verify_part, path)
+                return str(path.absolute())
+            except UserError as error:
+                report(f"⚠️ Skipped {error}")
+        raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
+
+    def _verify_part(self, path: Path) -> None:
+        if path.is_dir():
+            verify_parts(path, read_index(path)["files"], self.rank, self.world_size)
+        elif self.rank == 0:
+            load_checkpoint(path)
 
     def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
         controller.model = nn.parallel.DistributedDataParallel(controller.model)
@@ -2018,6 +2207,9 @@ class ManyProcesses(Processes):
             raise outcome[1]
         return outcome[0]
 
+    def finally_saving(self, function: Callable, *arguments: object) -> None:
+        self.on_first(function, *arguments)
+
     def first_failure(self, error: Exception) -> tuple[int, str]:
         own = f"{self.rank} {type(error).__name__}"
         try:
@@ -2026,15 +2218,343 @@ class ManyProcesses(Processes):
             rank, name = own.split()
         return int(rank), name
 
+    def break_off(self) -> None:
+        dist.group.WORLD.abort()  # a device may be waiting for ranks that will not come
+
     def close(self) -> None:
         dist.destroy_process_group()
 
 
-def newest_for_all(directory: str, report: Callable[[str], None]) -> str | None:
-    """The checkpoint that --resume latest means. None, a fresh start, where there is none and torchrun may restart us."""
-    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and not checkpoints_in(directory):
-        return None
-    return str(latest_checkpoint(directory, report).absolute())
+class ShardedProcesses(ManyProcesses):
+    """The same processes, each with a part of every parameter, gradient and optimizer state (fully_shard, PyTorch's FSDP2).
+
+    A block is put together while it is computed. Each rank saves its own part; what they tell each other about it goes
+    through a process group of its own, beside training, or after a failure, when no group is of use, through torchrun's
+    store.
+    """
+
+    sharded, suffix, saves = True, "", True
+
+    def __init__(self, processes: ManyProcesses) -> None:
+        vars(self).update(vars(processes))
+        self._mesh: dist.device_mesh.DeviceMesh | None = None
+        self._saving = dist.new_group(backend="gloo")
+        self._answers: Iterator[int] | None = None  # numbers of what goes through the store
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's heap would keep most of what it once held, a hole here and there
+            libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+    def place(self, module: nn.Module, device: torch.device) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        if self._mesh is None:
+            self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
+        return fully_shard(module.to(device), mesh=self._mesh)
+
+    def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
+        controller.average = self.average
+
+    def finally_saving(self, function: Callable, *arguments: object) -> None:
+        function(*arguments)
+
+    def lead(self, function: Callable, *arguments: object) -> typing.Any:
+        outcome = attempt(function, *arguments) if self.rank == 0 else None
+        return result_of(self._from_first(outcome))
+
+    def each(self, function: Callable, *arguments: object) -> list:
+        outcomes = self._to_first(attempt(function, *arguments))
+        errors = [outcome for outcome in outcomes if outcome[1] is not None]
+        result_of(self._from_first(errors[0] if errors else (None, None)))
+        return [result for result, _ in outcomes]
+
+    def _to_first(self, value: object) -> list:
+        """Every rank's value on rank 0, [] on the others."""
+        values = [None] * self.world_size if self.rank == 0 else None
+        if self._answers is None:
+            dist.gather_object(value, values, group=self._saving)
+        else:
+            number = next(self._answers)
+            self._store.set(f"{number} of {self.rank}", pickle.dumps(value))
+            for rank in range(self.world_size if self.rank == 0 else 0):
+                values[rank] = self._answer(f"{number} of {rank}", rank)
+        return values or []
+
+    def _from_first(self, value: object) -> typing.Any:
+        """Rank 0's value on every rank."""
+        values = [value]
+        if self._answers is None:
+            dist.broadcast_object_list(values, group=self._saving)
+        else:
+            key = f"{next(self._answers)} from the first"
+            if self.rank == 0:
+                self._store.set(key, pickle.dumps(value))
+            else:
+                values = [self._answer(key, 0)]
+        return values[0]
+
+    def _answer(self, key: str, rank: int) -> typing.Any:
+        """What a rank leaves in the store. Raises RuntimeError where it does not, or torchrun signals that one has died."""
+        deadline = time.monotonic() + ANSWER_SECONDS * (1 if self.rank == 0 else 2)  # who leads may itself be waiting
+        while not self._store.check([key]):
+            if time.monotonic() > deadline or self.monitor.own.signals_heard > self._signals_heard:
+                raise RuntimeError(f"Rank {rank}, which has a part of the model, does not answer")
+            time.sleep(0.1)  # waiting in the store would hear no signal, and print warnings
+        return pickle.loads(self._store.get(key))
+
+    def save(self, state: dict, path: Path) -> None:
+        save_parts(state, path, self)
+
+    def restore(self, state: dict, path: Path) -> dict:
+        from torch.distributed.tensor import Shard, zeros
+
+        return with_tensors(state, path, lambda tensor: zeros(tensor.shape, dtype=tensor.dtype, device_mesh=self._mesh, placements=[Shard(0)]))
+
+    def break_off(self) -> None:
+        """Closes the connections to the other ranks, which gloo's abort() does not. The store's stay."""
+        super().break_off()
+        self._answers, self._signals_heard = itertools.count(), self.monitor.own.signals_heard
+        store_port = int(os.environ["MASTER_PORT"])
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # closed by now, or not connected
+                if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    with socket.socket(fileno=os.dup(fd)) as connection:
+                        ours = connection.family in (socket.AF_INET, socket.AF_INET6)
+                        if ours and store_port not in (connection.getpeername()[1], connection.getsockname()[1]):
+                            connection.shutdown(socket.SHUT_RDWR)
+
+
+def attempt(function: Callable, *arguments: object) -> tuple[typing.Any, Exception | None]:
+    """Result and error, one of them None, to be sent to another process."""
+    try:
+        return function(*arguments), None
+    except SAVE_ERRORS as error:
+        return None, OSError(error.errno, one_line(error)) if isinstance(error, OSError) else RuntimeError(one_line(error))
+
+
+def result_of(outcome: tuple[typing.Any, Exception | None]) -> typing.Any:
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def on_whole_matrices(function: Callable[[Tensor], Tensor], rows: Tensor, parameter: Tensor) -> Tensor:
+    """function of whole matrices (count, rows, columns) for a rank that has some rows of each, like of parameter.
+
+    The matrices are shared out among the ranks: all rows of one go to one rank, and come back changed.
+    rows (count, local rows, columns), and so the result.
+    """
+    group = parameter.device_mesh.get_group()
+    rank, size = group.rank(), group.size()
+    count, _, columns = rows.shape
+    share = -(-parameter.shape[0] // size)  # of rows; the last ranks may have fewer or none
+    heights = [len(range(parameter.shape[0])[r * share : (r + 1) * share]) for r in range(size)]
+    counts = [count * (r + 1) // size - count * r // size for r in range(size)]
+    theirs, mine = [n * heights[rank] * columns for n in counts], [counts[rank] * height * columns for height in heights]
+    received = rows.new_empty(sum(mine))
+    dist.all_to_all_single(received, rows.flatten(), mine, theirs, group)
+    parts = [part.view(counts[rank], height, columns) for part, height in zip(received.split(mine), heights)]
+    parts = function(torch.cat(parts, dim=1)).split(heights, dim=1)
+    returned = torch.empty_like(rows).flatten()
+    dist.all_to_all_single(returned, torch.cat([part.flatten() for part in parts]), theirs, mine, group)
+    return returned.view_as(rows)
+
+
+# ---- Sharded checkpoints: directories that torch.distributed.checkpoint writes
+
+
+def with_each_tensor(value, function: Callable[[str, Tensor], Tensor], where: str = ""):
+    """Nested state with function(path, tensor) in every tensor's place; a path is the keys that lead to it, with dots."""
+    if isinstance(value, Tensor):
+        return function(where, value)
+    if isinstance(value, dict):
+        return {key: with_each_tensor(item, function, f"{where}.{key}" if where else str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_each_tensor(item, function, f"{where}.{number}") for number, item in enumerate(value))
+    return value
+
+
+def without_tensors(state: dict) -> tuple[dict, dict[str, Tensor]]:
+    """State with tensors on the meta device in place of the large ones, and those, by path."""
+    tensors: dict[str, Tensor] = {}
+
+    def taken_out(where: str, tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or not where.startswith(("model_state_dict.", "optimizer_state_dicts.")):
+            return tensor  # a few bytes, alike everywhere
+        tensors[where] = tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return with_each_tensor(state, taken_out), tensors
+
+
+def save_parts(state: dict, path: Path, processes: Processes) -> None:
+    """Makes path a directory with a file of each process's part of state, so that it is, at every instant, absent or whole.
+
+    It is written under another name, flushed to the disk and renamed. Raises one of SAVE_ERRORS, the same in all
+    processes; what was at path before is then untouched.
+    """
+    index, tensors = without_tensors(state)
+    parts = path.with_name(f".{path.name}.tmp")
+    try:
+        with garbage_collector_paused():
+            processes.lead(new_folder, parts)
+            written = processes.each(write_part, tensors, parts, processes.rank)
+            processes.lead(publish_parts, index, written, parts, path)
+    except BaseException:
+        if processes.rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def garbage_collector_paused() -> Iterator[None]:
+    """Where millions of objects are made of what thousands of ranks say, it would look through all of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def new_folder(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def write_part(tensors: dict[str, Tensor], folder: Path, rank: int) -> tuple[typing.Any, list, dict[str, tuple[int, int]]]:
+    """Writes this process's part. What was planned and what was written, for publish_parts; {file: (size, CRC-32)}.
+
+    These are the steps of torch.distributed.checkpoint.save, of which only the exchange between the processes is ours.
+    """
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+
+    writer, planner = FileSystemWriter(folder), DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(tensors, is_coordinator=True)
+    writer.set_up_storage_writer(True, rank=rank, use_collectives=False)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    with disk_errors():
+        results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    return plan, results, {file.name: size_and_sum(file) for file in folder.glob(f"__{rank}_*")}
+
+
+def publish_parts(index: dict, written: list[tuple], parts: Path, path: Path) -> None:
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+
+    plans, results, files = zip(*written)
+    _, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(list(plans))
+    FileSystemWriter(parts).finish(metadata, list(results))
+    files = {name: values for part in files for name, values in part.items()} | {".metadata": size_and_sum(parts / ".metadata")}
+    save_checkpoint({**index, "files": files}, parts / INDEX_NAME)
+    # No call replaces a directory. Should we die between two names, the next start gives the old one its name back.
+    replaced = hide(path) if path.exists() else None
+    try:
+        os.rename(parts, path)
+    except OSError:
+        if replaced is not None:
+            os.rename(replaced, path)
+        raise
+    flush_names(path.parent, path.parent.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def hide(path: Path) -> Path:
+    """Gives a sharded checkpoint a hidden name, under which it may be deleted file by file."""
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)  # what could not be deleted the last time
+    os.rename(path, hidden)
+    return hidden
+
+
+def size_and_sum(path: Path) -> tuple[int, int]:
+    """Of a file, in bytes; and its CRC-32."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(WRITEBACK_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def read_index(path: Path | str) -> dict:
+    """All of a sharded checkpoint but its tensors, which are on the meta device; "files" are yet to be verified."""
+    path = Path(path)
+    if not (path / INDEX_NAME).exists():
+        raise CheckpointError(f"{path}: a directory without {INDEX_NAME}, not a checkpoint")
+    index = load_file(path / INDEX_NAME, PLAIN_GLOBALS | {("torch._utils", "_rebuild_meta_tensor_no_storage")})
+    files = index.get("files")
+    if not isinstance(files, dict) or not all(isinstance(name, str) and re.fullmatch(r"\.metadata|__[0-9]+_[0-9]+\.distcp", name) for name in files):
+        raise CheckpointError(f"{path}: not a checkpoint ({INDEX_NAME} names other files)")
+    return index
+
+
+def verify_parts(path: Path | str, files: dict[str, tuple[int, int]], rank: int = 0, world_size: int = 1) -> None:
+    """Raises CheckpointError where a file is damaged. Of world_size processes each looks at every world_size-th file."""
+    for name in sorted(files)[rank::world_size]:
+        file = Path(path, name)
+        try:
+            whole = stat.S_ISREG(os.stat(file).st_mode) and size_and_sum(file) == files[name]
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror}") from error
+        if not whole:
+            raise CheckpointError(f"{path}: damaged checkpoint (file {name})")
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """torch.distributed.checkpoint keeps its table of contents as a pickle. This makes nothing but such a table of it."""
+
+    def find_class(self, module: str, name: str) -> type:
+        plain = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem") and name in METADATA_CLASSES
+        if not (plain or (module, name) in METADATA_GLOBALS or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def with_tensors(state: dict, path: Path | str, make: Callable[[Tensor], Tensor]) -> dict:
+    """What read_checkpoint has returned, with data: make(tensor on the meta device) is filled, a sharded one with its part.
+
+    Raises CheckpointError. Of a single file, it is whole already.
+    """
+    if not os.path.isdir(path):
+        return state
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
+    path, files, tensors = Path(path), state["files"], {}
+
+    def made(where: str, tensor: Tensor) -> Tensor:
+        return tensors.setdefault(where, make(tensor)) if tensor.is_meta else tensor
+
+    try:
+        with open(path / ".metadata", "rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        state = with_each_tensor({key: value for key, value in state.items() if key != "files"}, made)
+        for where, tensor in tensors.items():
+            known = metadata.state_dict_metadata[where]
+            if (known.size, known.properties.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{where} is not what it should be")
+        if not files.keys() >= {info.relative_path for info in metadata.storage_data.values()}:
+            raise ValueError("it refers to other files")
+        reader, planner = FileSystemReader(path), DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(tensors, metadata, is_coordinator=True)
+        reader.set_up_storage_reader(metadata, True)
+        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+    except Exception as error:  # as for a file: dozens of ways to stumble over what is no checkpoint
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
+    return state
+
+
+def convert_checkpoint(source: Path, target: Path) -> None:
+    """A sharded checkpoint becomes one file, and one file a sharded checkpoint. Raises UserError; never overwrites."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} is there already")
+    state = load_checkpoint(source)
+    check_config(state.get("config"), source)
+    state["config"]["shard"] = not source.is_dir()
+    try:
+        save_parts(state, target, Processes(None)) if state["config"]["shard"] else save_checkpoint(state, target)
+    except SAVE_ERRORS as error:
+        raise UserError(f"{target}: {one_line(error)}") from error
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -2058,27 +2578,33 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
     parser.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path,
                         help="a checkpoint to go on from, or 'latest': the newest whole one")
+    parser.add_argument("--convert", nargs=2, metavar=("CKPT", "NEW"), type=nonempty_path,
+                        help="make one file NEW of the directory that a --shard run has saved, or such a directory of a file")
     parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
     return vars(parser.parse_args(arguments))
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises UserError where the device is not there."""
+    """Raises UserError where the device is not there, or no collective of torch.distributed reaches it."""
     present = torch.accelerator.current_accelerator(check_available=True)
+    usable = ("cuda",) if started_by_torchrun() else ("cuda", "mps")
     if name == "auto":
-        return present if present is not None and present.type in ("cuda", "mps") else torch.device("cpu")
+        return present if present is not None and present.type in usable else torch.device("cpu")
+    if name == "mps" and name not in usable:
+        raise UserError("--device mps: torchrun's processes cannot exchange gradients there; use --device cpu")
     if name != "cpu" and (present is None or present.type != name):
         raise UserError(f"--device {name}: there is none here (found {present.type if present else 'only the CPU'})")
     return torch.device(name)
 
 
-def read_checkpoint(resume: str, directory: str, report: Callable[[str], None]) -> tuple[Path, dict]:
+def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Callable[[str], None]) -> tuple[Path, dict]:
     """The checkpoint that --resume names, verified and with every part this program needs. Raises CheckpointError."""
     if resume == "latest":
         path, state = load_latest(os.path.abspath(directory), report)
     else:
         path = Path(os.path.abspath(resume))
-        state = load_checkpoint(path)
+        # A sharded one has been verified by all ranks together.
+        state = read_index(path) if sharded and path.is_dir() else read_checkpoint(path)
     if "format_version" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this program")
     if type(state["format_version"]) is not int or state["format_version"] != FORMAT_VERSION:
@@ -2118,6 +2644,17 @@ def check_config(stored: object, path: Path) -> None:
         raise CheckpointError(f"{path}: not a configuration of this program ({one_line(error)})") from error
 
 
+def check_kind(shard: bool, path: Path, options: dict[str, object], sharded: bool) -> None:
+    """Raises UserError where a checkpoint is sharded and the run is not, or the other way round."""
+    if shard != path.is_dir():
+        raise CheckpointError(f"{path}: not a checkpoint of this program (--shard {shard} in a {'directory' if path.is_dir() else 'file'})")
+    convert = f"--convert {shlex.quote(str(path))}"
+    if shard and not sharded:
+        raise UserError(f"{path} is sharded: resume it with scripts/train_torchrun.sh, or make one file of it with {convert} NEW.pt")
+    if options.get("shard") and not shard:
+        raise UserError(f"{path} is one file: resume it without --shard, or make a sharded checkpoint of it with {convert} NEW")
+
+
 def check_model(config: Config, tensors: dict[str, Tensor], path: Path) -> None:
     """Raises CheckpointError where a configuration would build another model than the checkpoint holds, without building it."""
     try:
@@ -2135,8 +2672,11 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     resume = options.pop("resume")
     resumed_from, state = None, None
     if resume is not None:
-        resumed_from, state = read_checkpoint(resume, options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+        resumed_from, state = checkpoint_to_resume(resume, options.get("checkpoint_dir", Config.checkpoint_dir), processes.sharded, screen.say)
+        check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
     config = Config.from_options(options, state and state["config"])
+    if config.shard and not processes.sharded:
+        raise UserError("--shard needs torchrun's processes: scripts/train_torchrun.sh 2 --shard, or torchrun --nproc-per-node=2")
     if state is not None:
         check_model(config, state["model_state_dict"], resumed_from)
     device = choose_device(config.device)
@@ -2148,7 +2688,8 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     try:
-        model = ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32).to(device)
+        place = functools.partial(processes.place, device=device)
+        model = place(ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32, place))
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"no memory for a model of this size ({one_line(error)})") from error
     controllers = {"standard": StandardTrainingController, "geometric": GeometricTrainingController}
@@ -2172,10 +2713,13 @@ def train(options: dict[str, object]) -> int:
         monitor = stack.enter_context(ExitMonitor(screen, keyboard and first))
         for signum in _early_signals:
             monitor.hear(signum)
-        many = started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
-        processes = ManyProcesses(monitor) if many else Processes(monitor)
-        if many and options["resume"] == "latest":  # the same one for all
-            options["resume"] = processes.on_first(newest_for_all, options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+        processes = Processes(monitor)
+        if started_by_torchrun():
+            processes = ManyProcesses(monitor)
+            if options["resume"] is not None:
+                options["resume"] = processes.checkpoint_to_resume(options["resume"], options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+            if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
+                processes = ShardedProcesses(processes)
         run = processes.together(prepare, options, processes, screen)
         if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
@@ -2219,7 +2763,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGTTIN, signal.SIGTTOU):  # also for the summary, which is printed after the monitor's end
         signal.signal(signum, signal.SIG_IGN)
     try:
-        return train(parse_options(arguments))
+        options = parse_options(arguments)
+        converted = options.pop("convert", None)
+        if converted is None:
+            return train(options)
+        source, target = map(Path, converted)
+        convert_checkpoint(source, target)
+        Screen().say(f"✅ Converted: {target.absolute()}")
+        return 0
     except UserError as error:
         if is_first_rank():
             with contextlib.suppress(OSError):  # nobody may be there to read it

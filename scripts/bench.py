@@ -136,9 +136,9 @@ def ours(*options: object) -> list[object]:
     return [sys.executable, SCRIPT, *options]
 
 
-def child(name: str, processes: int = 1, **arguments: object) -> dict:
-    """What the function child_NAME of this file returns, run in a process (or many) and on a terminal of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+def child(name: str, processes: int | None = None, **arguments: object) -> dict:
+    """What the function child_NAME of this file returns, run in a process (or some under torchrun) and on a terminal of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
     with tempfile.NamedTemporaryFile("r") as result:
         terminal = Terminal([sys.executable, *launcher, __file__, "--child", name, json.dumps(arguments, default=str), result.name])
         terminal.wait_gone()
@@ -443,7 +443,7 @@ def child_periodic(options: list, every: int, rounds: int) -> dict:
         def save() -> float:
             """The stall: what the loop waits for before it goes on."""
             started = time.perf_counter()
-            run.writer.submit(run.state_dict(None), {"periodic": run.directory.path_for(f"step_{run.step}.pt")})
+            run.writer.submit(run.state_dict(None), {"periodic": f"step_{run.step}.pt"})
             return time.perf_counter() - started
 
         def block(saves: bool) -> float:
@@ -787,7 +787,7 @@ def child_growth(folder: str, factors: list[int], steps: int) -> dict:
         def save(run, batches) -> float:
             run.step += 1  # a new name each time
             started = time.perf_counter()
-            run._save(run.state_dict("periodic"), run.directory.path_for(f"step_{run.step}.pt"))
+            run._save(run.state_dict("periodic"), f"step_{run.step}.pt")
             return time.perf_counter() - started
 
         interleaved(5, *[lambda run=run: step(*run) for run in runs])
@@ -857,6 +857,48 @@ def child_agreement(folder: str, options: list, steps: int) -> dict:
             run.batch_done(run.controller.training_step(next(batches)))
         processes.close()
         return {"times": times[5:]}
+
+
+def child_sharded(folder: str, options: list, saves: int) -> dict:
+    """For bench_scaling.py: what rank 0 of a sharded run holds and saves, how long that takes, and how long ranks take to agree."""
+    import torch
+    import torch.distributed as dist
+    import train_graceful as t
+
+    screen, times = t.Screen(shown=False), {"write_part": [], "save": [], "agreement": []}
+    write_part, written = t.write_part, []
+
+    def timed(*arguments) -> object:
+        started = time.perf_counter()
+        written.append(write_part(*arguments))
+        times["write_part"].append(time.perf_counter() - started)
+        return written[-1]
+
+    with t.ExitMonitor(screen, keyboard=False) as monitor:
+        processes = t.ShardedProcesses(t.ManyProcesses(monitor))
+        run = started_run(["--shard", *options, *ENDLESS, "--checkpoint-dir", folder], monitor, screen, processes)
+        batches = run.data.batches(0, 0)
+        for _ in range(3):
+            run.batch_done(run.controller.training_step(next(batches)))
+            run.writer.submit(run.state_dict(None), {"periodic": "step_1"})
+        run.writer.wait()
+        peak = memory("VmHWM")
+        t.write_part = timed
+        for number in range(saves):
+            dist.barrier()
+            started = time.perf_counter()
+            run._save(run.state_dict("periodic"), f"step_{2 + number}")
+            times["save"].append(time.perf_counter() - started)
+        for _ in range(500):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_reduce(torch.zeros(2, dtype=torch.int64), dist.ReduceOp.MAX)
+            times["agreement"].append(time.perf_counter() - started)
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        _, results, _ = written[-1]
+        run.close()
+        processes.close()
+        return {**times, "peak": peak, "size": sum(result.size_in_bytes for result in results), "items": len(results), "parameters": parameters}
 
 
 def many(scale: float, folder: Path) -> Iterator[Figure]:

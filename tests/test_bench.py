@@ -13,7 +13,7 @@ import bench
 
 def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_json(tmp_path, whole):
     json_file = tmp_path / "bench.jsonl"
-    sections = [name for name in bench.SECTIONS if name != "gpu"] if whole else ["watching", "hearing", "leaving", "saving", "data"]
+    sections = [name for name in bench.SECTIONS if name != "gpu"] if whole else ["watching", "leaving", "data"]
     result = subprocess.run([sys.executable, str(ROOT / "scripts" / "bench.py"), "--quick", "--dir", str(tmp_path), "--json", str(json_file),
                              "--only", *sections], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -25,6 +25,16 @@ def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_jso
         assert all(map(math.isfinite, figure["ours"] + (figure["reference"] or []))) and figure["ours"], figure
         assert f"| {figure['name']} | " in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]  # and nothing it wrote for measuring is left
+
+
+def test_a_short_scaling_benchmark_prints_what_it_measured_and_what_follows_from_it(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "scripts" / "bench_scaling.py"), "--quick", "--dir", str(tmp_path)], cwd=ROOT,
+                            capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["processes", "2", "processes", "64", "256", "1,024", "4,096"]
+    assert len(set(map(len, rows[:2]))) == len(set(map(len, rows[2:]))) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_verdict_is_on_the_median_of_the_rounds_ratios():

@@ -162,8 +162,8 @@ def test_only_the_end_of_a_long_metrics_file_is_read():
 
 def test_resuming_latest_reads_the_checkpoint_once(finished, monkeypatch):
     loaded = []
-    monkeypatch.setattr(t, "load_checkpoint", lambda path, load=t.load_checkpoint: loaded.append(path) or load(path))
-    path, state = t.read_checkpoint("latest", str(finished), print)
+    monkeypatch.setattr(t, "load_file", lambda path, load=t.load_file: loaded.append(path) or load(path))
+    path, state = t.checkpoint_to_resume("latest", str(finished), False, print)
     assert loaded == [path] and state["step"] == 12
 
 
@@ -274,21 +274,22 @@ def test_best_weights_that_could_not_be_saved_are_saved_once_there_is_room(tmp_p
     """The next evaluation may be worse: the copy in memory is the only one."""
     said, room = [], False
 
-    def save(state, path):
+    def save(state, name):
         if not room:
             raise OSError(28, "No space left on device")
-        t.save_checkpoint(state, path)
+        t.save_checkpoint(state, tmp_path / name)
+        return tmp_path / name
 
     weights = torch.ones(2)
     writer = t.CheckpointWriter(save, said.append)
-    writer.submit({"a": weights}, {"best": tmp_path / "best.pt", "periodic": tmp_path / "step_1.pt"})
+    writer.submit({"a": weights}, {"best": "best.pt", "periodic": "step_1.pt"})
     for step in (2, 3):
         weights += 1
-        writer.submit({"a": weights}, {"periodic": tmp_path / f"step_{step}.pt"})
+        writer.submit({"a": weights}, {"periodic": f"step_{step}.pt"})
     writer.wait()
     assert said == [f"⚠️ {name}.pt not saved: No space left on device. Training goes on." for name in ("best", "step_1", "step_2", "step_3")]
     room = True
-    writer.submit({"a": weights}, {"periodic": tmp_path / "step_4.pt"})
+    writer.submit({"a": weights}, {"periodic": "step_4.pt"})
     writer.wait()
     assert said[4:] == [f"✅ Saved after all: {tmp_path}/best.pt"]
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_4.pt"]
@@ -301,14 +302,14 @@ def test_best_weights_that_could_not_be_saved_are_saved_once_there_is_room(tmp_p
 def test_a_better_best_replaces_one_that_could_not_be_saved(tmp_path):
     refusals = [OSError(28, "No space left on device")] * 2
 
-    def save(state, path):
+    def save(state, name):
         if refusals:
             raise refusals.pop()
-        t.save_checkpoint(state, path)
+        t.save_checkpoint(state, tmp_path / name)
 
     writer = t.CheckpointWriter(save, str)
     for value in (1, 2, 3):
-        writer.submit({"a": value}, {"best": tmp_path / "best.pt"} if value < 3 else {"periodic": tmp_path / "step_3.pt"})
+        writer.submit({"a": value}, {"best": "best.pt"} if value < 3 else {"periodic": "step_3.pt"})
     writer.wait()
     writer.close()
     assert t.load_checkpoint(tmp_path / "best.pt")["a"] == 2
@@ -316,11 +317,11 @@ def test_a_better_best_replaces_one_that_could_not_be_saved(tmp_path):
 
 def test_a_copy_that_does_not_fit_into_memory_never_ends_the_run(tmp_path, monkeypatch):
     said = []
-    writer = t.CheckpointWriter(t.save_checkpoint, said.append)
+    writer = t.CheckpointWriter(lambda state, name: t.save_checkpoint(state, tmp_path / name), said.append)
     monkeypatch.setattr(t, "host_copy", lambda state, reuse: torch.empty(2**60))
-    writer.submit({}, {"periodic": tmp_path / "step_1.pt"})
+    writer.submit({}, {"periodic": "step_1.pt"})
     monkeypatch.undo()
-    writer.submit({"a": 1}, {"periodic": tmp_path / "step_2.pt"})
+    writer.submit({"a": 1}, {"periodic": "step_2.pt"})
     writer.close()
     assert len(said) == 1 and said[0].startswith("⚠️ step_1.pt not saved: ") and said[0].endswith("Training goes on.")
     assert os.listdir(tmp_path) == ["step_2.pt"]

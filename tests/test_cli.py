@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import MODES, TINY, refused, run
 
 import train_graceful as t
@@ -136,3 +137,12 @@ assert all(hasattr(t, name) for name in t.__all__)
 def test_the_defaults_parse(mode):
     config = t.Config.from_options({key: value for key, value in t.parse_options(MODES[mode]).items() if key not in ("resume", "no_keyboard")})
     assert config.steps > 0 and config.loop == ("standard" if mode == "standard" else "controller")
+
+
+def test_many_processes_leave_an_apple_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert t.choose_device("auto").type == t.choose_device("mps").type == "mps"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    assert t.choose_device("auto").type == "cpu"
+    with pytest.raises(t.UserError, match="--device mps: torchrun's processes cannot"):
+        t.choose_device("mps")

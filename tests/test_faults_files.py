@@ -41,7 +41,7 @@ def resume(fork, path, original=None) -> tuple[int, str, int]:
         if original is not None and isinstance(state, dict):
             assert_same(state, original)
 
-    child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=[(Moment("read_checkpoint", event="return"), compare)])
+    child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=[(Moment("checkpoint_to_resume", event="return"), compare)])
     output = child.finish()
     return child.exitcode, output, child.peak
 

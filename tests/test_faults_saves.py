@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from campaign import Campaign, Child, Moment, ask_to_leave
@@ -28,7 +29,7 @@ def at(save: str) -> list:
     """The plan of a child that waits at the beginning of a save, and looks for /saved, for strace to show, at its end."""
     name, nth = SAVES[save]
     leave = [(Moment("batch_done", 5), ask_to_leave)] if save == "emergency" else []
-    return leave + [(Moment("_save", nth, where=lambda frame: frame.f_locals["path"].name == name), None),
+    return leave + [(Moment("_save", nth, where=lambda frame: Path(frame.f_locals["name"]).name == name), None),
                     (Moment("_save", event="return"), lambda frame: os.path.exists("/saved"))]
 
 

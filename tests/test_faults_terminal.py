@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def resize(child: Child) -> None:
     while child.exitcode is None and not child.ended():
         for columns in (1, 0, 10, 40, 200, 500):
             fcntl.ioctl(child.terminal.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            time.sleep(0.001)  # a thousand times a second is enough; without a pause the run hardly gets to its terminal
 
 
 TYPING = {

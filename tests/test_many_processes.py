@@ -6,8 +6,8 @@ Most groups are forks of this process, each a rank with a terminal of its own; w
 import os
 import re
 import signal
-import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -37,12 +37,13 @@ def float32_muon(monkeypatch):
 @pytest.fixture
 def group(fork):
     """group(size, *options, plans={rank: plan}) starts that many ranks."""
-    def start(size: int, *options: object, plans: dict = {}):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    stores = []
+
+    def start(size: int, *options: object, plans: dict = {}, **environment: str):
+        stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # torchrun's part
         return [fork(*options, plan=plans.get(rank, ()), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_RESTART_COUNT="0") for rank in range(size)]
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(stores[-1].port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="test",
+                     TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_RESTART_COUNT="0", **environment) for rank in range(size)]
 
     return start
 
@@ -115,9 +116,18 @@ def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, data, tmp_path, 
     assert_same_end(directory, tmp_path / "whole")
 
 
+def test_where_the_question_travels_longer_all_still_leave_at_the_same_step(group, data, tmp_path):
+    slow = (Moment("train"), lambda frame: frame.f_globals.update(RANKS_A_BATCH=1))  # 3 batches for 2 ranks
+    stop = (Moment("forward_backward", 4), lambda frame: os.kill(os.getpid(), signal.SIGTERM))
+    ranks = group(2, *OPTIONS, "--steps", 40, "--data", data, "--checkpoint-dir", tmp_path, plans={0: [slow], 1: [slow, stop]})
+    texts, codes = finished(ranks)
+    assert codes == [143, 143], texts
+    assert 5 <= t.load_checkpoint(saved_path(texts[0]))["step"] <= 9
+
+
 def test_a_run_goes_on_with_any_number_of_processes(group, float32_muon, data, tmp_path):
-    finished(group(1, *OPTIONS, *MODES["geometric"], "--data", data, "--checkpoint-dir", tmp_path / "whole"))
-    arguments = [*OPTIONS, *MODES["geometric"], "--data", data]
+    finished(group(1, *OPTIONS, *MODES["geometric"], "--data", data, "--steps", 16, "--checkpoint-dir", tmp_path / "whole"))
+    arguments = [*OPTIONS, *MODES["geometric"], "--data", data, "--steps", 16]
     stop = (Moment("batch_done", event="return"), lambda frame: os.kill(os.getpid(), signal.SIGTERM))
     steps = []
     for size in (1, 2, 4, 1):
@@ -126,7 +136,7 @@ def test_a_run_goes_on_with_any_number_of_processes(group, float32_muon, data, t
         assert codes == [143 if plans else 0] * size, texts
         steps.append(t.load_checkpoint(t.latest_checkpoint(tmp_path / "moved"))["step"])
         arguments = ["--resume", "latest"]
-    assert 1 <= steps[0] < steps[1] < steps[2] < steps[3] == STEPS
+    assert 1 <= steps[0] < steps[1] < steps[2] < steps[3] == 16
     assert_close_end(tmp_path / "moved", tmp_path / "whole")
 
 
@@ -166,12 +176,13 @@ def test_a_rank_that_dies_outright_is_noticed(group, data, tmp_path, killed):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_stopped_rank_holds_the_others_up_and_nothing_more(group, data, tmp_path):
+def test_a_stopped_rank_holds_the_others_up_and_nothing_more(group, data, tmp_path, whole):
     ranks = group(2, *OPTIONS, *ENDLESS, "--data", data, "--checkpoint-dir", tmp_path)
     ranks[0].terminal.expect(r"step \d+/")
     ranks[1].kill(signal.SIGSTOP)
     ranks[0].kill(signal.SIGTERM)
     ranks[0].terminal.expect("Exit requested")
+    time.sleep(20 if whole else 0)  # is not the others' end
     ranks[1].kill(signal.SIGCONT)
     texts, codes = finished(ranks)
     assert codes == [143, 143] and "Emergency checkpoint saved" in texts[0]

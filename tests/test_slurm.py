@@ -117,7 +117,7 @@ def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group
 
 def test_a_cancelled_job_saves_and_stays_away(slurm, data, tmp_path):  # noqa: F811
     log, directory = tmp_path / "job.log", tmp_path / "ck"
-    job = slurm.submit(log, *OPTIONS, "--steps", 10**6, "--data", data, "--checkpoint-dir", directory)
+    job = slurm.submit(log, *OPTIONS, "--shard", "--steps", 10**6, "--data", data, "--checkpoint-dir", directory)
     wait_until(logged(log, "step 10/"))
     slurm.run("scancel", job)
     wait_until(lambda: not slurm.run("squeue", "--noheader"))

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Sharded training against world size: measured on this machine's processes, and computed for machines that are not here.
+
+    make bench-scaling        two Markdown tables, in some minutes
+
+What is computed follows from what was measured and from the assumptions below, which are printed with it.
+"""
+
+import argparse
+import pickle
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import GIB, MIB, ROOT, child
+
+sys.path.insert(0, str(ROOT))
+
+MEASURED = "--dim 512 --layers 16 --heads 8 --experts 4 --context 64 --batch-size 8".split()
+SMALL = "--dim 16 --layers 16 --heads 8 --experts 4 --context 64 --batch-size 8".split()
+PARAMETERS, TENSORS = 7e9, 1500  # of the model on paper; weights and two moments of each make its state
+RANKS_A_MACHINE = 8
+MACHINE_BANDWIDTH = 2 * GIB  # bytes a second that a machine writes to shared storage
+HOP_SECONDS = 50e-6  # from a process on one machine to one on the next, over TCP
+NETWORK_BANDWIDTH = GIB  # bytes a second that rank 0 receives
+PAPER_SIZES = (64, 256, 1024, 4096)
+
+
+def table_of_contents(ranks: int, tensors: int) -> tuple[float, float]:
+    """Seconds that rank 0 needs for what a rank says of a tensor (unpickled, planned, written), and its bytes, by measuring."""
+    import torch
+    import train_graceful as t
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    answers = []
+    for rank in range(ranks):
+        items, results = [], []
+        for number in range(tensors):
+            index = MetadataIndex(f"model_state_dict.blocks.{number}.experts.w_in.0", [4 * rank, 0])
+            chunk = ChunkStorageMetadata(torch.Size([4 * rank, 0]), torch.Size([4, 16]))
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, TensorProperties(), torch.Size([4 * ranks, 16]))))
+            results.append(WriteResult(index, 100, _StorageInfo(f"__{rank}_0.distcp", 100 * number, 100)))
+        answers.append(pickle.dumps((SavePlan(items), results)))
+    with tempfile.TemporaryDirectory() as folder, t.garbage_collector_paused():
+        started = time.perf_counter()
+        plans, results = zip(*map(pickle.loads, answers))
+        _, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(list(plans))
+        FileSystemWriter(folder).finish(metadata, list(results))
+        seconds = time.perf_counter() - started
+    return seconds / (ranks * tensors), len(answers[0]) / tensors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a size so small that the figures say nothing: is the benchmark whole?")
+    parser.add_argument("--dir", default="checkpoints", help="where to write, since disks differ (default checkpoints)")
+    arguments = parser.parse_args()
+    modes, sizes, model, saves = (("geometric",), (2,), SMALL, 1) if arguments.quick else (("standard", "geometric"), (1, 2, 4), MEASURED, 5)
+    print("| processes | mode | peak memory of each | of it the program | size of its part | its part written in | save as a whole | agreement |\n"
+          "|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    rates = []
+    with tempfile.TemporaryDirectory(prefix="bench_", dir=arguments.dir) as folder:
+        for mode in modes:
+            for size in sizes:
+                where = Path(folder).absolute() / f"{mode}_{size}"
+                base = child("sharded", size, folder=where / "small", options=[*SMALL, "--mode", mode], saves=1)
+                figures = child("sharded", size, folder=where / "model", options=[*model, "--mode", mode], saves=saves)
+                own, save, agreement = (statistics.median(figures[key]) for key in ("write_part", "save", "agreement"))
+                rates.append(size * figures["size"] / own)
+                print(f"| {size} | {mode} | {figures['peak'] / MIB:,.0f} MiB | {base['peak'] / MIB:,.0f} MiB | {figures['size'] / MIB:,.1f} MiB | {own:.2f} s | "
+                      f"{save:.2f} s | {1e3 * agreement:.3f} ms |", flush=True)
+        parameters, state = figures["parameters"], size * figures["size"]
+    print(f"\nThe model has {parameters / 1e6:.1f} million parameters, its weights {4 * parameters / MIB:,.0f} MiB, its state "
+          f"{state / MIB:,.0f} MiB (geometric). Together the processes wrote {min(rates) / GIB:.2f} to {max(rates) / GIB:.2f} GiB/s.")
+
+    seconds, said = table_of_contents(4, 10) if arguments.quick else table_of_contents(64, 300)
+    print(f"\nOn paper: {PARAMETERS / 1e9:g} billion parameters in {TENSORS:,} tensors, AdamW; {RANKS_A_MACHINE} processes a machine, which writes "
+          f"{MACHINE_BANDWIDTH / GIB:g} GiB/s to shared storage; a hop between machines {1e6 * HOP_SECONDS:g} us; rank 0 receives {NETWORK_BANDWIDTH / GIB:g} GiB/s.\n"
+          f"Measured: {1e6 * seconds:.0f} us of rank 0, and {said:.0f} bytes, for each tensor of each rank in the table of contents.\n")
+    print("| processes | agreement travels | in batches | size of each part | parts written in | table of contents | save as a whole |\n"
+          "|---:|---:|---:|---:|---:|---:|---:|")
+    import train_graceful as t
+
+    for size in PAPER_SIZES:
+        part = 12 * PARAMETERS / size
+        writing = part * RANKS_A_MACHINE / MACHINE_BANDWIDTH
+        table = size * TENSORS * (seconds + said / NETWORK_BANDWIDTH)
+        print(f"| {size:,} | {2e3 * (size - 1) * HOP_SECONDS:.1f} ms | {1 + size // t.RANKS_A_BATCH} | {part / MIB:,.0f} MiB | {writing:.1f} s | "
+              f"{table:.1f} s | {writing + table:.1f} s |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
