@@ -69,8 +69,8 @@ def main() -> int:
         for mode in modes:
             for size in sizes:
                 where = Path(folder).absolute() / f"{mode}_{size}"
-                base = child("sharded", size, folder=where / "small", options=[*SMALL, "--mode", mode], saves=1)
                 figures = child("sharded", size, folder=where / "model", options=[*model, "--mode", mode], saves=saves)
+                base = figures if arguments.quick else child("sharded", size, folder=where / "small", options=[*SMALL, "--mode", mode], saves=1)
                 own, save, agreement = (statistics.median(figures[key]) for key in ("write_part", "save", "agreement"))
                 rates.append(size * figures["size"] / own)
                 print(f"| {size} | {mode} | {figures['peak'] / MIB:,.0f} MiB | {base['peak'] / MIB:,.0f} MiB | {figures['size'] / MIB:,.1f} MiB | {own:.2f} s | "

@@ -290,10 +290,10 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, data, tmp_path):
 
 
 def test_torchrun_restarts_from_the_last_save(spawn, data, tmp_path):
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, "--steps", 400, "--save-every", 5, "--data", data, "--checkpoint-dir", tmp_path,
+    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, "--steps", 60, "--save-every", 5, "--data", data, "--checkpoint-dir", tmp_path,
                      "--resume", "latest")
     child.expect(r"step \d+/")
     os.kill(worker_pids(child.pid)[1], signal.SIGKILL)
     text = finish(child)
-    assert re.search(r"Resumed at step \d+ of 400", text), text
+    assert re.search(r"Resumed at step \d+ of 60", text), text
     assert child.exitstatus == 0 and "All steps done" in text
