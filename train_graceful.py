@@ -2754,6 +2754,15 @@ def train(options: dict[str, object]) -> int:
     return run.exit_code
 
 
+def end_on_signals() -> None:
+    """For what is no training: a signal ends it, after half-written files have been removed."""
+    for signum in EXIT_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+    if _early_signals:
+        sys.exit(128 + _early_signals[0])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     for fd in range(3):  # a checkpoint must never become descriptor 1 or 2 because the parent closed it
         try:
@@ -2764,10 +2773,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signum, signal.SIG_IGN)
     try:
         options = parse_options(arguments)
-        converted = options.pop("convert", None)
-        if converted is None:
+        if "convert" not in options:
             return train(options)
-        source, target = map(Path, converted)
+        end_on_signals()
+        source, target = map(Path, options["convert"])
         convert_checkpoint(source, target)
         Screen().say(f"✅ Converted: {target.absolute()}")
         return 0
@@ -2776,6 +2785,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except SystemExit as end:  # of --help, or by end_on_signals
+        return end.code
     finally:
         for signum in EXIT_SIGNALS:  # everything is saved: a signal in the interpreter's last moments changes nothing
             signal.signal(signum, signal.SIG_IGN)

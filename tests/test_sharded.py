@@ -126,6 +126,20 @@ def test_one_file_becomes_parts_and_they_one_file_again(group, sharded, data, tm
     assert not (tmp_path / "ck" / "new").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_ctrl_c_ends_a_conversion_and_leaves_nothing(parts, fork, tmp_path, kind):
+    source = parts / "step_6"
+    if kind == "file":
+        t.convert_checkpoint(source, source := tmp_path / "one.pt")
+    before = sorted(tmp_path.rglob("*"))
+    child = fork("--convert", source, tmp_path / "new", plan=[(Moment("flush_to_disk", file="train_graceful.py"), None)])
+    child.paused()
+    child.terminal.send("\x03")
+    child.go()
+    child.finish()
+    assert child.exitcode == 130 and sorted(tmp_path.rglob("*")) == before
+
+
 def test_no_rank_has_the_whole_model(sharded, data, tmp_path):  # noqa: F811
     """Peak memory while it starts, trains, evaluates, saves and resumes: of the state, each of four has its quarter."""
     def peaks(size: int, name: str, *options: object) -> int:
