@@ -4,6 +4,8 @@
     python train_graceful.py                        train on Python's own source text
     python train_graceful.py --mode geometric       geometric controller: rotated experts, three optimizers
     python train_graceful.py --resume latest        go on: the same run, bit for bit
+    python train_graceful.py --list                 the checkpoints that are there
+    python train_graceful.py --sample latest        what the newest one's model writes
 
 While it trains:  q + Enter  leave      s + Enter  save now      Ctrl-C  leave      Ctrl-C twice  leave without saving
 
@@ -28,6 +30,7 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import bisect
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -37,6 +40,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import math
 import mmap
@@ -95,6 +99,7 @@ READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
 WRITEBACK_BYTES = 8 * 2**20
 LINE_BYTES = 4096  # a typed line longer than this is no command
+SAMPLE_BYTES = 400  # that --sample writes
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
@@ -2544,6 +2549,11 @@ def with_tensors(state: dict, path: Path | str, make: Callable[[Tensor], Tensor]
     return state
 
 
+def named_checkpoint(name: str, directory: str) -> Path:
+    """The path, or for "latest" the newest whole checkpoint of a directory."""
+    return latest_checkpoint(directory) if name == "latest" else Path(name)
+
+
 def convert_checkpoint(source: Path, target: Path) -> None:
     """A sharded checkpoint becomes one file, and one file a sharded checkpoint. Raises UserError; never overwrites."""
     if os.path.lexists(target):
@@ -2555,6 +2565,103 @@ def convert_checkpoint(source: Path, target: Path) -> None:
         save_parts(state, target, Processes(None)) if state["config"]["shard"] else save_checkpoint(state, target)
     except SAVE_ERRORS as error:
         raise UserError(f"{target}: {one_line(error)}") from error
+
+
+# ---- Looking at checkpoints ------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(directory: str) -> None:
+    """Prints a line for every checkpoint of a directory, the newest first. Raises UserError where there is none."""
+    paths = checkpoints_in(os.path.abspath(directory))
+    if not paths:
+        raise UserError(f"{directory}: no checkpoints")
+    print(f"{'step':>9}  {'epoch':>5}  {'loss':>8}  {'best':>8}  {'age':>9}  {'size':>9}  {'reason':<30}  checkpoint")
+    for path in paths:
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+        age = datetime.timedelta(seconds=max(0, round(time.time() - max(file.stat().st_mtime for file in files))))
+        try:
+            state = read_program_checkpoint(path)
+            numbers = f"{state['step']:>9}  {state['epoch']:>5}  {state['metrics']['last_loss']:>8.4f}  {state['best_loss']:>8.4f}"
+            reason = state["exit_reason"]
+        except CheckpointError as error:
+            numbers = " " * 36
+            reason = "damaged" if "damaged" in str(error) else "of another program" if "program" in str(error) else "no checkpoint"
+        print(f"{numbers}  {short_time(age):>9}  {short_size(size):>9}  {reason:<30}  {os.path.relpath(path)}", flush=True)
+
+
+def short_time(duration: datetime.timedelta) -> str:
+    """In its largest unit."""
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if duration.total_seconds() >= seconds:
+            return f"{duration.total_seconds() / seconds:.1f} {unit}"
+    return f"{duration.total_seconds():.0f} s"
+
+
+def short_size(size: float) -> str:
+    """Of bytes, in decimal units, as ls and disks count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
+
+
+def read_program_checkpoint(path: Path) -> dict:
+    """What read_checkpoint returns. Raises CheckpointError unless its values are those that a run of this program saves."""
+    state = read_checkpoint(path)
+    check_origin(state, path)
+    kinds = {"step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "exit_reason": str, "metrics": dict, "run_id": str,
+             "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    if wrong or not isinstance(state["metrics"].get("last_loss"), float) or not isinstance(state["metrics"].get("seconds"), float):
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({', '.join(wrong) or 'metrics'})")
+    return state
+
+
+def show_checkpoint(path: Path) -> None:
+    """Prints what a checkpoint holds, and the command line that makes its configuration."""
+    state = read_program_checkpoint(path)
+    config, weights = state["config"], state["model_state_dict"]
+    rows = {
+        "Checkpoint": path, "Saved": f"{state['saved_at']} ({state['exit_reason']})", "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
+        "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})", "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
+        "Loss": f"{state['metrics']['last_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
+        "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
+        "Optimizers": ", ".join(state["optimizer_state_dicts"]), "Metrics": state["metrics"].get("file"),
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<13}{printable(str(value))}")
+    print("Configuration:")
+    for field in dataclasses.fields(Config):
+        value = config[field.name]
+        default = "" if value != field.default else "  (default)"
+        print(f"   {'--' + field.name.replace('_', '-'):<18}{printable(' '.join(value) if isinstance(value, tuple) else str(value))}{default}")
+
+
+def printable(text: str) -> str:
+    """Without what a stranger's checkpoint, or a model, might do to a terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+
+
+def sample(path: Path, prompt: str, device: torch.device, length: int = SAMPLE_BYTES, temperature: float = 0.8) -> None:
+    """Prints prompt and what the model of a checkpoint writes after it, byte by byte, always the same."""
+    state = load_checkpoint(path)
+    check_origin(state, path)
+    config = Config.from_options({}, state["config"])
+    check_model(config, state["model_state_dict"], path)
+    model = ByteLM(config).to(device).eval()
+    model.load_state_dict(state["model_state_dict"])
+    generator = torch.Generator().manual_seed(config.seed)
+    written = list(prompt.encode()) or [ord("\n")]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(printable(decoder.decode(bytes(written))), end="", flush=True)
+    with torch.inference_mode():
+        for _ in range(length):
+            logits, _ = model(torch.tensor([written[-config.context :]], device=device))
+            written.append(int(torch.multinomial((logits[0, -1] / temperature).softmax(dim=-1).cpu(), 1, generator=generator)))
+            print(printable(decoder.decode(bytes(written[-1:]))), end="", flush=True)
+    print(printable(decoder.decode(b"", final=True)))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -2580,6 +2687,11 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
                         help="a checkpoint to go on from, or 'latest': the newest whole one")
     parser.add_argument("--convert", nargs=2, metavar=("CKPT", "NEW"), type=nonempty_path,
                         help="make one file NEW of the directory that a --shard run has saved, or such a directory of a file")
+    parser.add_argument("--list", nargs="?", metavar="DIR", const=Config.checkpoint_dir, type=nonempty_path,
+                        help=f"list the checkpoints of a directory (default {Config.checkpoint_dir}), whole and damaged, the newest first")
+    parser.add_argument("--show", metavar="CKPT", type=nonempty_path, help="print what a checkpoint holds, and its configuration")
+    parser.add_argument("--sample", metavar="CKPT", type=nonempty_path, help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
+    parser.add_argument("--prompt", metavar="TEXT", help="what --sample goes on from (default a new line)")
     parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
     return vars(parser.parse_args(arguments))
 
@@ -2605,6 +2717,12 @@ def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Cal
         path = Path(os.path.abspath(resume))
         # A sharded one has been verified by all ranks together.
         state = read_index(path) if sharded and path.is_dir() else read_checkpoint(path)
+    check_origin(state, path)
+    return path, state
+
+
+def check_origin(state: dict, path: Path) -> None:
+    """Raises CheckpointError unless a checkpoint is of this program and of a version that it reads."""
     if "format_version" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this program")
     if type(state["format_version"]) is not int or state["format_version"] != FORMAT_VERSION:
@@ -2613,7 +2731,6 @@ def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Cal
     for key in ("model_state_dict", "rng_state"):
         if not isinstance(state.get(key), dict):
             raise CheckpointError(f"{path}: not a checkpoint of this program ({key!r} is {type(state.get(key)).__name__})")
-    return path, state
 
 
 def check_config(stored: object, path: Path) -> None:
@@ -2773,18 +2890,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signum, signal.SIG_IGN)
     try:
         options = parse_options(arguments)
-        if "convert" not in options:
+        asked = {"convert", "list", "show", "sample"} & options.keys()
+        if not asked:
+            if "prompt" in options:
+                raise UserError("--prompt is for --sample")
             return train(options)
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(sorted('--' + name for name in asked))}: one at a time")
         end_on_signals()
-        source, target = map(Path, options["convert"])
-        convert_checkpoint(source, target)
-        Screen().say(f"✅ Converted: {target.absolute()}")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that shows no symbols is no reason to fail
+        directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+        if "convert" in options:
+            source, target = options["convert"]
+            convert_checkpoint(named_checkpoint(source, directory), Path(target))
+            Screen().say(f"✅ Converted: {os.path.abspath(target)}")
+        elif "list" in options:
+            list_checkpoints(options["list"])
+        elif "show" in options:
+            show_checkpoint(named_checkpoint(options["show"], directory))
+        else:
+            sample(named_checkpoint(options["sample"], directory), options.get("prompt", ""), choose_device(options.get("device", "auto")))
         return 0
     except UserError as error:
         if is_first_rank():
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in --list | head
+        return 128 + signal.SIGPIPE
     except SystemExit as end:  # of --help, or by end_on_signals
         return end.code
     finally:

@@ -1,0 +1,124 @@
+"""--list, --show and --sample: what is there, read and never touched."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODES, SCRIPT, TINY, run
+
+import train_graceful as t
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    """The checkpoint directory of a finished run; one of its files is damaged, one is another program's."""
+    directory = tmp_path_factory.mktemp("looking") / "ck"
+    result = run("--data", corpus, "--checkpoint-dir", directory, *TINY, *MODES["geometric"], "--steps", 12, "--save-every", 5, "--eval-every", 6)
+    assert result.returncode == 0, result.stderr
+    t.convert_checkpoint(directory / "step_5.pt", directory / "parts")
+    data = bytearray((directory / "step_10.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "step_10.pt").write_bytes(data)
+    t.save_checkpoint({"a": torch.ones(3)}, directory / "mine.pt")
+    return directory
+
+
+def untouched(directory) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*")}
+
+
+@pytest.fixture
+def ask(fork, trained):
+    """ask(code, *args) is what the program prints that ends with that exit code; it has changed nothing."""
+    def asked(code: int, *args: object) -> str:
+        before = untouched(trained)
+        child = fork(*args)
+        text = child.finish().replace("\r\n", "\n")
+        assert child.exitcode == code and "Traceback" not in text and untouched(trained) == before, text
+        return text
+
+    return asked
+
+
+def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged(ask, trained):
+    header, *rows = ask(0, "--list", trained).splitlines()
+    assert header.split() == ["step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"]
+    by_name = {Path(row.split()[-1]).name: row for row in rows}
+    assert list(by_name) == [path.name for path in t.checkpoints_in(trained)] and len(rows) == 6
+    assert by_name["final.pt"].split()[0] == "12" and " completed " in by_name["final.pt"]
+    assert by_name["parts"].split()[0] == "5" and " periodic " in by_name["parts"]
+    assert " damaged " in by_name["step_10.pt"] and " of another program " in by_name["mine.pt"]
+
+
+def test_show_prints_what_a_checkpoint_holds(ask, trained, tmp_path):
+    for name in ("final.pt", "parts"):
+        text, state = ask(0, "--show", trained / name), t.load_checkpoint(trained / name)
+        assert f"Step:        {state['step']} (epoch {state['epoch']}, batch" in text
+        assert "Optimizers:  rotation, expert, embedding" in text and "--mode            geometric\n" in text
+        weights = sum(weight.numel() for weight in state["model_state_dict"].values())
+        assert f"Parameters:  {weights:,} in " in text
+    shutil.copytree(trained, tmp_path / "ck")
+    (tmp_path / "ck" / "mine.pt").unlink()
+    newest = t.latest_checkpoint(tmp_path / "ck")
+    assert f"Checkpoint:  {newest}\n" in ask(0, "--show", "latest", "--checkpoint-dir", tmp_path / "ck")
+
+
+def test_sample_writes_the_same_text_from_a_file_and_from_parts(ask, trained):
+    texts = [ask(0, "--sample", trained / name, "--prompt", "the quick ") for name in ("step_5.pt", "parts", "step_5.pt", "final.pt")]
+    assert all(text.startswith("the quick ") and len(text.encode()) > t.SAMPLE_BYTES for text in texts)
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_it_samples_from_the_distribution_that_the_model_predicts(trained, capsys):
+    """With hardly any temperature each byte is the most likely one after those before it."""
+    t.sample(trained / "final.pt", "the quick ", torch.device("cpu"), length=5, temperature=1e-9)
+    printed = capsys.readouterr().out
+    state = t.load_checkpoint(trained / "final.pt")
+    model = t.ByteLM(t.Config.from_options({}, state["config"])).eval()
+    model.load_state_dict(state["model_state_dict"])
+    written = list(b"the quick ")
+    for _ in range(5):
+        logits, _ = model(torch.tensor([written[-16:]]))
+        written.append(int(logits[0, -1].argmax()))
+    assert printed == t.printable(bytes(written).decode(errors="replace")) + "\n"
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_a_terminal_without_symbols_gets_question_marks(trained, environment):
+    result = run("--sample", trained / "final.pt", env={**os.environ, **environment})
+    assert result.returncode == 0 and result.stderr == ""
+
+
+def test_a_strangers_text_does_nothing_to_the_terminal(ask, trained, tmp_path):
+    state = t.load_checkpoint(trained / "final.pt")
+    state["torch_version"] = "\x1b]0;owned\x07"
+    t.save_checkpoint(state, tmp_path / "a.pt")
+    assert "\x1b" not in ask(0, "--show", tmp_path / "a.pt") and "\x1b" not in ask(0, "--sample", trained / "final.pt")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(trained):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--sample", str(trained / "final.pt")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
+def test_mistakes(ask, trained, tmp_path):
+    def message(*args) -> str:
+        text = ask(2, *args)
+        assert text.startswith("error: ") and text.count("\n") == 1, text
+        return text
+
+    assert "no checkpoints" in message("--list", tmp_path)
+    assert "damaged checkpoint (record" in message("--show", trained / "step_10.pt")
+    assert "not a checkpoint of this program" in message("--sample", trained / "mine.pt")
+    assert "--list and --show: one at a time" in message("--list", "--show", "latest")
+    assert "--prompt is for --sample" in message("--prompt", "x")
+    state = t.load_checkpoint(trained / "final.pt")
+    for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {})]:
+        t.save_checkpoint({**state, key: value}, tmp_path / "wrong.pt")
+        assert "program" in message("--show", tmp_path / "wrong.pt")
