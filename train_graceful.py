@@ -35,6 +35,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -2667,32 +2668,45 @@ def sample(path: Path, prompt: str, device: torch.device, length: int = SAMPLE_B
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
+OPTION_GROUPS = {  # by their first option
+    "mode": "what to train", "steps": "how long, and in what steps", "context": "the model", "lr": "optimization",
+    "eval_every": "evaluations, checkpoints, metrics", "seed": "where and how it is computed"}
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
+        hint = "--help lists the options"
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            if close := difflib.get_close_matches(unknown[1], self._option_string_actions, 1):
+                hint = f"did you mean {close[0]}?"
+        raise UserError(f"{message} ({hint})")
 
 
 def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
     """The options that were given, by Config field name, and `resume` and `no_keyboard`. Raises UserError."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    parser = OneLineParser(usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                            argument_default=argparse.SUPPRESS)
+    group = None
     for field in dataclasses.fields(Config):
+        if field.name in OPTION_GROUPS:
+            group = parser.add_argument_group(OPTION_GROUPS[field.name])
         settings = dict(field.metadata["argparse"])
         if field.default is not None and field.default != () and field.default is not False:
             settings["help"] += f" (default {field.default})"
         if "type" in settings:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
-        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    parser.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path,
-                        help="a checkpoint to go on from, or 'latest': the newest whole one")
-    parser.add_argument("--convert", nargs=2, metavar=("CKPT", "NEW"), type=nonempty_path,
-                        help="make one file NEW of the directory that a --shard run has saved, or such a directory of a file")
-    parser.add_argument("--list", nargs="?", metavar="DIR", const=Config.checkpoint_dir, type=nonempty_path,
-                        help=f"list the checkpoints of a directory (default {Config.checkpoint_dir}), whole and damaged, the newest first")
-    parser.add_argument("--show", metavar="CKPT", type=nonempty_path, help="print what a checkpoint holds, and its configuration")
-    parser.add_argument("--sample", metavar="CKPT", type=nonempty_path, help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
-    parser.add_argument("--prompt", metavar="TEXT", help="what --sample goes on from (default a new line)")
-    parser.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
+        group.add_argument("--" + field.name.replace("_", "-"), **settings)
+    group.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
+    group = parser.add_argument_group("going on, and looking at what is there")
+    group.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path,
+                       help="a checkpoint to go on from, or 'latest': the newest whole one")
+    group.add_argument("--convert", nargs=2, metavar=("CKPT", "NEW"), type=nonempty_path,
+                       help="make one file NEW of the directory that a --shard run has saved, or such a directory of a file")
+    group.add_argument("--list", nargs="?", metavar="DIR", type=nonempty_path,
+                       help="list the checkpoints of a directory (default --checkpoint-dir), whole and damaged, the newest first")
+    group.add_argument("--show", metavar="CKPT", type=nonempty_path, help="print what a checkpoint holds, and its configuration")
+    group.add_argument("--sample", metavar="CKPT", type=nonempty_path, help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
+    group.add_argument("--prompt", metavar="TEXT", help="what --sample goes on from (default a new line)")
     return vars(parser.parse_args(arguments))
 
 
@@ -2715,6 +2729,9 @@ def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Cal
         path, state = load_latest(os.path.abspath(directory), report)
     else:
         path = Path(os.path.abspath(resume))
+        if not path.exists() and (there := checkpoints_in(directory)):
+            names = ", ".join(os.path.relpath(other) for other in there[:3])
+            raise CheckpointError(f"{path}: No such file or directory; there are {names}{', ...' if there[3:] else ''}")
         # A sharded one has been verified by all ranks together.
         state = read_index(path) if sharded and path.is_dir() else read_checkpoint(path)
     check_origin(state, path)
@@ -2906,7 +2923,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             convert_checkpoint(named_checkpoint(source, directory), Path(target))
             Screen().say(f"✅ Converted: {os.path.abspath(target)}")
         elif "list" in options:
-            list_checkpoints(options["list"])
+            list_checkpoints(options["list"] or directory)
         elif "show" in options:
             show_checkpoint(named_checkpoint(options["show"], directory))
         else:

@@ -146,3 +146,24 @@ def test_many_processes_leave_an_apple_gpu_alone(monkeypatch):
     assert t.choose_device("auto").type == "cpu"
     with pytest.raises(t.UserError, match="--device mps: torchrun's processes cannot"):
         t.choose_device("mps")
+
+
+@pytest.mark.parametrize("typed, meant", [("--batch-siez", "--batch-size"), ("--resme=x", "--resume"), ("--chekpoint-dir", "--checkpoint-dir")])
+def test_an_option_that_is_nearly_one_is_answered_with_it(typed, meant):
+    assert refused(typed).endswith(f"(did you mean {meant}?)")
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith("No such file or directory")
+    for number in range(5):
+        t.save_checkpoint({"a": 1}, tmp_path / "ck" / f"step_{number}.pt")
+    assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith("; there are ck/step_4.pt, ck/step_3.pt, ck/step_2.pt, ...")
+
+
+def test_help_groups_the_options():
+    text = run("--help").stdout
+    options = [f"--{field.name.replace('_', '-')}" for field in t.dataclasses.fields(t.Config)]
+    for words in [*t.OPTION_GROUPS.values(), "going on, and looking at what is there"]:
+        assert f"\n{words}:\n" in text
+    assert all(f"\n  {option}" in text for option in [*options, "--resume", "--convert", "--list", "--show", "--sample", "--no-keyboard"])
