@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop test campaign bench bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop test test-integrations campaign bench bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -16,7 +16,7 @@ TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
 	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
@@ -42,6 +42,9 @@ stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkp
 
 test: .venv/installed ## run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-integrations: .venv-peers/installed ## README's examples for transformers, lightning and accelerate, in an environment of their own
+	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
 
 campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
