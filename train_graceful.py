@@ -262,6 +262,31 @@ def descriptor(stream: typing.TextIO | None) -> int | None:
         return None
 
 
+def short_time(duration: datetime.timedelta) -> str:
+    """In its largest unit."""
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if duration.total_seconds() >= seconds:
+            return f"{duration.total_seconds() / seconds:.1f} {unit}"
+    return f"{duration.total_seconds():.0f} s"
+
+
+def short_size(size: float) -> str:
+    """Of bytes, in decimal units, as ls and disks count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """values as a row of bars, at most width of them, each the mean of its share."""
+    count = min(width, len(values))
+    means = [sum(share) / len(share) for share in (values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count))]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / (high - low)))] if high > low else "▁" for mean in means)
+
+
 class Screen:
     """Lines for people on standard output; a failed or refused write never raises and never blocks training.
 
@@ -286,8 +311,11 @@ class Screen:
         with self._lock:
             self._write(self._erase_status() + text + "\n")
 
-    def status(self, text: str) -> None:
-        """Redraws the status line in place; draws nothing unless stdout is a terminal and ours."""
+    def status(self, parts: Sequence[str], fraction: float) -> None:
+        """Redraws the status line in place: as many of parts, the most important first, as fit, and how far it is.
+
+        Draws nothing unless stdout is a terminal and ours.
+        """
         if not self.is_terminal or not in_foreground(self._fd):
             return
         with self._lock:
@@ -295,10 +323,23 @@ class Screen:
                 columns = os.get_terminal_size(self._fd).columns or 80
             except OSError:  # the terminal has just gone
                 return
+            fitting = next((count for count in range(len(parts), 1, -1) if len(" | ".join(parts[:count])) < columns), 1)
+            text = " | ".join(parts[:fitting])
+            width = min(20, columns - len(text) - 4)
+            if width >= 8:
+                text = f"[{'#' * round(width * fraction):-<{width}}] {text}"
             text = text[: columns - 1]
             if not self._backlog:  # a line that is redrawn anyway is not worth keeping for later
                 self._write("\r" + text.ljust(min(self._status_width, columns - 1)), keep=False)
                 self._status_width = len(text)
+
+    @property
+    def draws_bars(self) -> bool:
+        """False where letters beyond ASCII come out as question marks."""
+        try:
+            return bool("█".encode(self._encoding))
+        except UnicodeEncodeError:
+            return False
 
     def close(self) -> None:
         """Gives a stopped terminal a last chance to take what it has not shown yet."""
@@ -350,6 +391,7 @@ class ExitMonitor:
         self.reason: str | None = None
         self.exit_code = 0
         self.save_requested = False
+        self.describe: Callable[[], str] | None = None  # what ? + Enter shows below the keys
         self._screen = screen or Screen()
         self._use_keyboard = keyboard
         self._requests: list[tuple[str, int]] = []  # (reason, exit code), oldest first
@@ -473,6 +515,8 @@ class ExitMonitor:
             self._screen.say("💾 Saving a checkpoint after this batch...")
         elif commands and not self.exit_requested and os.isatty(self._stdin):
             self._screen.say(TORCHRUN_KEYS if started_by_torchrun() else KEYS)
+            if b"?" in commands and self.describe is not None:
+                self._screen.say(self.describe())
         return len(data)
 
     def _abandon(self) -> typing.NoReturn:
@@ -508,10 +552,11 @@ def end_children() -> None:
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(state: dict, path: Path | str) -> None:
+def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], None] | None = None) -> None:
     """Writes state (nested dicts, lists and tuples of tensors and plain values) so that path is, at every instant, old or whole.
 
-    The file is written beside its target, flushed to the disk, renamed, and the directory flushed. Raises OSError, or
+    The file is written beside its target, flushed to the disk, renamed, and the directory flushed; progress is told now
+    and then how many bytes have been written. Raises OSError, or
     what torch raises where memory or a device fails it (SAVE_ERRORS); the file that was at path before is then untouched.
     """
     path = Path(path)
@@ -520,7 +565,7 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file, disk_errors():
-            torch.save(state, EarlyWriteback(file))
+            torch.save(state, EarlyWriteback(file, progress))
             file.flush()
             flush_to_disk(file.fileno())
         os.replace(temporary, path)
@@ -545,8 +590,8 @@ def disk_errors() -> Iterator[None]:
 class EarlyWriteback:
     """A file for torch.save whose bytes go to the disk while torch computes the checksum of the next ones."""
 
-    def __init__(self, file: typing.BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: typing.BinaryIO, progress: Callable[[int], None] | None) -> None:
+        self._file, self._progress = file, progress
         self._written = self._asked = 0  # bytes, and up to where the kernel was asked to write them back
 
     def write(self, data: bytes | memoryview) -> None:
@@ -556,6 +601,8 @@ class EarlyWriteback:
                 # On Linux this starts the write without waiting for it; dirty pages are not dropped.
                 os.posix_fadvise(self._file.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
                 self._asked = self._written
+            if self._progress is not None:
+                self._progress(self._written)
 
     def flush(self) -> None:
         """torch asks for it; save_checkpoint flushes to the disk."""
@@ -699,9 +746,9 @@ def checkpoints_in(directory: Path | str) -> list[Path]:
     folders, fallback = [Path(directory), Path(directory, "emergency_exit")], fallback_directory(directory)
     if fallback.is_dir() and fallback.stat().st_uid == os.getuid():  # anybody may make a folder of that name
         folders.append(fallback)
-    files = [file for folder in folders for pattern in ("*.pt", f"*/{INDEX_NAME}") for file in folder.glob(pattern)]
+    files = [file for folder in folders for pattern in ("*.pt", "*/.metadata", f"*/{INDEX_NAME}") for file in folder.glob(pattern)]
     untrained = re.compile(r"emergency_step_0([._].*)?")  # a fresh start that was stopped at once must not hide a trained run
-    paths = {file.parent if file.name == INDEX_NAME else file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    paths = {file.parent if file.name in (INDEX_NAME, ".metadata") else file: file.stat().st_mtime_ns for file in files if file.is_file()}
     return sorted((path for path in paths if not path.name.startswith(".")), reverse=True,
                   key=lambda path: (not untrained.fullmatch(path.name), paths[path]))
 
@@ -1509,6 +1556,13 @@ class Metrics:
         self._append(b"")
         os.fsync(self._file)
 
+    def losses(self) -> list[float]:
+        """Of every row, in order; [] where the file cannot be read any more."""
+        try:
+            return [float(row.split(",")[2]) for row in os.pread(self._file, self._size, 0).decode().splitlines()[1:]]
+        except (OSError, ValueError):
+            return []
+
     def close(self) -> None:
         os.close(self._file)
 
@@ -1576,9 +1630,9 @@ class Processes:
         """In a save: calls function on each that takes part; one of SAVE_ERRORS is for all of them, the results for who leads."""
         return [function(*arguments)]
 
-    def save(self, state: dict, path: Path) -> None:
+    def save(self, state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
         """Writes a checkpoint. Raises one of SAVE_ERRORS."""
-        save_checkpoint(state, path)
+        save_checkpoint(state, path, progress)
 
     def restore(self, state: dict, path: Path) -> dict:
         """What read_checkpoint has returned becomes what this process needs of it."""
@@ -1610,7 +1664,7 @@ class Run:
         self.step = self.epoch = self.batch_in_epoch = 0
         self.best_loss = math.inf
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row of metrics.csv
-        self.last_loss = math.nan
+        self.last_loss = self.smooth_loss = math.nan
         self.seconds = 0.0  # of training, all sessions
         self.metrics_name: str | None = None
         self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
@@ -1620,6 +1674,8 @@ class Run:
         self.error: Exception | None = None
         self.saved: tuple[str, Path] | None = None  # what the summary names
         self._in_update = False
+        self._losses: list[float] = []  # of all rows of metrics.csv, for the summary
+        self._last_save: tuple[str, float, float, int] | None = None  # name, when, seconds and bytes that it took
         self._unread: list[tuple[Tensor, tuple]] = []  # loss of a batch, and what the host knew before it
         for optimizer in controller.optimizers.values():
             optimizer.register_step_pre_hook(self._update_begins)
@@ -1708,11 +1764,11 @@ class Run:
         self._before_batch = self._host_state()
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
+        getattr(self.monitor, "own", self.monitor).describe = self._describe
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
     def _open_directory(self) -> None:
-        state_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # with two moments of each
-        self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes)
+        self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes(self.model))
         try:
             path = self._metrics_path()
             self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
@@ -1784,6 +1840,7 @@ class Run:
                 raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated. A resumed "
                                          "run is the same run and comes to it again: start a new one with a smaller --lr or another --seed")
             self.last_loss, self.loss_sum, self.loss_count = loss, self.loss_sum + loss, self.loss_count + 1
+            self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss if self.smooth_loss == self.smooth_loss else loss
 
     @property
     def _evaluation_due(self) -> bool:
@@ -1836,12 +1893,30 @@ class Run:
         total, count = self.processes.total(total, count)
         return total / count
 
-    def _save(self, state: dict, name: str) -> Path:
+    def _save(self, state: dict, name: str, progress: Callable[[int], None] | None = None) -> Path:
+        started = time.monotonic()
         path = self.processes.lead(self._begin_save, name)
-        self.processes.save(state, path)
-        if path.name.startswith("step_") and self.processes.rank == 0:
-            self.directory.prune(path, self.config.keep)
+        self.processes.save(state, path, progress)
+        if self.processes.rank == 0:
+            now = time.monotonic()
+            self._last_save = name, now, now - started, size_on_disk(path)
+            if path.name.startswith("step_"):
+                self.directory.prune(path, self.config.keep)
         return path
+
+    def _describe(self) -> str:
+        """For a person who asks: the last checkpoint, and what leaving would cost now."""
+        if self._last_save is None:
+            return f"No checkpoint yet since this start. q + Enter now saves about {short_size(state_bytes(self.model))}."
+        name, when, seconds, size = self._last_save
+        age = short_time(datetime.timedelta(seconds=time.monotonic() - when))
+        return f"Last checkpoint: {name}, {age} ago. q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
+
+    def _show_saving(self, written: int) -> None:
+        now = time.monotonic()
+        if now - self._status_clock >= STATUS_SECONDS:
+            self._status_clock, total = now, max(written, state_bytes(self.model))
+            self.screen.status([f"saving {short_size(written)} of about {short_size(total)}"], written / total)
 
     def _begin_save(self, name: str) -> Path:
         self.directory.keep_hold()
@@ -1870,9 +1945,12 @@ class Run:
         seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
         left = datetime.timedelta(seconds=min(round(seconds_per_step * (self.total_steps - self.step)), MAX_ETA_SECONDS))
         tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
-        text = (f"step {self.step}/{self.total_steps} | epoch {self.epoch} | loss {self.last_loss:.4f} | "
-                f"best {self.best_loss:.4f} | lr {self._learning_rates()[-1]:.2e} | {tokens_per_second:,.0f} tokens/s | {left} left")
-        (self.screen.status if self.screen.is_terminal else self.screen.say)(text)
+        parts = [f"step {self.step}/{self.total_steps}", f"loss {self.smooth_loss:.4f}", f"{left} left", f"best {self.best_loss:.4f}",
+                 f"epoch {self.epoch}", f"{tokens_per_second:,.0f} tokens/s", f"lr {self._learning_rates()[-1]:.2e}"]
+        if self.screen.is_terminal:
+            self.screen.status(parts, self.step / self.total_steps)
+        else:
+            self.screen.say(" | ".join(parts))
 
     # ---- leaving
 
@@ -1950,7 +2028,7 @@ class Run:
         self.writer.retry()
         state = self.state_dict(reason)
         try:
-            path = self._save(state, name + self.processes.suffix)
+            path = self._save(state, name + self.processes.suffix, self._show_saving)
         except SAVE_ERRORS as error:
             if not fall_back:
                 raise
@@ -1980,12 +2058,15 @@ class Run:
         if self.processes.saves:
             self.writer.close()
         if self.processes.rank == 0:
+            self._losses = self.metrics.losses()
             self.metrics.close()
 
     def summary(self) -> str:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
         lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
-                 f"   Best Loss: {self.best_loss:.4f}"]
+                 f"   Best Loss: {self.best_loss:.4f}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
+        if self._losses and self.screen.draws_bars:
+            lines.append(f"   Loss: {sparkline(self._losses)} {self._losses[0]:.4f} to {self._losses[-1]:.4f}")
         if self.saved is not None:
             label, path = self.saved
             lines.append(f"   {label}: {path}")
@@ -1993,6 +2074,16 @@ class Run:
             more += f" --epochs {2 * self.config.epochs}" if more and self.config.epochs else ""
             lines.append(f"▶️ {'Train further' if more else 'Resume'} with: {own_command()} --resume {shlex.quote(str(path))}{more}")
         return "\n".join(lines)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Of a checkpoint, or somewhat more: a parameter and two moments of it."""
+    return 3 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def size_on_disk(path: Path) -> int:
+    """Of a checkpoint, in bytes."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def state_after_a_step(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
@@ -2195,7 +2286,7 @@ class ManyProcesses(Processes):
         dist.all_gather_object(mistakes, mistake)
         for rank, mistake in enumerate(mistakes):
             if mistake is not None:
-                raise UserError(f"rank {rank}: {mistake}" if rank else mistake)
+                raise UserError(f"{mistake} (on rank {rank})" if rank else mistake)
         return result
 
     def on_first(self, function: Callable, *arguments: object) -> typing.Any:
@@ -2306,8 +2397,8 @@ class ShardedProcesses(ManyProcesses):
             time.sleep(0.1)  # waiting in the store would hear no signal, and print warnings
         return pickle.loads(self._store.get(key))
 
-    def save(self, state: dict, path: Path) -> None:
-        save_parts(state, path, self)
+    def save(self, state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        save_parts(state, path, self)  # whose parts are as much smaller as they are many
 
     def restore(self, state: dict, path: Path) -> dict:
         from torch.distributed.tensor import Shard, zeros
@@ -2556,14 +2647,19 @@ def named_checkpoint(name: str, directory: str) -> Path:
 
 
 def convert_checkpoint(source: Path, target: Path) -> None:
-    """A sharded checkpoint becomes one file, and one file a sharded checkpoint. Raises UserError; never overwrites."""
+    """A sharded checkpoint becomes one file, and one file a sharded checkpoint, as old as it was. Raises UserError; never overwrites."""
     if os.path.lexists(target):
         raise UserError(f"{target} is there already")
     state = load_checkpoint(source)
     check_config(state.get("config"), source)
     state["config"]["shard"] = not source.is_dir()
+    if (target.suffix == ".pt") == state["config"]["shard"]:
+        raise UserError(f"{target}: {source} becomes a directory, whose name does not end in .pt" if state["config"]["shard"] else
+                        f"{target}: {source} becomes one file, whose name ends in .pt")
     try:
         save_parts(state, target, Processes(None)) if state["config"]["shard"] else save_checkpoint(state, target)
+        written, read = (path / INDEX_NAME if path.is_dir() else path for path in (target, source))
+        os.utime(written, ns=(read.stat().st_atime_ns, read.stat().st_mtime_ns))  # latest goes by it
     except SAVE_ERRORS as error:
         raise UserError(f"{target}: {one_line(error)}") from error
 
@@ -2576,36 +2672,18 @@ def list_checkpoints(directory: str) -> None:
     paths = checkpoints_in(os.path.abspath(directory))
     if not paths:
         raise UserError(f"{directory}: no checkpoints")
-    print(f"{'step':>9}  {'epoch':>5}  {'loss':>8}  {'best':>8}  {'age':>9}  {'size':>9}  {'reason':<30}  checkpoint")
+    print(f"{'step':>7}  {'epoch':>5}  {'loss':>7}  {'best':>7}  {'age':>8}  {'size':>7}  {'reason':<28}  checkpoint")
     for path in paths:
-        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
-        size = sum(file.stat().st_size for file in files)
-        age = datetime.timedelta(seconds=max(0, round(time.time() - max(file.stat().st_mtime for file in files))))
+        size = size_on_disk(path)
+        age = datetime.timedelta(seconds=max(0, time.time() - (path / INDEX_NAME if path.is_dir() else path).stat().st_mtime))
         try:
             state = read_program_checkpoint(path)
-            numbers = f"{state['step']:>9}  {state['epoch']:>5}  {state['metrics']['last_loss']:>8.4f}  {state['best_loss']:>8.4f}"
+            numbers = f"{state['step']:>7}  {state['epoch']:>5}  {state['metrics']['last_loss']:>7.4f}  {state['best_loss']:>7.4f}"
             reason = state["exit_reason"]
         except CheckpointError as error:
-            numbers = " " * 36
+            numbers = " " * 32
             reason = "damaged" if "damaged" in str(error) else "of another program" if "program" in str(error) else "no checkpoint"
-        print(f"{numbers}  {short_time(age):>9}  {short_size(size):>9}  {reason:<30}  {os.path.relpath(path)}", flush=True)
-
-
-def short_time(duration: datetime.timedelta) -> str:
-    """In its largest unit."""
-    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
-        if duration.total_seconds() >= seconds:
-            return f"{duration.total_seconds() / seconds:.1f} {unit}"
-    return f"{duration.total_seconds():.0f} s"
-
-
-def short_size(size: float) -> str:
-    """Of bytes, in decimal units, as ls and disks count."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
+        print(f"{numbers}  {short_time(age):>8}  {short_size(size):>7}  {reason:<28}  {os.path.relpath(path)}", flush=True)
 
 
 def read_program_checkpoint(path: Path) -> dict:

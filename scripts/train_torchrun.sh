@@ -18,11 +18,18 @@ fi
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 processes=auto
-case "${1:--}" in
+case "${1--}" in
     -*) ;;
     *)
         processes=$1
         shift
+        ;;
+esac
+case $processes in
+    auto | gpu | cpu) ;;
+    '' | *[!0-9]* | 0*)
+        echo "'$processes' is no number of processes: a number from 1 on, or auto" >&2
+        exit 2
         ;;
 esac
 

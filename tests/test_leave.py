@@ -1,5 +1,6 @@
 """Keys, signals, messages and exit codes: every way to stop, in a pseudo-terminal."""
 
+import datetime
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path
 
+import train_graceful as t
 from train_graceful import load_checkpoint
 
 
@@ -17,6 +19,8 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
     lines = [line.strip("\r").rpartition("\r")[2].strip() for line in output.split("\n")]
     lines = [line for line in lines if line]
     start = lines.index("📝 Saving emergency checkpoint...")
+    rows = (path.parent.parent / "metrics.csv").read_text().splitlines()[1:]
+    losses = [float(row.split(",")[2]) for row in rows]
     assert lines[start:-1] == [
         "📝 Saving emergency checkpoint...",
         f"✅ Emergency checkpoint saved: {path}",
@@ -25,6 +29,8 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
         f"Completed Steps: {checkpoint['step']}",
         f"Epoch: {checkpoint['epoch']}",
         f"Best Loss: {checkpoint['best_loss']:.4f}",
+        f"Trained for: {datetime.timedelta(seconds=round(checkpoint['metrics']['seconds']))} in all",
+        *([f"Loss: {t.sparkline(losses)} {losses[0]:.4f} to {losses[-1]:.4f}"] if losses else []),
         f"Emergency checkpoint: {path}",
     ]
     assert f"--resume {path}" in lines[-1]
@@ -120,7 +126,7 @@ def test_ctrl_c_typed_in_the_terminal_leaves_with_130(spawn, options):
 
 STUCK_IN_THE_SAVE = """
 import sys, threading, train_graceful as t
-def stuck(state, path):
+def stuck(state, path, progress=None):
     path.parent.mkdir()
     path.with_name("." + path.name + ".tmp").write_bytes(b"half")
     t.Screen().say("stuck in the save")

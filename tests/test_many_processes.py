@@ -40,6 +40,7 @@ def group(fork):
     stores = []
 
     def start(size: int, *options: object, plans: dict = {}, **environment: str):
+        del stores[:-20]  # of groups that have long ended
         stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # torchrun's part
         return [fork(*options, plan=plans.get(rank, ()), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(stores[-1].port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="test",

@@ -1,14 +1,19 @@
 """Terminal and process rules: background jobs, fg, end of input, vanished terminals, changed settings."""
 
+import fcntl
 import os
 import pty
+import re
+import struct
 import subprocess
 import sys
 import termios
 
 import pytest
+from campaign import Moment
 from conftest import ENDLESS, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
 
+import train_graceful as t
 from train_graceful import load_checkpoint
 
 
@@ -83,7 +88,7 @@ def test_ctrl_z_and_fg_in_the_middle_of_training(shell, options, tmp_path):
 
 SAVES_SLOWLY = """
 import os, sys, train_graceful as t
-def slow(state, path, save=t.save_checkpoint):
+def slow(state, path, progress=None, save=t.save_checkpoint):
     t.Screen().say("@saving")
     while not os.path.exists(sys.argv[1] + ".go"):
         pass
@@ -197,7 +202,7 @@ def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(s
     child.setwinsize(24, 40)
     output = finish(child)
     assert child.exitstatus == 0
-    drawn = [part for part in output.partition("Final")[0].split("\r") if part.startswith("step")]
+    drawn = [part for part in output.partition("Final")[0].split("\r") if "step " in part]
     assert len(drawn) > 3
     assert all(len(part) < 40 for part in drawn[len(drawn) // 2 :])  # all that were drawn after the resize was seen
     assert output.count("\n") < 20
@@ -208,3 +213,52 @@ def test_a_plain_line_for_every_log_interval_where_there_is_no_terminal(options)
     steps = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")]
     assert steps == ["10/40", "20/40", "30/40", "40/40"]
     assert "\r" not in result.stdout
+
+
+@pytest.mark.parametrize("columns, expected", [
+    (120, "[##########----------] step 5/10 | loss 2.1559 | 0:04:54 left | best 2.5669 | epoch 0 | 12,631 tokens/s | lr 2.97e-03"),
+    (94, "[#####-----] step 5/10 | loss 2.1559 | 0:04:54 left | best 2.5669 | epoch 0 | 12,631 tokens/s"),
+    (40, "step 5/10 | loss 2.1559 | 0:04:54 left"), (39, "step 5/10 | loss 2.1559 | 0:04:54 left"), (35, "[####----] step 5/10 | loss 2.1559"),
+    (20, "step 5/10"), (10, "step 5/10"), (5, "step")])
+def test_the_status_line_shows_what_matters_most_where_there_is_little_room(monkeypatch, columns, expected):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        screen = t.Screen()
+        screen.status(["step 5/10", "loss 2.1559", "0:04:54 left", "best 2.5669", "epoch 0", "12,631 tokens/s", "lr 2.97e-03"], 0.5)
+        drawn = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert drawn == "\r" + expected and len(expected) < columns
+
+
+def test_a_question_mark_shows_the_keys_and_what_leaving_would_cost(spawn, options):
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    child.sendline("?")
+    child.expect("Keys: q . Enter saves and leaves.*No checkpoint yet since this start. q . Enter now saves about [0-9.]+ kB.")
+    child.sendline("s")
+    child.expect("Checkpoint saved: .*step_([0-9]+).pt")
+    child.sendline("?")
+    child.expect(f"Last checkpoint: step_{child.match[1]}.pt, [0-9]+ s ago. q . Enter now saves about [0-9.]+ kB, in about [0-9.e-]+ s.")
+    child.sendline("what?")
+    child.expect("Keys: ")
+    child.sendline("q")
+    assert "Last checkpoint" not in finish(child) and child.exitstatus == 0
+
+
+def test_a_long_save_shows_how_far_it_is(fork, options):
+    """A large state, redrawn at every chance."""
+    always = (Moment("train"), lambda frame: frame.f_globals.update(STATUS_SECONDS=0))
+    child = fork(*options, *ENDLESS, "--dim", 256, "--layers", 4, plan=[always])
+    child.terminal.expect("step [0-9]+/")
+    child.terminal.send("q\n")
+    output = child.finish()
+    assert child.exitcode == 0
+    shares = [(float(a), float(b)) for a, b in re.findall(r"saving ([0-9.]+) MB of about ([0-9.]+) MB", output)]
+    assert len(shares) > 3 and shares == sorted(shares) and shares[-1][0] > 0.9 * shares[-1][1]
+
+
+def test_a_sparkline_has_a_bar_for_each_share_of_the_values():
+    assert t.sparkline([3, 2, 1, 0]) == "█▆▃▁" and t.sparkline([1, 1]) == "▁▁" and t.sparkline([]) == ""
+    assert t.sparkline(list(range(1000))) == t.sparkline(list(range(40))) and len(t.sparkline(list(range(1000)))) == 40

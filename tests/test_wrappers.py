@@ -319,3 +319,12 @@ def test_a_run_left_with_q_is_no_error_to_make(spawn, spaced_root, options):
     child.sendline("q")
     assert "make: ***" not in finish(child)
     assert child.exitstatus == 0
+
+
+@pytest.mark.parametrize("number", ["0", "x", "2x", "", "-0"])
+def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number):
+    result = subprocess.run([str(ROOT / "scripts" / "train_torchrun.sh"), number], capture_output=True, text=True, env={**os.environ, "PYTHON": "false"})
+    if number.startswith("-"):  # an option of the program
+        assert result.returncode == 1
+    else:
+        assert result.returncode == 2 and result.stderr == f"'{number}' is no number of processes: a number from 1 on, or auto\n"
