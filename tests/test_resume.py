@@ -224,7 +224,7 @@ def test_epochs_end_the_run_and_the_schedule(uninterrupted, tmp_path):
     assert done.controller.optimizers["adamw"].param_groups[0]["lr"] == pytest.approx(0.1 * 3e-3)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[] if mode == "geometric" else pytest.mark.campaign) for mode in MODES])
 def test_q_typed_and_resumed_by_the_printed_command_in_real_processes(spawn, corpus, tmp_path, mode):
     options = ["--data", str(corpus), *TINY, "--steps", "150", "--eval-every", "40", *MODES[mode], "--workers", "1"]
     assert run(*options, "--checkpoint-dir", tmp_path / "whole").returncode == 0

@@ -84,7 +84,7 @@ def logged(log, text: str):
 
 def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group, data, tmp_path, whole):  # noqa: F811
     # whole: Slurm's own time limit, which it keeps by the minute; else the signal that it would send.
-    limits, steps = (("--time=2", "--signal=USR1@60"), 7_000) if whole else (("--time=10",), 500)
+    limits, steps = (("--time=2", "--signal=USR1@60"), 7_000) if whole else (("--time=10",), 300)
     options = [*OPTIONS, "--steps", steps, "--data", data]
     log, directory = tmp_path / "job.log", tmp_path / "ck"
     job = slurm.submit(log, *options, "--checkpoint-dir", directory, limits=limits)
