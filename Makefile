@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop test test-integrations campaign bench bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop plot test test-integrations campaign bench bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -40,6 +40,10 @@ nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=checkpoints/t
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
 	@scripts/stop.sh "$(DIR)"
 
+plot: ## draw metrics.csv as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
+	$(call need,$(PYTHON))
+	@$(PYTHON) scripts/plot.py $(ARGS)
+
 test: .venv/installed ## run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
 
@@ -79,7 +83,7 @@ install: .venv/installed ## create .venv and install requirements.txt (PYTHON=py
 
 .venv-peers/installed: requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate tensorboard
 	@touch .venv-peers/installed
 
 clean: ## remove .venv and caches, never checkpoints

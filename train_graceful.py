@@ -41,6 +41,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import math
@@ -190,6 +191,7 @@ class Config:
     dtype: str = option("auto", "autocast type; auto is bfloat16 on CUDA, float32 elsewhere", fixed=False,
                         choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "run the model through torch.compile", fixed=False, action="store_true")
+    tensorboard: bool = option(False, "also write event files for TensorBoard", fixed=False, action="store_true")
     workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0, 1025))
     shard: bool = option(False, "spread the model over torchrun's processes; checkpoints are directories then", action="store_true")
 
@@ -1674,6 +1676,7 @@ class Run:
         self.error: Exception | None = None
         self.saved: tuple[str, Path] | None = None  # what the summary names
         self._in_update = False
+        self.tensorboard: typing.Any = None  # a SummaryWriter
         self._losses: list[float] = []  # of all rows of metrics.csv, for the summary
         self._last_save: tuple[str, float, float, int] | None = None  # name, when, seconds and bytes that it took
         self._unread: list[tuple[Tensor, tuple]] = []  # loss of a batch, and what the host knew before it
@@ -1776,6 +1779,11 @@ class Run:
             path = self.directory.path / (self.metrics_name or "metrics.csv")
             raise UserError(f"{path}: cannot go on with these metrics ({one_line(error)})") from error
         self.metrics_name = path.name
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a run that died has written of later steps will come again.
+            self.tensorboard = SummaryWriter(self.directory.path / "tensorboard", purge_step=self.step + 1)
 
     def _metrics_path(self) -> Path:
         """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
@@ -1921,6 +1929,8 @@ class Run:
     def _begin_save(self, name: str) -> Path:
         self.directory.keep_hold()
         self.metrics.flush()  # no checkpoint is ever ahead of its rows
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
         return self.directory.path_for(name)
 
     def _learning_rates(self) -> list[float]:
@@ -1933,6 +1943,12 @@ class Run:
         tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
         if self.processes.rank == 0:
             self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second, round(self.seconds, 3))
+            if self.tensorboard is not None:
+                rates = {f"lr/{name}": rate for name, rate in zip(self.controller.optimizers, self._learning_rates())}
+                figures = {"loss/train": loss, "loss/validation": validation_loss, **rates, "tokens_per_second": tokens_per_second}
+                for name, value in figures.items():
+                    if value is not None:
+                        self.tensorboard.add_scalar(name, value, self.step)
         self.loss_sum, self.loss_count, self._row_clock = 0.0, 0, now
 
     def _show(self, logged: bool) -> None:
@@ -2060,6 +2076,8 @@ class Run:
         if self.processes.rank == 0:
             self._losses = self.metrics.losses()
             self.metrics.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
 
     def summary(self) -> str:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
@@ -2887,6 +2905,8 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
         resumed_from, state = checkpoint_to_resume(resume, options.get("checkpoint_dir", Config.checkpoint_dir), processes.sharded, screen.say)
         check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
     config = Config.from_options(options, state and state["config"])
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if config.shard and not processes.sharded:
         raise UserError("--shard needs torchrun's processes: scripts/train_torchrun.sh 2 --shard, or torchrun --nproc-per-node=2")
     if state is not None:

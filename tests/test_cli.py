@@ -167,3 +167,8 @@ def test_help_groups_the_options():
     for words in [*t.OPTION_GROUPS.values(), "going on, and looking at what is there"]:
         assert f"\n{words}:\n" in text
     assert all(f"\n  {option}" in text for option in [*options, "--resume", "--convert", "--list", "--show", "--sample", "--no-keyboard"])
+
+
+@pytest.mark.skipif(t.importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_without_its_package_is_answered_with_the_command(mistake, corpus):
+    assert mistake("--tensorboard", "--data", str(corpus), *TINY) == "--tensorboard needs the package tensorboard: pip install tensorboard"

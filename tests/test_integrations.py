@@ -1,10 +1,11 @@
-"""README's examples for other trainers: q + Enter ends each with a checkpoint, from which the next start goes on."""
+"""What needs other packages: README's examples for other trainers, each ended by q + Enter, and TensorBoard's files."""
 
 import re
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish
+from conftest import ROOT, finish, run
 from test_readme import BLOCKS
 
 
@@ -45,3 +46,32 @@ def test_accelerate_leaves_on_q_with_a_checkpoint_and_goes_on(started, tmp_path)
         child.expect("user_requested_graceful_exit")
         finish(child)
         assert child.exitstatus == 0 and list((tmp_path / "accelerate_checkpoint").glob("model*"))
+
+
+def test_tensorboard_shows_a_run_that_died_and_went_on_as_one(options, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is missing: make test-integrations")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    die = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_graceful as t
+def log(run, validation_loss, original=t.Run._log):
+    original(run, validation_loss)
+    if run.step == 9:
+        run.tensorboard.flush()
+        os._exit(9)
+t.Run._log = log
+t.main()
+"""
+    arguments = [*options, "--steps", "16", "--log-every", "1", "--save-every", "6", "--eval-every", "8", "--tensorboard"]
+    assert subprocess.run([sys.executable, "-c", die, *arguments], stdin=subprocess.DEVNULL).returncode == 9
+    result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
+    assert result.returncode == 0 and "Resumed at step 8 of 16" in result.stdout, result.stdout + result.stderr
+    events = EventAccumulator(str(tmp_path / "ck" / "tensorboard"))
+    events.Reload()
+    rows = [row.split(",") for row in (tmp_path / "ck" / "metrics.csv").read_text().splitlines()[1:]]
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 17))
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx([float(row[2]) for row in rows])
+    assert [event.step for event in events.Scalars("loss/validation")] == [8, 16]
+    assert events.Scalars("lr/adamw")[-1].value == pytest.approx(float(rows[-1][4]))

@@ -1,0 +1,71 @@
+"""scripts/plot.py: what metrics.csv says is what the picture shows."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import ROOT, TINY
+
+SVG = "{http://www.w3.org/2000/svg}"
+HEADER = "step,epoch,loss,val_loss,lr_adamw,tokens_per_second,seconds\n"
+
+
+def plot(*arguments: object, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / "plot.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def points(picture, number: int) -> list[tuple[float, float]]:
+    line = picture.findall(f"{SVG}polyline")[number]
+    return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+
+
+def test_a_run_that_was_stopped_and_went_on_is_drawn_with_a_mark(fork, corpus, tmp_path):
+    from test_faults_stops import Moment, ask_to_leave
+
+    directory = tmp_path / "checkpoints"
+    child = fork("--data", corpus, "--checkpoint-dir", directory, *TINY, "--steps", 20, "--log-every", 1, "--eval-every", 10,
+                 plan=[(Moment("batch_done", 7), ask_to_leave)])
+    child.finish()
+    child = fork("--resume", "latest", "--checkpoint-dir", directory)
+    child.finish()
+    result = plot(cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout == "Drawn: checkpoints/metrics.svg\n", result.stderr
+    picture = ElementTree.parse(directory / "metrics.svg").getroot()
+    assert len(points(picture, 0)) == 20 and len(picture.findall(f"{SVG}circle")) == 2
+    [mark] = [line for line in picture.findall(f"{SVG}line") if "mark" in line.get("class")]
+    assert mark.find(f"{SVG}title").text == "stopped at step 7" and float(mark.get("x1")) == points(picture, 0)[6][0]
+
+
+def test_several_runs_lie_over_each_other_to_one_scale(tmp_path):
+    for name, losses in (("a", [5, 4, 3, 2]), ("b & <c>", [5, 3, float("nan"), 1])):
+        (tmp_path / name).mkdir()
+        rows = "".join(f"{10 * (i + 1)},0,{loss},{loss if i % 2 else ''},1e-3,100,{i}\n" for i, loss in enumerate(losses))
+        (tmp_path / name / "metrics.csv").write_text(HEADER + rows)
+    assert plot(tmp_path / "a", tmp_path / "b & <c>" / "metrics.csv", "-o", tmp_path / "both.svg").returncode == 0
+    picture = ElementTree.parse(tmp_path / "both.svg").getroot()
+    a, b = points(picture, 0), points(picture, 1)
+    assert a[0] == b[0] and a[3][0] == b[2][0] and a[3][1] < b[2][1] and a[1][1] > a[0][1]  # y grows downwards; a NaN is left out
+    assert len(picture.findall(f"{SVG}circle")) == 4
+    labels = [text.text for text in picture.findall(f"{SVG}text") if "legend" in (text.get("class") or "")]
+    assert labels == [str(tmp_path / "a" / "metrics.csv"), str(tmp_path / "b & <c>" / "metrics.csv")]
+    style = picture.find(f"{SVG}style").text
+    assert "prefers-color-scheme: dark" in style
+
+
+def test_a_long_run_is_thinned_and_no_part_of_it_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text(HEADER + "".join(f"{step},0,{9 if step == 54_321 else 1},,1,1,1\n" for step in range(1, 100_001)))
+    assert plot(tmp_path).returncode == 0
+    drawn = points(ElementTree.parse(tmp_path / "metrics.svg").getroot(), 0)
+    assert len(drawn) == 1000 and len({y for _, y in drawn}) == 2
+
+
+@pytest.mark.parametrize("text, message", [(None, "No such file"), ("a,b\n1,2\n", "no metrics.csv of this program"), (HEADER, "no rows yet"),
+                                           (HEADER + "x,0,y,,,,\n", "invalid literal")])
+def test_a_mistake_is_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    result = plot(tmp_path)
+    assert result.returncode == 2 and re.fullmatch(f"error: {re.escape(str(tmp_path))}.*{message}.*\n", result.stderr)
+    assert not (tmp_path / "metrics.svg").exists()
