@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop plot test test-integrations campaign bench bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop plot transcript test test-integrations campaign bench bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -43,6 +43,9 @@ stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkp
 plot: ## draw metrics.csv as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
 	$(call need,$(PYTHON))
 	@$(PYTHON) scripts/plot.py $(ARGS)
+
+transcript: .venv/installed ## record the session that README shows: half a minute of training in tmux, then q
+	@scripts/record.sh
 
 test: .venv/installed ## run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)

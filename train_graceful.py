@@ -330,7 +330,7 @@ class Screen:
             width = min(20, columns - len(text) - 4)
             if width >= 8:
                 text = f"[{'#' * round(width * fraction):-<{width}}] {text}"
-            text = text[: columns - 1]
+            text = (text + " ")[: columns - 1]  # what is typed stands apart from it
             if not self._backlog:  # a line that is redrawn anyway is not worth keeping for later
                 self._write("\r" + text.ljust(min(self._status_width, columns - 1)), keep=False)
                 self._status_width = len(text)

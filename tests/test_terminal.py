@@ -229,7 +229,7 @@ def test_the_status_line_shows_what_matters_most_where_there_is_little_room(monk
         screen.status(["step 5/10", "loss 2.1559", "0:04:54 left", "best 2.5669", "epoch 0", "12,631 tokens/s", "lr 2.97e-03"], 0.5)
         drawn = os.read(ours, 1000).decode()
     os.close(ours)
-    assert drawn == "\r" + expected and len(expected) < columns
+    assert drawn.rstrip(" ") == "\r" + expected and len(drawn) <= columns
 
 
 def test_a_question_mark_shows_the_keys_and_what_leaving_would_cost(spawn, options):
