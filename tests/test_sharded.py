@@ -130,11 +130,12 @@ def test_one_file_becomes_parts_and_they_one_file_again(group, sharded, data, tm
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_ctrl_c_ends_a_conversion_and_leaves_nothing(parts, fork, tmp_path, kind):
-    source = parts / "step_6"
+    source, target = parts / "step_6", tmp_path / "new.pt"
     if kind == "file":
+        target = tmp_path / "new"
         t.convert_checkpoint(source, source := tmp_path / "one.pt")
     before = sorted(tmp_path.rglob("*"))
-    child = fork("--convert", source, tmp_path / "new", plan=[(Moment("flush_to_disk", file="train_graceful.py"), None)])
+    child = fork("--convert", source, target, plan=[(Moment("flush_to_disk", file="train_graceful.py"), None)])
     child.paused()
     child.terminal.send("\x03")
     child.go()
