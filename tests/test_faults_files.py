@@ -119,7 +119,7 @@ def refused_or_the_same(fork, path: Path, data: bytes, original: dict, allowed: 
 def test_rotten_bits(fork, checkpoints, tmp_path, whole):
     """Twice the memory of a good load is what a damaged one may take, beyond what a child takes that loads nothing."""
     with Campaign("damaged checkpoints (flipped bits, cuts, swaps, zeros, other files) resumed") as campaign:
-        for name, count in {"standard": 1300, "geometric": 1300, "large": 300}.items() if whole else {"geometric": 100, "large": 20}.items():
+        for name, count in {"standard": 1300, "geometric": 1300, "large": 300}.items() if whole else {"geometric": 60, "large": 10}.items():
             original, data = t.load_checkpoint(checkpoints[name]), checkpoints[name].read_bytes()
             path = tmp_path / "damaged.pt"
             code, output, good = resume(fork, checkpoints[name], original)
@@ -380,7 +380,10 @@ def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
 
     with Campaign("hostile checkpoints (code in pickles, absurd sizes, zip bombs, names) resumed") as campaign:
         calls = [*pickles_that_run_code(marker), *objects_of_any_size()]
-        for call in calls:
+        shown = {"system", "eval", "bytearray"}
+        for number, call in enumerate(calls):
+            if not whole and number % 3 and call.name not in shown:
+                continue
             campaign.case(f"{call.module}.{call.name}", refused_unharmed, fork, path, with_pickle(source, pickled(call)), marker, allowed)
             for place, changed in in_places(state, call):
                 if whole or (place, call.name) in [("saved_at", "system"), ("config/data", "eval"), ("rng_state/cpu", "bytearray")]:
@@ -393,6 +396,6 @@ def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
         wrong = [None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]], {"a": {1: 2}}, collections.OrderedDict(b=3)]
         places = list(every_place(state))
         for i, (keys, value) in enumerate((keys, value) for keys in places for value in wrong):
-            if whole or i % 41 == 0:
+            if whole or i % 83 == 0:
                 same_type = type(at(state, keys)) is type(value) or isinstance(value, dict) and isinstance(at(state, keys), dict)
                 campaign.case(f"{keys} = {value!r}", refused_or_of_its_type, fork, path, saved(replaced(state, keys, value)), same_type)

@@ -74,7 +74,8 @@ def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float
     t.check_like(b["model_state_dict"], a["model_state_dict"], "model")
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("controller", 2), ("geometric", 2), ("geometric", 4)])
+@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 4),
+                                        pytest.param("controller", 2, marks=pytest.mark.campaign), pytest.param("geometric", 2, marks=pytest.mark.campaign)])
 def test_stopped_by_any_rank_and_resumed_is_the_same_run(sharded, data, tmp_path, mode, size):  # noqa: F811
     options = new(data, mode, "--dropout", 0.1)
     finished(sharded(size, tmp_path / "whole", *options))
