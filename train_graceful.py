@@ -2693,15 +2693,16 @@ def list_checkpoints(directory: str) -> None:
     print(f"{'step':>7}  {'epoch':>5}  {'loss':>7}  {'best':>7}  {'age':>8}  {'size':>7}  {'reason':<28}  checkpoint")
     for path in paths:
         size = size_on_disk(path)
-        age = datetime.timedelta(seconds=max(0, time.time() - (path / INDEX_NAME if path.is_dir() else path).stat().st_mtime))
+        written = max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
+        age = datetime.timedelta(seconds=max(0, time.time() - written))
         try:
             state = read_program_checkpoint(path)
             numbers = f"{state['step']:>7}  {state['epoch']:>5}  {state['metrics']['last_loss']:>7.4f}  {state['best_loss']:>7.4f}"
             reason = state["exit_reason"]
         except CheckpointError as error:
             numbers = " " * 32
-            reason = "damaged" if "damaged" in str(error) else "of another program" if "program" in str(error) else "no checkpoint"
-        print(f"{numbers}  {short_time(age):>8}  {short_size(size):>7}  {reason:<28}  {os.path.relpath(path)}", flush=True)
+            reason = "of another program" if "program" in str(error) else "damaged"
+        print(printable(f"{numbers}  {short_time(age):>8}  {short_size(size):>7}  {reason:<28}  {os.path.relpath(path)}"), flush=True)
 
 
 def read_program_checkpoint(path: Path) -> dict:
@@ -2711,8 +2712,13 @@ def read_program_checkpoint(path: Path) -> dict:
     kinds = {"step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "exit_reason": str, "metrics": dict, "run_id": str,
              "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    if wrong or not isinstance(state["metrics"].get("last_loss"), float) or not isinstance(state["metrics"].get("seconds"), float):
-        raise CheckpointError(f"{path}: not a checkpoint of this program ({', '.join(wrong) or 'metrics'})")
+    metrics = state["metrics"] if not wrong else {}
+    if not isinstance(metrics.get("last_loss"), float) or not isinstance(metrics.get("seconds"), float) or not 0 <= metrics["seconds"] < 1e12:
+        wrong.append("metrics")
+    if not all(isinstance(weight, Tensor) for weight in state["model_state_dict"].values()):
+        wrong.append("model_state_dict")
+    if wrong:
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({', '.join(wrong)})")
     return state
 
 
@@ -2725,7 +2731,7 @@ def show_checkpoint(path: Path) -> None:
         "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})", "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
         "Loss": f"{state['metrics']['last_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
         "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
-        "Optimizers": ", ".join(state["optimizer_state_dicts"]), "Metrics": state["metrics"].get("file"),
+        "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])), "Metrics": state["metrics"].get("file"),
     }
     for name, value in rows.items():
         print(f"{name + ':':<13}{printable(str(value))}")
@@ -2750,7 +2756,7 @@ def sample(path: Path, prompt: str, device: torch.device, length: int = SAMPLE_B
     model = ByteLM(config).to(device).eval()
     model.load_state_dict(state["model_state_dict"])
     generator = torch.Generator().manual_seed(config.seed)
-    written = list(prompt.encode()) or [ord("\n")]
+    written = list(os.fsencode(prompt)) or [ord("\n")]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     print(printable(decoder.decode(bytes(written))), end="", flush=True)
     with torch.inference_mode():

@@ -44,13 +44,16 @@ def ask(fork, trained):
     return asked
 
 
-def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged(ask, trained):
+def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged(ask, trained, tmp_path):
     header, *rows = ask(0, "--list", trained).splitlines()
     assert header.split() == ["step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"]
     by_name = {Path(row.split()[-1]).name: row for row in rows}
     assert list(by_name) == [path.name for path in t.checkpoints_in(trained)] and len(rows) == 6
     assert by_name["final.pt"].split()[0] == "12" and " completed " in by_name["final.pt"]
     assert by_name["parts"].split()[0] == "5" and " periodic " in by_name["parts"]
+    (tmp_path / "ck" / "half").mkdir(parents=True)
+    shutil.copy(trained / "parts" / ".metadata", tmp_path / "ck" / "half")
+    assert " damaged " in ask(0, "--list", tmp_path / "ck")
     assert " damaged " in by_name["step_10.pt"] and " of another program " in by_name["mine.pt"]
 
 
@@ -95,9 +98,9 @@ def test_a_terminal_without_symbols_gets_question_marks(trained, environment):
 
 def test_a_strangers_text_does_nothing_to_the_terminal(ask, trained, tmp_path):
     state = t.load_checkpoint(trained / "final.pt")
-    state["torch_version"] = "\x1b]0;owned\x07"
+    state["torch_version"] = state["exit_reason"] = "\x1b]0;owned\x07"
     t.save_checkpoint(state, tmp_path / "a.pt")
-    assert "\x1b" not in ask(0, "--show", tmp_path / "a.pt") and "\x1b" not in ask(0, "--sample", trained / "final.pt")
+    assert "\x1b" not in ask(0, "--list", tmp_path) and "\x1b" not in ask(0, "--show", tmp_path / "a.pt") and "\x1b" not in ask(0, "--sample", trained / "final.pt")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(trained):
@@ -119,6 +122,7 @@ def test_mistakes(ask, trained, tmp_path):
     assert "--list and --show: one at a time" in message("--list", "--show", "latest")
     assert "--prompt is for --sample" in message("--prompt", "x")
     state = t.load_checkpoint(trained / "final.pt")
-    for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {})]:
+    for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {}), ("model_state_dict", {"a": 1}),
+                       ("metrics", {"last_loss": 1.0, "seconds": float("inf")})]:
         t.save_checkpoint({**state, key: value}, tmp_path / "wrong.pt")
         assert "program" in message("--show", tmp_path / "wrong.pt")
