@@ -417,7 +417,7 @@ class ExitMonitor:
             self._handle(signal.SIGTTIN, signal.SIG_IGN)
             self._handle(signal.SIGTTOU, signal.SIG_IGN)
             if self._use_keyboard and descriptor(sys.stdin) is not None:
-                self._stdin = os.dup(sys.stdin.fileno())  # our own, so that nobody closes it under select()
+                self._stdin = self._open_keyboard(sys.stdin.fileno())
                 self._undo.callback(os.close, self._stdin)
                 self._listening = True
                 self._save_terminal()
@@ -469,6 +469,18 @@ class ExitMonitor:
             self._undo.callback(os.close, fd)
         return ends
 
+    @staticmethod
+    def _open_keyboard(fd: int) -> int:
+        """A descriptor of our own, so that nobody closes it under select().
+
+        Of a terminal one that does not wait: around fg, the shell may read the line that select() has announced to us, and
+        O_NONBLOCK on the descriptor that we share with the shell would be its trouble.
+        """
+        if os.isatty(fd):
+            with contextlib.suppress(OSError):  # no name for it here, or not ours to open
+                return os.open(os.ttyname(fd), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        return os.dup(fd)
+
     def _handle(self, signum: int, handler) -> None:
         previous = signal.signal(signum, handler)
         self._undo.callback(signal.signal, signum, signal.SIG_DFL if previous is None else previous)
@@ -486,7 +498,7 @@ class ExitMonitor:
                 return
             if self._stdin in ready:
                 if typed_at_us(self._stdin):
-                    if self._read_keyboard() == READ_BYTES:
+                    if select.select([self._stdin], [], [], 0)[0] and self._read_keyboard() == READ_BYTES:
                         pause = FLOOD_PAUSE_SECONDS
                 else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
                     pause = BACKGROUND_PAUSE_SECONDS
@@ -2661,7 +2673,11 @@ def with_tensors(state: dict, path: Path | str, make: Callable[[Tensor], Tensor]
 
 def named_checkpoint(name: str, directory: str) -> Path:
     """The path, or for "latest" the newest whole checkpoint of a directory."""
-    return latest_checkpoint(directory) if name == "latest" else Path(name)
+    if name == "latest":
+        return latest_checkpoint(directory)
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, INDEX_NAME)) and (there := checkpoints_in(name)):
+        raise UserError(f"{name} is a directory of checkpoints; its newest is {os.path.relpath(there[0])}")
+    return Path(name)
 
 
 def convert_checkpoint(source: Path, target: Path) -> None:

@@ -105,9 +105,11 @@ def main() -> int:
         for path in arguments.runs:
             runs.append(Run(path))
         path = arguments.output or runs[0].path.with_suffix(".svg")
+        if path.suffix != ".svg":
+            raise ValueError("the picture's name must end in .svg")
         path.write_text(svg(runs), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"error: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        print(f"error: {getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     print(f"Drawn: {path}")
     return 0

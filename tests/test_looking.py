@@ -117,6 +117,7 @@ def test_mistakes(ask, trained, tmp_path):
         return text
 
     assert "no checkpoints" in message("--list", tmp_path)
+    assert "is a directory of checkpoints; its newest is" in message("--show", trained)
     assert "damaged checkpoint (record" in message("--show", trained / "step_10.pt")
     assert "not a checkpoint of this program" in message("--sample", trained / "mine.pt")
     assert "--list and --show: one at a time" in message("--list", "--show", "latest")

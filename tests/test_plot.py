@@ -69,3 +69,10 @@ def test_a_mistake_is_one_line(tmp_path, text, message):
     result = plot(tmp_path)
     assert result.returncode == 2 and re.fullmatch(f"error: {re.escape(str(tmp_path))}.*{message}.*\n", result.stderr)
     assert not (tmp_path / "metrics.svg").exists()
+
+
+def test_a_picture_never_takes_the_place_of_a_checkpoint(tmp_path):
+    (tmp_path / "metrics.csv").write_text(HEADER + "1,0,5,,1,1,1\n")
+    (tmp_path / "final.pt").write_text("precious")
+    result = plot(tmp_path, "-o", tmp_path / "final.pt")
+    assert result.returncode == 2 and "must end in .svg" in result.stderr and (tmp_path / "final.pt").read_text() == "precious"

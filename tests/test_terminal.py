@@ -4,10 +4,12 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 from campaign import Moment
@@ -262,3 +264,31 @@ def test_a_long_save_shows_how_far_it_is(fork, options):
 def test_a_sparkline_has_a_bar_for_each_share_of_the_values():
     assert t.sparkline([3, 2, 1, 0]) == "█▆▃▁" and t.sparkline([1, 1]) == "▁▁" and t.sparkline([]) == ""
     assert t.sparkline(list(range(1000))) == t.sparkline(list(range(40))) and len(t.sparkline(list(range(1000)))) == 40
+
+
+@pytest.mark.parametrize("name", ["known", "unknown"])
+def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkeypatch, name):
+    """Around fg: select() has announced a line, and when the monitor comes to read it the shell has done so."""
+    ours, theirs = pty.openpty()
+    taken = threading.Event()
+
+    def typed_at_us(fd: int) -> bool:
+        if not taken.is_set():
+            assert os.read(theirs, 100) == b"fg\n"
+            taken.set()
+        return True
+
+    monkeypatch.setattr(t, "typed_at_us", typed_at_us)
+    if name == "unknown":
+        monkeypatch.setattr(os, "ttyname", lambda fd: os.open("/nowhere", os.O_RDONLY))
+    with open(theirs) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with t.ExitMonitor(t.Screen(shown=False)) as monitor:
+            os.write(ours, b"fg\n")
+            assert taken.wait(10)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: monitor.exit_requested, timeout=10)
+            assert monitor.reason == "signal_SIGTERM"
+            os.write(ours, b"s\n")
+            wait_until(lambda: monitor.save_requested, timeout=10)
+    os.close(ours)
