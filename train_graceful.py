@@ -570,8 +570,8 @@ def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], Non
     """Writes state (nested dicts, lists and tuples of tensors and plain values) so that path is, at every instant, old or whole.
 
     The file is written beside its target, flushed to the disk, renamed, and the directory flushed; progress is told now
-    and then how many bytes have been written. Raises OSError, or
-    what torch raises where memory or a device fails it (SAVE_ERRORS); the file that was at path before is then untouched.
+    and then how many bytes have been written. Raises OSError, or what torch raises where memory or a device fails it
+    (SAVE_ERRORS); the file that was at path before is then untouched.
     """
     path = Path(path)
     new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
@@ -767,16 +767,25 @@ def checkpoints_in(directory: Path | str) -> list[Path]:
                   key=lambda path: (not untrained.fullmatch(path.name), paths[path]))
 
 
+def head_file(path: Path) -> Path:
+    """The file that a checkpoint's run_id and age are read from."""
+    return path / INDEX_NAME if path.is_dir() else path
+
+
 def load_latest(directory: Path | str, report: Callable[[str], None] = print) -> tuple[Path, dict]:
     """The newest checkpoint of checkpoints_in(directory) that read_checkpoint takes, and its content.
 
     Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
     """
-    paths = checkpoints_in(directory)
+    return first_whole(checkpoints_in(directory), read_checkpoint, directory, report)
+
+
+def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], directory: Path | str, report: Callable[[str], None]) -> tuple[Path, typing.Any]:
+    """The first of a directory's checkpoints that read takes, and what it returns; load_latest says what becomes of the others."""
     for path in paths:
         try:
-            return path, read_checkpoint(path)
-        except CheckpointError as error:
+            return path, read(path)
+        except UserError as error:
             report(f"⚠️ Skipped {error}")
     raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
 
@@ -961,8 +970,7 @@ class RunDirectory:
                 self._periodic.remove(path)
 
     def _is_own(self, path: Path) -> bool:
-        if path.is_dir():
-            path = path / INDEX_NAME
+        path = head_file(path)
         try:
             if not path.is_file():  # a pipe would be waited for
                 return False
@@ -1750,7 +1758,7 @@ class Run:
         """Raises ValueError unless every part of state is what this run itself would have saved."""
         template = self.state_dict("")
         template["metrics"]["file"] = ""
-        template["config"] = state["config"]  # read_checkpoint has seen to it
+        template["config"] = state["config"]  # check_config has seen to it
         if state.get("step") != 0:
             for name, optimizer in self.controller.optimizers.items():
                 template["optimizer_state_dicts"][name]["state"] = state_after_a_step(optimizer)
@@ -2259,7 +2267,7 @@ class ManyProcesses(Processes):
     def saves(self) -> bool:
         return self.rank == 0
 
-    def checkpoint_to_resume(self, resume: str, directory: str, report: Callable[[str], None]) -> str | None:
+    def agreed_checkpoint(self, resume: str, directory: str, report: Callable[[str], None]) -> str | None:
         """The path that --resume names, the same for all ranks; a sharded checkpoint has been verified, a part by each.
 
         None, a fresh start, for latest where there is none and torchrun may restart us. Raises CheckpointError.
@@ -2271,19 +2279,14 @@ class ManyProcesses(Processes):
         paths = self.on_first(checkpoints_in, directory)
         if not paths and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
             return None
-        for path in paths:
-            try:
-                self.together(self._verify_part, path)
-                return str(path.absolute())
-            except UserError as error:
-                report(f"⚠️ Skipped {error}")
-        raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
+        path, _ = first_whole(paths, functools.partial(self.together, self._verify_part), directory, report)
+        return str(path.absolute())
 
     def _verify_part(self, path: Path) -> None:
         if path.is_dir():
             verify_parts(path, read_index(path)["files"], self.rank, self.world_size)
         elif self.rank == 0:
-            load_checkpoint(path)
+            verify_checkpoint(path)
 
     def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
         controller.model = nn.parallel.DistributedDataParallel(controller.model)
@@ -2692,7 +2695,7 @@ def convert_checkpoint(source: Path, target: Path) -> None:
                         f"{target}: {source} becomes one file, whose name ends in .pt")
     try:
         save_parts(state, target, Processes(None)) if state["config"]["shard"] else save_checkpoint(state, target)
-        written, read = (path / INDEX_NAME if path.is_dir() else path for path in (target, source))
+        written, read = head_file(target), head_file(source)
         os.utime(written, ns=(read.stat().st_atime_ns, read.stat().st_mtime_ns))  # latest goes by it
     except SAVE_ERRORS as error:
         raise UserError(f"{target}: {one_line(error)}") from error
@@ -2971,7 +2974,7 @@ def train(options: dict[str, object]) -> int:
         if started_by_torchrun():
             processes = ManyProcesses(monitor)
             if options["resume"] is not None:
-                options["resume"] = processes.checkpoint_to_resume(options["resume"], options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+                options["resume"] = processes.agreed_checkpoint(options["resume"], options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
             if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
                 processes = ShardedProcesses(processes)
         run = processes.together(prepare, options, processes, screen)
