@@ -1,8 +1,6 @@
 """Bad input: one line on stderr, exit code 2, nothing written or destroyed."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -113,24 +111,6 @@ def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_pat
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_help_names_every_option():
-    text = run("--help").stdout
-    for field in t.dataclasses.fields(t.Config):
-        assert "--" + field.name.replace("_", "-") in text
-    assert "--resume" in text and "--no-keyboard" in text
-
-
-def test_importing_the_file_starts_nothing():
-    code = """
-import signal, threading, sys
-before = [signal.getsignal(s) for s in range(1, 32)], threading.active_count()
-import train_graceful as t
-assert before == ([signal.getsignal(s) for s in range(1, 32)], threading.active_count())
-assert all(hasattr(t, name) for name in t.__all__)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=str(t.Path(t.__file__).parent), check=True)
 
 
 @pytest.mark.parametrize("mode", MODES)

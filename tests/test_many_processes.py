@@ -290,11 +290,15 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, data, tmp_path):
     assert t.latest_checkpoint(tmp_path)
 
 
-def test_torchrun_restarts_from_the_last_save(spawn, data, tmp_path):
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, "--steps", 60, "--save-every", 5, "--data", data, "--checkpoint-dir", tmp_path,
-                     "--resume", "latest")
-    child.expect(r"step \d+/")
+def assert_torchrun_restarts_from_the_last_save(spawn, due: str, *options: object) -> None:
+    """One of its processes is killed when the text that is due shows."""
+    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *options, "--steps", 60, "--save-every", 5, "--resume", "latest")
+    child.expect(due)
     os.kill(worker_pids(child.pid)[1], signal.SIGKILL)
     text = finish(child)
     assert re.search(r"Resumed at step \d+ of 60", text), text
     assert child.exitstatus == 0 and "All steps done" in text
+
+
+def test_torchrun_restarts_from_the_last_save(spawn, data, tmp_path):
+    assert_torchrun_restarts_from_the_last_save(spawn, r"step \d+/", *OPTIONS, "--data", data, "--checkpoint-dir", tmp_path)

@@ -14,7 +14,8 @@ from campaign import Campaign, Moment, ask_to_leave
 from conftest import ENDLESS, MODES, SCRIPT, finish, refused, run, wait_until
 from test_faults_saves import needs_strace, trace
 from test_faults_stops import fail
-from test_many_processes import OPTIONS, STEPS, alive, assert_close_end, data, finished, float32_muon, group, torchrun, worker_pids  # noqa: F401 (fixtures)
+from test_many_processes import (  # noqa: F401 (fixtures)
+    OPTIONS, STEPS, alive, assert_close_end, assert_torchrun_restarts_from_the_last_save, data, finished, float32_muon, group, torchrun, worker_pids)
 from test_resume import STATE_KEYS, assert_same, metrics_without_times
 
 import train_graceful as t
@@ -485,10 +486,4 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, data, tmp_path):  # no
 
 
 def test_torchrun_restarts_from_the_last_sharded_save(spawn, data, tmp_path):  # noqa: F811
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *new(data, "standard"), "--steps", 60, "--save-every", 5, "--checkpoint-dir", tmp_path,
-                     "--resume", "latest")
-    child.expect(r"step 1\d/")
-    os.kill(worker_pids(child.pid)[1], signal.SIGKILL)
-    text = finish(child)
-    assert re.search(r"Resumed at step \d+ of 60", text), text
-    assert child.exitstatus == 0 and "All steps done" in text
+    assert_torchrun_restarts_from_the_last_save(spawn, r"step 1\d/", *new(data, "standard"), "--checkpoint-dir", tmp_path)
