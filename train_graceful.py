@@ -90,6 +90,7 @@ __all__ = [
 FORMAT_VERSION = 1
 BACKGROUND_PAUSE_SECONDS = 0.5  # how long unread typing is left to the foreground program before we look again
 STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
+TYPING_COLUMNS = 6  # right of the status line, for a space, what is typed, and the last one, where a terminal would wrap
 OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
 EMERGENCY, FINAL = "Emergency checkpoint", "Final checkpoint"  # what the summary calls the last save
@@ -100,12 +101,14 @@ HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
 WRITEBACK_BYTES = 8 * 2**20
+TRIAL_BYTES = 16 * 2**20  # written to estimate how long a save will take
 LINE_BYTES = 4096  # a typed line longer than this is no command
 SAMPLE_BYTES = 400  # that --sample writes
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
 LEFTOVER = re.compile(r"\..*\.pt\.tmp|\.((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?\.(tmp|old)")  # of a killed run
+CHECKPOINT_NAME = re.compile(r"[^.].*\.pt|((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?")
 PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
                  ("torch._utils", "_rebuild_parameter")}
 VALIDATION_FRACTION = 0.05
@@ -131,13 +134,20 @@ class CheckpointError(UserError):
 
 
 def number(kind: Callable[[str], float], low: float, below: float = 1e15) -> Callable[[str], float]:
-    """An argparse type: a number of that kind with low <= number < below."""
+    """An argparse type: a number of that kind with low <= number < below; 1e3 is a whole number too."""
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below:g}")
-        return value
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float(text)
+            if not value.is_integer():
+                raise
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{text} is too large, it must be below {below:g}")
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is too small, it must be {low:g} or more")
+        return kind(value)
 
     parse.__name__ = kind.__name__  # what argparse calls a text that is no number
     return parse
@@ -325,12 +335,12 @@ class Screen:
                 columns = os.get_terminal_size(self._fd).columns or 80
             except OSError:  # the terminal has just gone
                 return
-            fitting = next((count for count in range(len(parts), 1, -1) if len(" | ".join(parts[:count])) < columns), 1)
-            text = " | ".join(parts[:fitting])
-            width = min(20, columns - len(text) - 4)
-            if width >= 8:
-                text = f"[{'#' * round(width * fraction):-<{width}}] {text}"
-            text = (text + " ")[: columns - 1]  # what is typed stands apart from it
+            width, least = min(20, columns // 10), min(2, len(parts))
+            bar = f"[{'#' * round(width * fraction):-<{width}}] "
+            lines = [bar + " | ".join(parts[:count]) for count in range(len(parts), least - 1, -1)]
+            lines += [" | ".join(parts[:least]), parts[0]]
+            room = max(1, columns - TYPING_COLUMNS)
+            text = next((line for line in lines if len(line) <= room), parts[0][:room]) + " "
             if not self._backlog:  # a line that is redrawn anyway is not worth keeping for later
                 self._write("\r" + text.ljust(min(self._status_width, columns - 1)), keep=False)
                 self._status_width = len(text)
@@ -787,7 +797,7 @@ def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], direc
             return path, read(path)
         except UserError as error:
             report(f"⚠️ Skipped {error}")
-    raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint to resume from")
+    raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint there")
 
 
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
@@ -908,6 +918,8 @@ class RunDirectory:
                         clear_up(leftover)
             with tempfile.TemporaryFile(dir=path):
                 free = shutil.disk_usage(path).free
+        except FileExistsError:  # mkdir's word for it
+            raise UserError(f"--checkpoint-dir {path}: a file, not a directory") from None
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
         if free < needed_bytes:
@@ -1686,7 +1698,7 @@ class Run:
         self.step = self.epoch = self.batch_in_epoch = 0
         self.best_loss = math.inf
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row of metrics.csv
-        self.last_loss = self.smooth_loss = math.nan
+        self.smooth_loss = math.nan  # what is shown of the training loss
         self.seconds = 0.0  # of training, all sessions
         self.metrics_name: str | None = None
         self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
@@ -1722,7 +1734,7 @@ class Run:
             "batch_in_epoch": self.batch_in_epoch,
             "best_loss": self.best_loss,
             "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
-                        "last_loss": self.last_loss, "seconds": self.seconds},
+                        "smooth_loss": self.smooth_loss, "seconds": self.seconds},
             "config": dataclasses.asdict(self.config),
             "rng_state": {"cpu": torch.get_rng_state()},  # of the next batch; for readers, since seed_batch makes it anew
             "data_fingerprint": self.data_fingerprint,
@@ -1746,7 +1758,7 @@ class Run:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this model, its optimizers or this PyTorch ({one_line(error)})") from error
         metrics = state["metrics"]
-        self.loss_sum, self.loss_count, self.last_loss = metrics["loss_sum"], metrics["loss_count"], metrics["last_loss"]
+        self.loss_sum, self.loss_count, self.smooth_loss = metrics["loss_sum"], metrics["loss_count"], metrics["smooth_loss"]
         self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
         self.run_id, self.best_loss = state["run_id"], state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
@@ -1867,7 +1879,7 @@ class Run:
                         group["lr"] = lr
                 raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated. A resumed "
                                          "run is the same run and comes to it again: start a new one with a smaller --lr or another --seed")
-            self.last_loss, self.loss_sum, self.loss_count = loss, self.loss_sum + loss, self.loss_count + 1
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
             self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss if self.smooth_loss == self.smooth_loss else loss
 
     @property
@@ -1934,11 +1946,16 @@ class Run:
 
     def _describe(self) -> str:
         """For a person who asks: the last checkpoint, and what leaving would cost now."""
-        if self._last_save is None:
-            return f"No checkpoint yet since this start. q + Enter now saves about {short_size(state_bytes(self.model))}."
-        name, when, seconds, size = self._last_save
-        age = short_time(datetime.timedelta(seconds=time.monotonic() - when))
-        return f"Last checkpoint: {name}, {age} ago. q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
+        if self._last_save is not None:
+            name, when, seconds, size = self._last_save
+            last = f"Last checkpoint: {name}, {short_time(datetime.timedelta(seconds=time.monotonic() - when))} ago."
+        else:
+            last, size = "No checkpoint yet since this start.", state_bytes(self.model)
+            try:
+                seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
+            except OSError as error:
+                return f"{last} ⚠️ One would take about {short_size(size)}, but: {one_line(error)}."
+        return f"{last} q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
 
     def _show_saving(self, written: int) -> None:
         now = time.monotonic()
@@ -1981,7 +1998,8 @@ class Run:
         seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
         left = datetime.timedelta(seconds=min(round(seconds_per_step * (self.total_steps - self.step)), MAX_ETA_SECONDS))
         tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
-        parts = [f"step {self.step}/{self.total_steps}", f"loss {self.smooth_loss:.4f}", f"{left} left", f"best {self.best_loss:.4f}",
+        best = [f"best {self.best_loss:.4f}"] if self.best_loss < math.inf else []
+        parts = [f"step {self.step}/{self.total_steps}", f"loss {self.smooth_loss:.4f}", f"{left} left", *best,
                  f"epoch {self.epoch}", f"{tokens_per_second:,.0f} tokens/s", f"lr {self._learning_rates()[-1]:.2e}"]
         if self.screen.is_terminal:
             self.screen.status(parts, self.step / self.total_steps)
@@ -2101,9 +2119,10 @@ class Run:
 
     def summary(self) -> str:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
+        best = f"{self.best_loss:.4f}" if self.best_loss < math.inf else f"none yet, step {self.config.eval_every} has the first evaluation"
         lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
-                 f"   Best Loss: {self.best_loss:.4f}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
-        if self._losses and self.screen.draws_bars:
+                 f"   Best Loss: {best}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
+        if len(self._losses) > 1 and self.screen.draws_bars:
             lines.append(f"   Loss: {sparkline(self._losses)} {self._losses[0]:.4f} to {self._losses[-1]:.4f}")
         if self.saved is not None:
             label, path = self.saved
@@ -2117,6 +2136,17 @@ class Run:
 def state_bytes(model: nn.Module) -> int:
     """Of a checkpoint, or somewhat more: a parameter and two moments of it."""
     return 3 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def seconds_to_write(size: int, folder: Path) -> float:
+    """Estimated by saving a tensor of at most TRIAL_BYTES under no name. Raises OSError."""
+    tensor = torch.zeros(min(size, TRIAL_BYTES), dtype=torch.uint8)
+    started = time.monotonic()
+    with tempfile.TemporaryFile(dir=folder) as file, disk_errors():
+        torch.save(tensor, file)
+        file.flush()
+        flush_to_disk(file.fileno())
+    return (time.monotonic() - started) * size / len(tensor)
 
 
 def size_on_disk(path: Path) -> int:
@@ -2193,6 +2223,7 @@ def controller_training_loop(run: Run, controller: TrainingController, data: Byt
 M_MMAP_THRESHOLD = -3  # of mallopt(3): from that size on memory goes back to the system when it is freed
 RANKS_A_BATCH = 512  # 2 x 512 hops of 50 us are a batch of 50 ms
 ANSWER_SECONDS = 30  # what a rank waits for another that may have died
+PROGRESS_SECONDS = 0.5  # between two looks at the parts that thousands of ranks may be writing
 METADATA_CLASSES = {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
                     "_MEM_FORMAT_ENCODING", "_StorageInfo"}
 METADATA_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
@@ -2431,7 +2462,7 @@ class ShardedProcesses(ManyProcesses):
         return pickle.loads(self._store.get(key))
 
     def save(self, state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        save_parts(state, path, self)  # whose parts are as much smaller as they are many
+        save_parts(state, path, self, progress if self.rank == 0 else None)
 
     def restore(self, state: dict, path: Path) -> dict:
         from torch.distributed.tensor import Shard, zeros
@@ -2516,16 +2547,16 @@ def without_tensors(state: dict) -> tuple[dict, dict[str, Tensor]]:
     return with_each_tensor(state, taken_out), tensors
 
 
-def save_parts(state: dict, path: Path, processes: Processes) -> None:
+def save_parts(state: dict, path: Path, processes: Processes, progress: Callable[[int], None] | None = None) -> None:
     """Makes path a directory with a file of each process's part of state, so that it is, at every instant, absent or whole.
 
-    It is written under another name, flushed to the disk and renamed. Raises one of SAVE_ERRORS, the same in all
-    processes; what was at path before is then untouched.
+    It is written under another name, flushed to the disk and renamed; progress is told now and then how many bytes all
+    have written. Raises one of SAVE_ERRORS, the same in all processes; what was at path before is then untouched.
     """
     index, tensors = without_tensors(state)
     parts = path.with_name(f".{path.name}.tmp")
     try:
-        with garbage_collector_paused():
+        with garbage_collector_paused(), watched(parts, progress):
             processes.lead(new_folder, parts)
             written = processes.each(write_part, tensors, parts, processes.rank)
             processes.lead(publish_parts, index, written, parts, path)
@@ -2545,6 +2576,28 @@ def garbage_collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def watched(folder: Path, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Tells progress every PROGRESS_SECONDS how large folder has become: its writers, on other machines too, do not say."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PROGRESS_SECONDS):
+            with contextlib.suppress(OSError):  # not there yet, or renamed by now
+                progress(size_on_disk(folder))
+
+    thread = threading.Thread(target=watch, name="save-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def new_folder(folder: Path) -> None:
@@ -2675,12 +2728,20 @@ def with_tensors(state: dict, path: Path | str, make: Callable[[Tensor], Tensor]
 
 
 def named_checkpoint(name: str, directory: str) -> Path:
-    """The path, or for "latest" the newest whole checkpoint of a directory."""
+    """The absolute path of a checkpoint that a person names, or for "latest" of the newest whole one in directory.
+
+    Raises UserError, with what there is instead, for a name without a file or of a directory of checkpoints.
+    """
     if name == "latest":
-        return latest_checkpoint(directory)
-    if os.path.isdir(name) and not os.path.exists(os.path.join(name, INDEX_NAME)) and (there := checkpoints_in(name)):
-        raise UserError(f"{name} is a directory of checkpoints; its newest is {os.path.relpath(there[0])}")
-    return Path(name)
+        return latest_checkpoint(os.path.abspath(directory))
+    path, there = Path(os.path.abspath(name)), [os.path.relpath(other) for other in checkpoints_in(directory)]
+    if not path.exists():
+        close = difflib.get_close_matches(name, ["latest", *there], 1)
+        instead = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there[:3])}{', ...' if there[3:] else ''}" if there else ""
+        raise CheckpointError(f"{path}: No such file or directory{instead}")
+    if path.is_dir() and not (path / INDEX_NAME).exists() and (inside := checkpoints_in(path)):
+        raise CheckpointError(f"{path} is a directory of checkpoints; its newest is {os.path.relpath(inside[0])}")
+    return path
 
 
 def convert_checkpoint(source: Path, target: Path) -> None:
@@ -2705,23 +2766,35 @@ def convert_checkpoint(source: Path, target: Path) -> None:
 
 
 def list_checkpoints(directory: str) -> None:
-    """Prints a line for every checkpoint of a directory, the newest first. Raises UserError where there is none."""
-    paths = checkpoints_in(os.path.abspath(directory))
-    if not paths:
+    """Prints a line for every checkpoint of a directory, the newest first. Raises UserError where there is none.
+
+    What is called like a checkpoint but cannot be one (a dangling link, a pipe, a directory without a table of contents)
+    is named below them.
+    """
+    if os.path.isfile(directory):
+        raise UserError(f"{directory} is a file; --show {shlex.quote(directory)} prints what it holds")
+    folder = Path(os.path.abspath(directory))
+    paths = checkpoints_in(folder)
+    others = sorted(path for path in (*folder.glob("*"), *folder.glob("emergency_exit/*"))
+                    if CHECKPOINT_NAME.fullmatch(path.name) and path not in paths)
+    if not paths and not others:
         raise UserError(f"{directory}: no checkpoints")
-    print(f"{'step':>7}  {'epoch':>5}  {'loss':>7}  {'best':>7}  {'age':>8}  {'size':>7}  {'reason':<28}  checkpoint")
+    columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<28}  {}".format
+    print(columns("step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"))
     for path in paths:
-        size = size_on_disk(path)
-        written = max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
-        age = datetime.timedelta(seconds=max(0, time.time() - written))
+        numbers = ["", "", "", ""]
         try:
+            size, written = short_size(size_on_disk(path)), max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
             state = read_program_checkpoint(path)
-            numbers = f"{state['step']:>7}  {state['epoch']:>5}  {state['metrics']['last_loss']:>7.4f}  {state['best_loss']:>7.4f}"
-            reason = state["exit_reason"]
+            numbers, reason = [state["step"], state["epoch"], f"{state['metrics']['smooth_loss']:.4f}", f"{state['best_loss']:.4f}"], state["exit_reason"]
+        except FileNotFoundError:  # the run has just deleted it
+            continue
         except CheckpointError as error:
-            numbers = " " * 32
             reason = "of another program" if "program" in str(error) else "damaged"
-        print(printable(f"{numbers}  {short_time(age):>8}  {short_size(size):>7}  {reason:<28}  {os.path.relpath(path)}"), flush=True)
+        age = short_time(datetime.timedelta(seconds=max(0, time.time() - written)))
+        print(printable(columns(*numbers, age, size, reason, os.path.relpath(path))), flush=True)
+    for path in others:
+        print(printable(columns("", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))
 
 
 def read_program_checkpoint(path: Path) -> dict:
@@ -2732,7 +2805,7 @@ def read_program_checkpoint(path: Path) -> dict:
              "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
     metrics = state["metrics"] if not wrong else {}
-    if not isinstance(metrics.get("last_loss"), float) or not isinstance(metrics.get("seconds"), float) or not 0 <= metrics["seconds"] < 1e12:
+    if not isinstance(metrics.get("smooth_loss"), float) or not isinstance(metrics.get("seconds"), float) or not 0 <= metrics["seconds"] < 1e12:
         wrong.append("metrics")
     if not all(isinstance(weight, Tensor) for weight in state["model_state_dict"].values()):
         wrong.append("model_state_dict")
@@ -2748,7 +2821,7 @@ def show_checkpoint(path: Path) -> None:
     rows = {
         "Checkpoint": path, "Saved": f"{state['saved_at']} ({state['exit_reason']})", "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
         "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})", "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
-        "Loss": f"{state['metrics']['last_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
+        "Loss": f"{state['metrics']['smooth_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
         "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
         "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])), "Metrics": state["metrics"].get("file"),
     }
@@ -2757,8 +2830,9 @@ def show_checkpoint(path: Path) -> None:
     print("Configuration:")
     for field in dataclasses.fields(Config):
         value = config[field.name]
+        shown = "none" if value is None else (" ".join(value) or "Python's standard library") if isinstance(value, tuple) else str(value)
         default = "" if value != field.default else "  (default)"
-        print(f"   {'--' + field.name.replace('_', '-'):<18}{printable(' '.join(value) if isinstance(value, tuple) else str(value))}{default}")
+        print(f"   {'--' + field.name.replace('_', '-'):<18}{printable(shown)}{default}")
 
 
 def printable(text: str) -> str:
@@ -2849,10 +2923,7 @@ def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Cal
     if resume == "latest":
         path, state = load_latest(os.path.abspath(directory), report)
     else:
-        path = Path(os.path.abspath(resume))
-        if not path.exists() and (there := checkpoints_in(directory)):
-            names = ", ".join(os.path.relpath(other) for other in there[:3])
-            raise CheckpointError(f"{path}: No such file or directory; there are {names}{', ...' if there[3:] else ''}")
+        path = named_checkpoint(resume, directory)
         # A sharded one has been verified by all ranks together.
         state = read_index(path) if sharded and path.is_dir() else read_checkpoint(path)
     check_origin(state, path)
@@ -3037,6 +3108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(options)
         if len(asked) > 1:
             raise UserError(f"{' and '.join(sorted('--' + name for name in asked))}: one at a time")
+        taken = asked | {"checkpoint_dir"} | ({"device", "prompt"} if "sample" in asked else set())
+        extra = [name for name, value in options.items() if name not in taken and value is not None and value is not False]
+        if extra:
+            raise UserError(f"--{extra[0].replace('_', '-')} does not go with --{asked.pop()}")
         end_on_signals()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that shows no symbols is no reason to fail

@@ -24,12 +24,14 @@ def mistake(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--steps", "0"], ["--steps", "0"]),
+    (["--steps", "0"], ["--steps", "0", "must be 1 or more"]),
+    (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+    (["--steps", "inf"], ["--steps", "inf"]),
     (["--steps", "-5"], ["--steps", "-5"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--grad-accum", "0"], ["--grad-accum"]),
-    (["--dropout", "1"], ["--dropout"]),
+    (["--dropout", "1"], ["--dropout", "must be below 1"]),
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--lr", "0"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
@@ -82,7 +84,8 @@ def test_unreadable_data_is_named(mistake, tmp_path):
 def test_a_checkpoint_directory_that_cannot_be_written_is_named(mistake, tmp_path, corpus):
     (tmp_path / "file").touch()
     for bad in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/checkpoints"):
-        assert f"--checkpoint-dir {bad}: " in mistake("--data", corpus, *TINY, "--checkpoint-dir", bad)
+        message = mistake("--data", corpus, *TINY, "--checkpoint-dir", bad)
+        assert f"--checkpoint-dir {bad}: " in message and "File exists" not in message
 
 
 def test_too_little_space_is_one_clear_line(mistake, tmp_path, corpus, monkeypatch):
@@ -139,6 +142,14 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(tmp_path
     for number in range(5):
         t.save_checkpoint({"a": 1}, tmp_path / "ck" / f"step_{number}.pt")
     assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith("; there are ck/step_4.pt, ck/step_3.pt, ck/step_2.pt, ...")
+    assert refused("--resume", "step_1.pt", "--checkpoint-dir", "ck").endswith("; did you mean ck/step_1.pt?")
+    assert refused("--resume", "lates").endswith("; did you mean latest?")
+    assert refused("--resume", "ck").endswith("is a directory of checkpoints; its newest is ck/step_4.pt")
+
+
+def test_a_whole_number_may_be_written_with_an_exponent():
+    options = t.parse_options(["--steps", "1e4", "--batch-size=2e0", "--lr", "1e-3"])
+    assert (options["steps"], options["batch_size"], options["lr"]) == (10_000, 2, 0.001) and type(options["steps"]) is int
 
 
 def test_help_groups_the_options():

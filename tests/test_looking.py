@@ -1,6 +1,7 @@
 """--list, --show and --sample: what is there, read and never touched."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,12 @@ def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged
     assert by_name["parts"].split()[0] == "5" and " periodic " in by_name["parts"]
     (tmp_path / "ck" / "half").mkdir(parents=True)
     shutil.copy(trained / "parts" / ".metadata", tmp_path / "ck" / "half")
-    assert " damaged " in ask(0, "--list", tmp_path / "ck")
+    (tmp_path / "ck" / "gone.pt").symlink_to("nowhere")
+    (tmp_path / "ck" / "step_3").mkdir()
+    os.mkfifo(tmp_path / "ck" / "final.pt")
+    _, damaged, *others = ask(0, "--list", tmp_path / "ck").splitlines()
+    assert " damaged " in damaged and [row.rsplit("/")[-1] for row in others] == ["final.pt", "gone.pt", "step_3"]
+    assert all("no checkpoint " in row for row in others)
     assert " damaged " in by_name["step_10.pt"] and " of another program " in by_name["mine.pt"]
 
 
@@ -64,6 +70,7 @@ def test_show_prints_what_a_checkpoint_holds(ask, trained, tmp_path):
         assert "Optimizers:  rotation, expert, embedding" in text and "--mode            geometric\n" in text
         weights = sum(weight.numel() for weight in state["model_state_dict"].values())
         assert f"Parameters:  {weights:,} in " in text
+        assert re.search("--epochs +none  .default.\n", text) and f"Loss:        {state['metrics']['smooth_loss']:.4f} nats a byte" in text
     shutil.copytree(trained, tmp_path / "ck")
     (tmp_path / "ck" / "mine.pt").unlink()
     newest = t.latest_checkpoint(tmp_path / "ck")
@@ -122,8 +129,12 @@ def test_mistakes(ask, trained, tmp_path):
     assert "not a checkpoint of this program" in message("--sample", trained / "mine.pt")
     assert "--list and --show: one at a time" in message("--list", "--show", "latest")
     assert "--prompt is for --sample" in message("--prompt", "x")
+    assert "--steps does not go with --sample" in message("--sample", "latest", "--steps", 5)
+    assert f"{trained / 'mine.pt'} is a file; --show {trained / 'mine.pt'}" in message("--list", trained / "mine.pt")
+    assert "no checkpoint there" in message("--sample", "latest", "--checkpoint-dir", tmp_path / "nowhere")
+    assert message("--show", "latst", "--checkpoint-dir", trained).endswith("No such file or directory; did you mean latest?\n")
     state = t.load_checkpoint(trained / "final.pt")
     for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {}), ("model_state_dict", {"a": 1}),
-                       ("metrics", {"last_loss": 1.0, "seconds": float("inf")})]:
+                       ("metrics", {"smooth_loss": 1.0, "seconds": float("inf")})]:
         t.save_checkpoint({**state, key: value}, tmp_path / "wrong.pt")
         assert "program" in message("--show", tmp_path / "wrong.pt")

@@ -82,6 +82,7 @@ STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dict
 def assert_same_run(left: Path, right: Path) -> None:
     a, b = t.load_checkpoint(left / "final.pt"), t.load_checkpoint(right / "final.pt")
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
+    assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     rows = metrics_without_times(left)
     assert rows == metrics_without_times(right)
     assert [int(row["step"]) for row in rows] == [3, 4, 6, 8, 9, 12, 14]
