@@ -7,7 +7,7 @@
     python train_graceful.py --list                 the checkpoints that are there
     python train_graceful.py --sample latest        what the newest one's model writes
 
-While it trains:  q + Enter  leave      s + Enter  save now      Ctrl-C  leave      Ctrl-C twice  leave without saving
+While it trains:  q + Enter  leave    s + Enter  save now    ? + Enter  the state    Ctrl-C  leave, twice without saving
 
 Every way out (the keys, SIGINT, SIGTERM, SIGHUP, SIGUSR1, an exception) finishes or drops the batch at hand, saves a
 whole checkpoint, frees the accelerator, gives the terminal back and leaves no process behind.
@@ -323,8 +323,8 @@ class Screen:
         with self._lock:
             self._write(self._erase_status() + text + "\n")
 
-    def status(self, parts: Sequence[str], fraction: float) -> None:
-        """Redraws the status line in place: as many of parts, the most important first, as fit, and how far it is.
+    def status(self, parts: Sequence[str], fraction: float | None = None) -> None:
+        """Redraws the status line in place: as many of parts, the most important first, as fit, and how far it is, if known.
 
         Draws nothing unless stdout is a terminal and ours.
         """
@@ -336,7 +336,7 @@ class Screen:
             except OSError:  # the terminal has just gone
                 return
             width, least = min(20, columns // 10), min(2, len(parts))
-            bar = f"[{'#' * round(width * fraction):-<{width}}] "
+            bar = "" if fraction is None else f"[{'#' * round(width * fraction):-<{width}}] "
             lines = [bar + " | ".join(parts[:count]) for count in range(len(parts), least - 1, -1)]
             lines += [" | ".join(parts[:least]), parts[0]]
             room = max(1, columns - TYPING_COLUMNS)
@@ -2119,9 +2119,9 @@ class Run:
 
     def summary(self) -> str:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
-        best = f"{self.best_loss:.4f}" if self.best_loss < math.inf else f"none yet, step {self.config.eval_every} has the first evaluation"
+        unknown = "" if self.best_loss < math.inf else f" (step {self.config.eval_every} has the first evaluation)"
         lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
-                 f"   Best Loss: {best}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
+                 f"   Best Loss: {self.best_loss:.4f}{unknown}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
         if len(self._losses) > 1 and self.screen.draws_bars:
             lines.append(f"   Loss: {sparkline(self._losses)} {self._losses[0]:.4f} to {self._losses[-1]:.4f}")
         if self.saved is not None:
@@ -3041,6 +3041,8 @@ def train(options: dict[str, object]) -> int:
         monitor = stack.enter_context(ExitMonitor(screen, keyboard and first))
         for signum in _early_signals:
             monitor.hear(signum)
+        if options["resume"] is not None:
+            screen.status([f"reading {options['resume']}"])  # of a large model for minutes
         processes = Processes(monitor)
         if started_by_torchrun():
             processes = ManyProcesses(monitor)

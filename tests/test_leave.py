@@ -21,6 +21,7 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
     start = lines.index("📝 Saving emergency checkpoint...")
     rows = (path.parent.parent / "metrics.csv").read_text().splitlines()[1:]
     losses = [float(row.split(",")[2]) for row in rows]
+    unknown = "" if checkpoint["best_loss"] < float("inf") else f" (step {checkpoint['config']['eval_every']} has the first evaluation)"
     assert lines[start:-1] == [
         "📝 Saving emergency checkpoint...",
         f"✅ Emergency checkpoint saved: {path}",
@@ -28,9 +29,9 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
         "📊 Training Summary:",
         f"Completed Steps: {checkpoint['step']}",
         f"Epoch: {checkpoint['epoch']}",
-        f"Best Loss: {checkpoint['best_loss']:.4f}",
+        f"Best Loss: {checkpoint['best_loss']:.4f}{unknown}",
         f"Trained for: {datetime.timedelta(seconds=round(checkpoint['metrics']['seconds']))} in all",
-        *([f"Loss: {t.sparkline(losses)} {losses[0]:.4f} to {losses[-1]:.4f}"] if losses else []),
+        *([f"Loss: {t.sparkline(losses)} {losses[0]:.4f} to {losses[-1]:.4f}"] if len(losses) > 1 else []),
         f"Emergency checkpoint: {path}",
     ]
     assert f"--resume {path}" in lines[-1]
