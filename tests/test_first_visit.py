@@ -111,7 +111,7 @@ def test_every_public_name_is_documented_and_typed():
 
 
 def test_the_transcript_of_readme_can_be_recorded_again():
-    result = subprocess.run([str(ROOT / "scripts" / "record.sh"), "15"], cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run([str(ROOT / "scripts" / "record.sh"), "25"], cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     recorded, shown = [[re.sub(r"(inf|[0-9▁▂▃▄▅▆▇█#-])+(\.[0-9]+)?", "N", line.strip()) for line in text.splitlines()] for text in (
         result.stdout, (ROOT / "README.md").read_text().partition("$ make train\n")[2].partition("\n\n")[0])]
