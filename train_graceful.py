@@ -1664,7 +1664,7 @@ class Processes:
         """In a save: calls function on each that takes part; one of SAVE_ERRORS is for all of them, the results for who leads."""
         return [function(*arguments)]
 
-    def save(self, state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
+    def save(self, state: dict, path: Path, progress: Callable[[int], None]) -> None:
         """Writes a checkpoint. Raises one of SAVE_ERRORS."""
         save_checkpoint(state, path, progress)
 
@@ -1933,10 +1933,10 @@ class Run:
         total, count = self.processes.total(total, count)
         return total / count
 
-    def _save(self, state: dict, name: str, progress: Callable[[int], None] | None = None) -> Path:
+    def _save(self, state: dict, name: str) -> Path:
         started = time.monotonic()
         path = self.processes.lead(self._begin_save, name)
-        self.processes.save(state, path, progress)
+        self.processes.save(state, path, self._show_saving)
         if self.processes.rank == 0:
             now = time.monotonic()
             self._last_save = name, now, now - started, size_on_disk(path)
@@ -1958,8 +1958,9 @@ class Run:
         return f"{last} q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
 
     def _show_saving(self, written: int) -> None:
-        now = time.monotonic()
-        if now - self._status_clock >= STATUS_SECONDS:
+        """How far a save is that leaving waits for, be it one that was begun before; beside training none is worth the line."""
+        now, leaving = time.monotonic(), self.monitor.exit_requested or self.finished or self.error is not None
+        if leaving and now - self._status_clock >= STATUS_SECONDS:
             self._status_clock, total = now, max(written, state_bytes(self.model))
             self.screen.status([f"saving {short_size(written)} of about {short_size(total)}"], written / total)
 
@@ -2082,14 +2083,14 @@ class Run:
         self.writer.retry()
         state = self.state_dict(reason)
         try:
-            path = self._save(state, name + self.processes.suffix, self._show_saving)
+            path = self._save(state, name + self.processes.suffix)
         except SAVE_ERRORS as error:
             if not fall_back:
                 raise
             self.screen.say(f"⚠️ {label} not saved: {one_line(error)}. Trying the temporary directory...")
             try:
                 path = self.processes.lead(self._fallback_path, name)
-                self.processes.save(state, path)
+                self.processes.save(state, path, self._show_saving)
             except SAVE_ERRORS as second_error:
                 self.exit_code = 1
                 self.screen.say(f"❌ {label} not saved: {one_line(second_error)}.")
@@ -2461,7 +2462,7 @@ class ShardedProcesses(ManyProcesses):
             time.sleep(0.1)  # waiting in the store would hear no signal, and print warnings
         return pickle.loads(self._store.get(key))
 
-    def save(self, state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
+    def save(self, state: dict, path: Path, progress: Callable[[int], None]) -> None:
         save_parts(state, path, self, progress if self.rank == 0 else None)
 
     def restore(self, state: dict, path: Path) -> dict:
