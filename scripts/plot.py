@@ -13,6 +13,7 @@ import html
 import math
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 460, 60, 20, 20, 50
@@ -37,8 +38,19 @@ class Run:
                     self.validation.append((int(row["step"]), float(row["val_loss"])))
         if not self.loss:
             raise ValueError("no rows yet")
-        found = (re.match(r"emergency_step_(\d+)", saved.name) for saved in (self.path.parent / "emergency_exit").glob("emergency_step_*"))
+        found = (re.match(r"emergency_step_(\d+)", saved.name) for saved in (self.path.parent / "emergency_exit").glob("emergency_step_*")
+                 if belongs_to(saved, self.path.name))
         self.stops = sorted({int(name[1]) for name in found if name and 0 < int(name[1]) < self.loss[-1][0]})
+
+
+def belongs_to(checkpoint: Path, metrics: str) -> bool:
+    """True where a checkpoint names that metrics file as its own: several runs may have been stopped in one directory."""
+    text = b"X" + len(metrics.encode()).to_bytes(4, "little") + metrics.encode()  # as pickle writes it
+    try:
+        with zipfile.ZipFile(checkpoint / "state.pt" if checkpoint.is_dir() else checkpoint) as archive:
+            return any(text in archive.read(record) for record in archive.namelist() if record.endswith("/data.pkl"))
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile):  # damaged, or none: no mark is better than a wrong one
+        return False
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

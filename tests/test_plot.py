@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import ROOT, TINY
 
+import train_graceful as t
+
 SVG = "{http://www.w3.org/2000/svg}"
 HEADER = "step,epoch,loss,val_loss,lr_adamw,tokens_per_second,seconds\n"
 
@@ -30,6 +32,9 @@ def test_a_run_that_was_stopped_and_went_on_is_drawn_with_a_mark(fork, corpus, t
     child.finish()
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     child.finish()
+    state = t.load_checkpoint(directory / "emergency_exit" / "emergency_step_7.pt")
+    t.save_checkpoint({**state, "metrics": {"file": "metrics_2.csv"}}, directory / "emergency_exit" / "emergency_step_9.pt")  # of another run
+    (directory / "emergency_exit" / "emergency_step_11.pt").write_text("damaged")
     result = plot(cwd=tmp_path)
     assert result.returncode == 0 and result.stdout == "Drawn: checkpoints/metrics.svg\n", result.stderr
     picture = ElementTree.parse(directory / "metrics.svg").getroot()
