@@ -1950,7 +1950,7 @@ class Run:
             name, when, seconds, size = self._last_save
             last = f"Last checkpoint: {name}, {short_time(datetime.timedelta(seconds=time.monotonic() - when))} ago."
         else:
-            last, size = "No checkpoint yet since this start.", state_bytes(self.model)
+            last, size = f"No checkpoint yet since {'the one that was resumed' if self.homes else 'this start'}.", state_bytes(self.model)
             try:
                 seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
             except OSError as error:

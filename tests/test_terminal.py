@@ -236,7 +236,7 @@ def test_the_status_line_shows_what_matters_most_and_leaves_room_for_a_command(m
     assert columns < 20 or len(expected + " quit") < columns  # in the last column a terminal would wrap
 
 
-def test_a_question_mark_shows_the_keys_and_what_leaving_would_cost(spawn, options):
+def test_a_question_mark_shows_the_keys_and_what_leaving_would_cost(spawn, fork, options, tmp_path):
     child = spawn(*options, *ENDLESS)
     child.expect("step [0-9]+/")
     child.sendline("?")
@@ -250,6 +250,10 @@ def test_a_question_mark_shows_the_keys_and_what_leaving_would_cost(spawn, optio
     child.expect("Keys: ")
     child.sendline("q")
     assert "Last checkpoint" not in finish(child) and child.exitstatus == 0
+    child = fork("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
+    child.terminal.expect("step [0-9]+/")
+    child.terminal.send("?\n")
+    child.terminal.expect("No checkpoint yet since the one that was resumed. q . Enter now saves")
 
 
 def test_a_question_mark_says_so_where_leaving_would_fail(fork, options):
