@@ -274,12 +274,12 @@ def descriptor(stream: typing.TextIO | None) -> int | None:
         return None
 
 
-def short_time(duration: datetime.timedelta) -> str:
+def short_time(seconds: float) -> str:
     """In its largest unit."""
-    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
-        if duration.total_seconds() >= seconds:
-            return f"{duration.total_seconds() / seconds:.1f} {unit}"
-    return f"{duration.total_seconds():.0f} s"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def short_size(size: float) -> str:
@@ -790,7 +790,8 @@ def load_latest(directory: Path | str, report: Callable[[str], None] = print) ->
     return first_whole(checkpoints_in(directory), read_checkpoint, directory, report)
 
 
-def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], directory: Path | str, report: Callable[[str], None]) -> tuple[Path, typing.Any]:
+def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], directory: Path | str,
+                report: Callable[[str], None]) -> tuple[Path, typing.Any]:
     """The first of a directory's checkpoints that read takes, and what it returns; load_latest says what becomes of the others."""
     for path in paths:
         try:
@@ -924,8 +925,8 @@ class RunDirectory:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
         if free < needed_bytes:
             raise UserError(f"--checkpoint-dir {path}: {free / 1e6:.2f} MB free, checkpoints need {needed_bytes / 1e6:.2f}")
-        by_age = reversed(checkpoints_in(path))
-        self._periodic = [file for file in by_age if file.parent == path and file.name.startswith("step_") and self._is_own(file)]  # oldest first
+        oldest_first = reversed(checkpoints_in(path))
+        self._periodic = [file for file in oldest_first if file.parent == path and file.name.startswith("step_") and self._is_own(file)]
 
     def _take_hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -1267,7 +1268,8 @@ class ByteLM(nn.Module):
     is there at a time.
     """
 
-    def __init__(self, config: Config, autocast: torch.dtype = torch.float32, place: Callable[[nn.Module], nn.Module] = lambda block: block) -> None:
+    def __init__(self, config: Config, autocast: torch.dtype = torch.float32,
+                 place: Callable[[nn.Module], nn.Module] = lambda block: block) -> None:
         super().__init__()
         self.autocast = autocast
         self.token = nn.Embedding(256, config.dim)
@@ -1519,7 +1521,8 @@ class GeometricTrainingController(TrainingController):
             "rotation": torch.optim.Adam(groups["rotation"], lr=config.rotation_lr, fused=True),
             # A step decays the weights by lr * weight_decay: as much as AdamW's does. Four iterations instead of torch's five:
             # a fifth of Muon's time, and the loss falls as fast.
-            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, weight_decay=config.weight_decay / MUON_LR_FACTOR, ns_steps=4),
+            "expert": BatchedMuon(groups["expert"], lr=MUON_LR_FACTOR * config.lr, ns_steps=4,
+                                  weight_decay=config.weight_decay / MUON_LR_FACTOR),
             "embedding": torch.optim.AdamW(groups["embedding"], lr=config.lr, weight_decay=config.weight_decay, fused=True),
         }
         self.schedulers = {name: warmup_decay(optimizer, config.warmup_steps, total_steps, cubic)
@@ -1781,7 +1784,8 @@ class Run:
             raise ValueError("its names are not of this program")
         batches = state["epoch"] * self.data.batches_per_epoch + state["batch_in_epoch"]
         if (not 0 <= state["batch_in_epoch"] < self.data.batches_per_epoch or batches != state["step"] or state["step"] < 0
-                or state["metrics"]["loss_count"] < 0 or not state["best_loss"] >= 0 or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
+                or state["metrics"]["loss_count"] < 0 or not state["best_loss"] >= 0
+                or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
             raise ValueError("its counters contradict each other")
 
     def _update_begins(self, *hook_arguments) -> None:
@@ -1948,7 +1952,7 @@ class Run:
         """For a person who asks: the last checkpoint, and what leaving would cost now."""
         if self._last_save is not None:
             name, when, seconds, size = self._last_save
-            last = f"Last checkpoint: {name}, {short_time(datetime.timedelta(seconds=time.monotonic() - when))} ago."
+            last = f"Last checkpoint: {name}, {short_time(time.monotonic() - when)} ago."
         else:
             last, size = f"No checkpoint yet since {'the one that was resumed' if self.homes else 'this start'}.", state_bytes(self.model)
             try:
@@ -1980,7 +1984,8 @@ class Run:
         loss = self.loss_sum / max(1, self.loss_count)
         tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
         if self.processes.rank == 0:
-            self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second, round(self.seconds, 3))
+            self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second,
+                             round(self.seconds, 3))
             if self.tensorboard is not None:
                 rates = {f"lr/{name}": rate for name, rate in zip(self.controller.optimizers, self._learning_rates())}
                 figures = {"loss/train": loss, "loss/validation": validation_loss, **rates, "tokens_per_second": tokens_per_second}
@@ -2122,7 +2127,8 @@ class Run:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
         unknown = "" if self.best_loss < math.inf else f" (step {self.config.eval_every} has the first evaluation)"
         lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
-                 f"   Best Loss: {self.best_loss:.4f}{unknown}", f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
+                 f"   Best Loss: {self.best_loss:.4f}{unknown}",
+                 f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
         if len(self._losses) > 1 and self.screen.draws_bars:
             lines.append(f"   Loss: {sparkline(self._losses)} {self._losses[0]:.4f} to {self._losses[-1]:.4f}")
         if self.saved is not None:
@@ -2468,7 +2474,8 @@ class ShardedProcesses(ManyProcesses):
     def restore(self, state: dict, path: Path) -> dict:
         from torch.distributed.tensor import Shard, zeros
 
-        return with_tensors(state, path, lambda tensor: zeros(tensor.shape, dtype=tensor.dtype, device_mesh=self._mesh, placements=[Shard(0)]))
+        return with_tensors(state, path, lambda tensor: zeros(
+            tensor.shape, dtype=tensor.dtype, device_mesh=self._mesh, placements=[Shard(0)]))
 
     def break_off(self) -> None:
         """Closes the connections to the other ranks, which gloo's abort() does not. The store's stay."""
@@ -2668,7 +2675,8 @@ def read_index(path: Path | str) -> dict:
         raise CheckpointError(f"{path}: a directory without {INDEX_NAME}, not a checkpoint")
     index = load_file(path / INDEX_NAME, PLAIN_GLOBALS | {("torch._utils", "_rebuild_meta_tensor_no_storage")})
     files = index.get("files")
-    if not isinstance(files, dict) or not all(isinstance(name, str) and re.fullmatch(r"\.metadata|__[0-9]+_[0-9]+\.distcp", name) for name in files):
+    if not isinstance(files, dict) or not all(
+            isinstance(name, str) and re.fullmatch(r"\.metadata|__[0-9]+_[0-9]+\.distcp", name) for name in files):
         raise CheckpointError(f"{path}: not a checkpoint ({INDEX_NAME} names other files)")
     return index
 
@@ -2737,8 +2745,11 @@ def named_checkpoint(name: str, directory: str) -> Path:
         return latest_checkpoint(os.path.abspath(directory))
     path, there = Path(os.path.abspath(name)), [os.path.relpath(other) for other in checkpoints_in(directory)]
     if not path.exists():
-        close = difflib.get_close_matches(name, ["latest", *there], 1)
-        instead = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there[:3])}{', ...' if there[3:] else ''}" if there else ""
+        instead = ""
+        if close := difflib.get_close_matches(name, ["latest", *there], 1):
+            instead = f"; did you mean {close[0]}?"
+        elif there:
+            instead = f"; there are {', '.join(there[:3])}{', ...' if there[3:] else ''}"
         raise CheckpointError(f"{path}: No such file or directory{instead}")
     if path.is_dir() and not (path / INDEX_NAME).exists() and (inside := checkpoints_in(path)):
         raise CheckpointError(f"{path} is a directory of checkpoints; its newest is {os.path.relpath(inside[0])}")
@@ -2783,17 +2794,18 @@ def list_checkpoints(directory: str) -> None:
     columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<28}  {}".format
     print(columns("step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"))
     for path in paths:
-        numbers = ["", "", "", ""]
         try:
-            size, written = short_size(size_on_disk(path)), max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
+            size, written = size_on_disk(path), max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
             state = read_program_checkpoint(path)
-            numbers, reason = [state["step"], state["epoch"], f"{state['metrics']['smooth_loss']:.4f}", f"{state['best_loss']:.4f}"], state["exit_reason"]
+            losses = f"{state['metrics']['smooth_loss']:.4f}", f"{state['best_loss']:.4f}"
+            values = state["step"], state["epoch"], *losses, state["exit_reason"]
         except FileNotFoundError:  # the run has just deleted it
             continue
         except CheckpointError as error:
-            reason = "of another program" if "program" in str(error) else "damaged"
-        age = short_time(datetime.timedelta(seconds=max(0, time.time() - written)))
-        print(printable(columns(*numbers, age, size, reason, os.path.relpath(path))), flush=True)
+            values = "", "", "", "", "of another program" if "program" in str(error) else "damaged"
+        *numbers, reason = values
+        age = short_time(max(0, time.time() - written))
+        print(printable(columns(*numbers, age, short_size(size), reason, os.path.relpath(path))), flush=True)
     for path in others:
         print(printable(columns("", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))
 
@@ -2806,7 +2818,8 @@ def read_program_checkpoint(path: Path) -> dict:
              "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
     metrics = state["metrics"] if not wrong else {}
-    if not isinstance(metrics.get("smooth_loss"), float) or not isinstance(metrics.get("seconds"), float) or not 0 <= metrics["seconds"] < 1e12:
+    seconds = metrics.get("seconds")
+    if not isinstance(metrics.get("smooth_loss"), float) or not isinstance(seconds, float) or not 0 <= seconds < 1e12:
         wrong.append("metrics")
     if not all(isinstance(weight, Tensor) for weight in state["model_state_dict"].values()):
         wrong.append("model_state_dict")
@@ -2820,11 +2833,15 @@ def show_checkpoint(path: Path) -> None:
     state = read_program_checkpoint(path)
     config, weights = state["config"], state["model_state_dict"]
     rows = {
-        "Checkpoint": path, "Saved": f"{state['saved_at']} ({state['exit_reason']})", "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
-        "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})", "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
+        "Checkpoint": path,
+        "Saved": f"{state['saved_at']} ({state['exit_reason']})",
+        "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
+        "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})",
+        "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
         "Loss": f"{state['metrics']['smooth_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
         "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
-        "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])), "Metrics": state["metrics"].get("file"),
+        "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])),
+        "Metrics": state["metrics"].get("file"),
     }
     for name, value in rows.items():
         print(f"{name + ':':<13}{printable(str(value))}")
@@ -2880,8 +2897,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
     """The options that were given, by Config field name, and `resume` and `no_keyboard`. Raises UserError."""
-    parser = OneLineParser(usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                           argument_default=argparse.SUPPRESS)
+    parser = OneLineParser(usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False, argument_default=argparse.SUPPRESS)
     group = None
     for field in dataclasses.fields(Config):
         if field.name in OPTION_GROUPS:
@@ -2901,7 +2918,8 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
     group.add_argument("--list", nargs="?", metavar="DIR", type=nonempty_path,
                        help="list the checkpoints of a directory (default --checkpoint-dir), whole and damaged, the newest first")
     group.add_argument("--show", metavar="CKPT", type=nonempty_path, help="print what a checkpoint holds, and its configuration")
-    group.add_argument("--sample", metavar="CKPT", type=nonempty_path, help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
+    group.add_argument("--sample", metavar="CKPT", type=nonempty_path,
+                       help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
     group.add_argument("--prompt", metavar="TEXT", help="what --sample goes on from (default a new line)")
     return vars(parser.parse_args(arguments))
 
@@ -2999,7 +3017,8 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     resume = options.pop("resume")
     resumed_from, state = None, None
     if resume is not None:
-        resumed_from, state = checkpoint_to_resume(resume, options.get("checkpoint_dir", Config.checkpoint_dir), processes.sharded, screen.say)
+        directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+        resumed_from, state = checkpoint_to_resume(resume, directory, processes.sharded, screen.say)
         check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
     config = Config.from_options(options, state and state["config"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -3048,7 +3067,8 @@ def train(options: dict[str, object]) -> int:
         if started_by_torchrun():
             processes = ManyProcesses(monitor)
             if options["resume"] is not None:
-                options["resume"] = processes.agreed_checkpoint(options["resume"], options.get("checkpoint_dir", Config.checkpoint_dir), screen.say)
+                directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+                options["resume"] = processes.agreed_checkpoint(options["resume"], directory, screen.say)
             if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
                 processes = ShardedProcesses(processes)
         run = processes.together(prepare, options, processes, screen)
