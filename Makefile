@@ -40,7 +40,7 @@ nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=checkpoints/t
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
 	@scripts/stop.sh "$(DIR)"
 
-plot: ## draw metrics.csv as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
+plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
 	$(call need,$(PYTHON))
 	@$(PYTHON) scripts/plot.py $(ARGS)
 

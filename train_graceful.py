@@ -31,6 +31,7 @@ import argparse
 import atexit
 import bisect
 import codecs
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -143,9 +144,11 @@ def number(kind: Callable[[str], float], low: float, below: float = 1e15) -> Cal
             value = float(text)
             if not value.is_integer():
                 raise
+        if value != value:
+            raise ValueError
         if value >= below:
             raise argparse.ArgumentTypeError(f"{text} is too large, it must be below {below:g}")
-        if not value >= low:
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text} is too small, it must be {low:g} or more")
         return kind(value)
 
@@ -190,7 +193,7 @@ class Config:
     lr: float = option(3e-3, "peak learning rate of AdamW", type=number(float, 1e-12))
     rotation_lr: float = option(1e-2, "peak learning rate of the rotations", type=number(float, 1e-12))
     warmup_steps: int = option(50, "steps over which the learning rate rises", type=number(int, 0))
-    grad_clip: float = option(1.0, "largest norm of the gradient", type=number(float, 1e-12))
+    grad_clip: float = option(1.0, "largest norm of the gradient (1e9 never clips)", type=number(float, 1e-12))
     weight_decay: float = option(0.1, "decoupled weight decay", type=number(float, 0.0, 1.0))
     eval_every: int = option(100, "steps between evaluations on the validation data", fixed=False, type=number(int, 1))
     save_every: int = option(500, "steps between periodic checkpoints", fixed=False, type=number(int, 1))
@@ -353,10 +356,10 @@ class Screen:
         except UnicodeEncodeError:
             return False
 
-    def close(self) -> None:
-        """Gives a stopped terminal a last chance to take what it has not shown yet."""
+    def clear(self, wait: float = 0.0) -> None:
+        """Leaves no status line behind; for so many seconds a stopped terminal may take what it has not shown yet."""
         with self._lock:
-            self._write(self._erase_status(), wait=OUTPUT_GRACE_SECONDS)
+            self._write(self._erase_status(), wait=wait)
 
     def _erase_status(self) -> str:
         erase = "\r" + " " * self._status_width + "\r" if self._status_width else ""
@@ -577,12 +580,15 @@ def end_children() -> None:
 
 
 def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], None] | None = None) -> None:
-    """Writes state (nested dicts, lists and tuples of tensors and plain values) so that path is, at every instant, old or whole.
+    """Writes state so that path is, at every instant, old or whole.
 
-    The file is written beside its target, flushed to the disk, renamed, and the directory flushed; progress is told now
-    and then how many bytes have been written. Raises OSError, or what torch raises where memory or a device fails it
-    (SAVE_ERRORS); the file that was at path before is then untouched.
+    State is nested dicts, lists and tuples of tensors, numbers, texts, True, False and None; anything else, which
+    load_checkpoint would refuse, raises TypeError. The file is written beside its target, flushed to the disk, renamed, and
+    the directory flushed; progress is told now and then how many bytes have been written. Raises OSError, or what torch
+    raises where memory or a device fails it (SAVE_ERRORS). Whatever is raised, the file that was at path before is untouched.
     """
+    if pickle_opcodes(state, "state") > PICKLE_OPCODES:
+        raise TypeError(f"state holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
     path = Path(path)
     new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -598,6 +604,25 @@ def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], Non
             temporary.unlink(missing_ok=True)
         raise
     flush_names(path.parent, *(new.parent for new in new_folders))
+
+
+def pickle_opcodes(value: object, where: str) -> int:
+    """At most how many opcodes pickle needs for value. Raises TypeError, naming the place, for what load_checkpoint refuses."""
+    kind, parts = type(value), []
+    if kind in (Tensor, nn.Parameter):
+        plain = value.layout == torch.strided and not vars(value)
+    elif kind in (dict, collections.OrderedDict):
+        plain = True
+        parts = [part for key, item in value.items() for part in ((f"{where}'s key", key), (f"{where}[{key!r}]", item))]
+        parts += [(where, vars(value))] if kind is collections.OrderedDict and vars(value) else []  # a module's _metadata
+    elif kind in (list, tuple, torch.Size):
+        plain, parts = True, [(f"{where}[{number}]", item) for number, item in enumerate(value)]
+    else:
+        plain = kind in (bool, int, float, str, type(None), torch.dtype)
+    if not plain:
+        raise TypeError(f"{where} is a {kind.__module__}.{kind.__qualname__} that load_checkpoint would refuse: only tensors and plain "
+                        "values can be saved (float(x) makes one of NumPy's number, str(x) of a path)")
+    return (64 if isinstance(value, Tensor) else 16 if parts else 2) + sum(pickle_opcodes(part, place) for place, part in parts)
 
 
 @contextlib.contextmanager
@@ -777,6 +802,11 @@ def checkpoints_in(directory: Path | str) -> list[Path]:
                   key=lambda path: (not untrained.fullmatch(path.name), paths[path]))
 
 
+def home_of(path: Path) -> Path:
+    """The directory of the run that saved a checkpoint, as far as one can see."""
+    return path.parent.parent if path.parent.name == "emergency_exit" else path.parent
+
+
 def head_file(path: Path) -> Path:
     """The file that a checkpoint's run_id and age are read from."""
     return path / INDEX_NAME if path.is_dir() else path
@@ -798,7 +828,8 @@ def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], direc
             return path, read(path)
         except UserError as error:
             report(f"⚠️ Skipped {error}")
-    raise CheckpointError(f"{directory}: no {'whole ' if paths else ''}checkpoint there")
+    what = f"no {'whole ' if paths else ''}checkpoint there" if os.path.isdir(directory) or paths else "No such file or directory"
+    raise CheckpointError(f"{directory}: {what}")
 
 
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
@@ -1704,6 +1735,7 @@ class Run:
         self.smooth_loss = math.nan  # what is shown of the training loss
         self.seconds = 0.0  # of training, all sessions
         self.metrics_name: str | None = None
+        self.resumed_from: Path | None = None
         self.homes: list[Path] = []  # of a resumed run: where its checkpoint lies, and where it was saving
         self.data_fingerprint = data.fingerprint()
         self.completed = False  # before it began: a resumed run that was done
@@ -1766,8 +1798,7 @@ class Run:
         self.run_id, self.best_loss = state["run_id"], state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
         self.completed = state["exit_reason"] == "completed"
-        self.homes = [path.parent.parent if path.parent.name == "emergency_exit" else path.parent,
-                      Path(state["config"]["checkpoint_dir"])]
+        self.resumed_from, self.homes = path, [home_of(path), Path(state["config"]["checkpoint_dir"])]
 
     def _check(self, state: dict) -> None:
         """Raises ValueError unless every part of state is what this run itself would have saved."""
@@ -1804,6 +1835,11 @@ class Run:
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
         getattr(self.monitor, "own", self.monitor).describe = self._describe
+        if self.resumed_from is not None:
+            self.screen.say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed_from}")
+        elif self.metrics_name not in (None, "metrics.csv") and checkpoints_in(self.directory.path):
+            self.screen.say(f"📂 {self.directory.path} holds another run, with which --resume latest goes on. "
+                            f"This is a new one; its figures are in {self.metrics_name}")
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
     def _open_directory(self) -> None:
@@ -1824,16 +1860,15 @@ class Run:
     def _metrics_path(self) -> Path:
         """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
         directory = self.directory.path
-        if directory in self.homes:
+        known = [home / self.metrics_name for home in self.homes if (home / self.metrics_name).is_file()]
+        if directory in self.homes and (not known or directory / self.metrics_name in known):
             return directory / self.metrics_name
         path, number = directory / "metrics.csv", 1
         while path.exists():
             number += 1
             path = directory / f"metrics_{number}.csv"
-        for home in self.homes:
-            if (home / self.metrics_name).is_file():
-                shutil.copyfile(home / self.metrics_name, path)
-                break
+        if known:
+            shutil.copyfile(known[0], path)
         return path
 
     @property
@@ -1954,7 +1989,7 @@ class Run:
             name, when, seconds, size = self._last_save
             last = f"Last checkpoint: {name}, {short_time(time.monotonic() - when)} ago."
         else:
-            last, size = f"No checkpoint yet since {'the one that was resumed' if self.homes else 'this start'}.", state_bytes(self.model)
+            last, size = f"No checkpoint yet since {'the one that was resumed' if self.resumed_from else 'this start'}.", state_bytes(self.model)
             try:
                 seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
             except OSError as error:
@@ -2743,13 +2778,13 @@ def named_checkpoint(name: str, directory: str) -> Path:
     """
     if name == "latest":
         return latest_checkpoint(os.path.abspath(directory))
-    path, there = Path(os.path.abspath(name)), [os.path.relpath(other) for other in checkpoints_in(directory)]
+    path, instead = Path(os.path.abspath(name)), ""
     if not path.exists():
-        instead = ""
-        if close := difflib.get_close_matches(name, ["latest", *there], 1):
-            instead = f"; did you mean {close[0]}?"
-        elif there:
-            instead = f"; there are {', '.join(there[:3])}{', ...' if there[3:] else ''}"
+        there = {other.stem: os.path.relpath(other) for other in reversed(checkpoints_in(path.parent) or checkpoints_in(directory))}
+        if close := difflib.get_close_matches(path.stem, ["latest", *there], 1, 0.7):
+            instead = f"; did you mean {there.get(close[0], 'latest')}?"
+        elif names := list(there.values())[::-1]:
+            instead = f"; there are {', '.join(names[:3])}{', ...' if names[3:] else ''}"
         raise CheckpointError(f"{path}: No such file or directory{instead}")
     if path.is_dir() and not (path / INDEX_NAME).exists() and (inside := checkpoints_in(path)):
         raise CheckpointError(f"{path} is a directory of checkpoints; its newest is {os.path.relpath(inside[0])}")
@@ -2790,19 +2825,21 @@ def list_checkpoints(directory: str) -> None:
     others = sorted(path for path in (*folder.glob("*"), *folder.glob("emergency_exit/*"))
                     if CHECKPOINT_NAME.fullmatch(path.name) and path not in paths)
     if not paths and not others:
-        raise UserError(f"{directory}: no checkpoints")
+        raise UserError(f"{directory}: {'no checkpoints' if folder.is_dir() else 'No such file or directory'}")
     columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<28}  {}".format
     print(columns("step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"))
     for path in paths:
         try:
             size, written = size_on_disk(path), max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
             state = read_program_checkpoint(path)
-            losses = f"{state['metrics']['smooth_loss']:.4f}", f"{state['best_loss']:.4f}"
+            losses = (f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in (state["metrics"]["smooth_loss"], state["best_loss"]))
             values = state["step"], state["epoch"], *losses, state["exit_reason"]
         except FileNotFoundError:  # the run has just deleted it
             continue
         except CheckpointError as error:
-            values = "", "", "", "", "of another program" if "program" in str(error) else "damaged"
+            why = str(error).removeprefix(f"{path}: ")
+            words = {"damaged": "damaged", "program": "of another program", "not a checkpoint": "of another program"}
+            values = "", "", "", "", next((word for part, word in words.items() if part in why), why)
         *numbers, reason = values
         age = short_time(max(0, time.time() - written))
         print(printable(columns(*numbers, age, short_size(size), reason, os.path.relpath(path))), flush=True)
@@ -2838,7 +2875,8 @@ def show_checkpoint(path: Path) -> None:
         "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
         "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})",
         "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
-        "Loss": f"{state['metrics']['smooth_loss']:.4f} nats a byte, best on the validation data {state['best_loss']:.4f}",
+        "Loss": f"{state['metrics']['smooth_loss']:.4f} nats a byte, on the validation data "
+                + (f"{state['best_loss']:.4f} at best" if state["best_loss"] < math.inf else "not known yet"),
         "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
         "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])),
         "Metrics": state["metrics"].get("file"),
@@ -3011,6 +3049,18 @@ def check_model(config: Config, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} does not fit its own configuration ({one_line(error)})") from error
 
 
+def check_memory(config: Config, device: torch.device, processes: Processes) -> None:
+    """Raises MemoryError for a model that this machine certainly cannot train, before the attempt takes the machine down."""
+    with torch.device("meta"):
+        needed = config.layers * state_bytes(Block(config))
+    if device.type != "cpu":
+        needed //= 3  # weights alone pass through the host's memory
+    if processes.sharded:
+        needed //= processes.world_size
+    if "SC_PHYS_PAGES" in os.sysconf_names and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise MemoryError(f"{short_size(needed)} of {short_size(memory)} for weights, gradients and optimizer states")
+
+
 def prepare(options: dict[str, object], processes: Processes, screen: Screen) -> Run:
     """Builds data, model, controller and run and restores the checkpoint; writes nothing."""
     options = dict(options)
@@ -3020,6 +3070,9 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
         directory = options.get("checkpoint_dir", Config.checkpoint_dir)
         resumed_from, state = checkpoint_to_resume(resume, directory, processes.sharded, screen.say)
         check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
+        kept = state["config"]["checkpoint_dir"]
+        if not os.path.isdir(kept) and home_of(resumed_from) != fallback_directory(kept):
+            options.setdefault("checkpoint_dir", str(home_of(resumed_from)))  # the run has been moved, or copied to another machine
     config = Config.from_options(options, state and state["config"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
@@ -3036,6 +3089,7 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     try:
+        check_memory(config, device, processes)
         place = functools.partial(processes.place, device=device)
         model = place(ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32, place))
     except (RuntimeError, MemoryError) as error:
@@ -3045,7 +3099,6 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     run = Run(config, model, controller, data, total_steps, device, processes, screen)
     if state is not None:
         run.load_state_dict(state, resumed_from)
-        screen.say(f"📂 Resumed at step {run.step} of {total_steps} from {resumed_from}")
     if config.compile:
         model.compile()
     return run
@@ -3053,9 +3106,12 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
 
 def train(options: dict[str, object]) -> int:
     """Trains as the options say and returns the exit code. Raises UserError for mistakes found before training."""
+    if options["resume"] == "latest":
+        options.setdefault("checkpoint_dir", Config.checkpoint_dir)  # where it is looked for, even if the run has been moved
     first = is_first_rank()
     screen = Screen(shown=first)
     with contextlib.ExitStack() as stack:
+        stack.callback(screen.clear)
         stack.callback(end_children)
         keyboard = not options.pop("no_keyboard")
         monitor = stack.enter_context(ExitMonitor(screen, keyboard and first))
@@ -3096,7 +3152,7 @@ def train(options: dict[str, object]) -> int:
         screen.say("🎉 All steps done!" if run.saved[0] == FINAL else "✨ Graceful exit completed!")
     summary = run.summary()
     screen.say(summary)
-    screen.close()
+    screen.clear(wait=OUTPUT_GRACE_SECONDS)
     if first:
         with contextlib.suppress(OSError):  # a full disk: scripts/stop.sh will know less
             run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
@@ -3112,6 +3168,29 @@ def end_on_signals() -> None:
             signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     if _early_signals:
         sys.exit(128 + _early_signals[0])
+
+
+def look(options: dict[str, object]) -> None:
+    """Does what is asked for beside training. Raises UserError."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that shows no symbols is no reason to fail
+    directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+    try:
+        if "convert" in options:
+            source, target = options["convert"]
+            convert_checkpoint(named_checkpoint(source, directory), Path(target))
+            print(f"✅ Converted: {os.path.abspath(target)}")
+        elif "list" in options:
+            list_checkpoints(options["list"] or directory)
+        elif "show" in options:
+            show_checkpoint(named_checkpoint(options["show"], directory))
+        else:
+            sample(named_checkpoint(options["sample"], directory), options.get("prompt", ""), choose_device(options.get("device", "auto")))
+        print(end="", flush=True)
+    except BrokenPipeError:  # as in --list | head
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or 'standard output'}: {error.strerror}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -3131,24 +3210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(options)
         if len(asked) > 1:
             raise UserError(f"{' and '.join(sorted('--' + name for name in asked))}: one at a time")
-        taken = asked | {"checkpoint_dir"} | ({"device", "prompt"} if "sample" in asked else set())
+        taken = asked | {"checkpoint_dir", "no_keyboard"} | ({"device", "prompt"} if "sample" in asked else set())
         extra = [name for name, value in options.items() if name not in taken and value is not None and value is not False]
         if extra:
             raise UserError(f"--{extra[0].replace('_', '-')} does not go with --{asked.pop()}")
         end_on_signals()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that shows no symbols is no reason to fail
-        directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-        if "convert" in options:
-            source, target = options["convert"]
-            convert_checkpoint(named_checkpoint(source, directory), Path(target))
-            Screen().say(f"✅ Converted: {os.path.abspath(target)}")
-        elif "list" in options:
-            list_checkpoints(options["list"] or directory)
-        elif "show" in options:
-            show_checkpoint(named_checkpoint(options["show"], directory))
-        else:
-            sample(named_checkpoint(options["sample"], directory), options.get("prompt", ""), choose_device(options.get("device", "auto")))
+        look(options)
         return 0
     except UserError as error:
         if is_first_rank():

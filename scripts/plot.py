@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the losses of runs over their steps as an SVG that is readable on light and dark ground.
 
-    scripts/plot.py                          checkpoints/metrics.csv, drawn in checkpoints/metrics.svg
-    scripts/plot.py DIR_OR_CSV ... -o X.svg  several runs in one picture
+    scripts/plot.py                          all runs of checkpoints/, drawn in checkpoints/metrics.svg
+    scripts/plot.py DIR_OR_CSV ... -o X.svg  the runs of other directories, or single ones
 
 A line is the training loss, dots are the validation loss; a mark on the axis is a stop, after which the run went on.
 """
@@ -10,6 +10,7 @@ A line is the training loss, dots are the validation loss; a mark on the axis is
 import argparse
 import csv
 import html
+import itertools
 import math
 import re
 import sys
@@ -25,7 +26,9 @@ class Run:
     """steps and losses of a metrics.csv, and the steps at which it was stopped. Raises ValueError where it is none."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path / "metrics.csv" if path.is_dir() else path
+        self.path = path
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
         self.loss: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
         with open(self.path, newline="") as file:
@@ -33,14 +36,26 @@ class Run:
             if not {"step", "loss", "val_loss"} <= set(rows.fieldnames or ()):
                 raise ValueError("no metrics.csv of this program")
             for row in rows:
+                if None in row.values():  # cut short, as the program does with it when it goes on
+                    break
+                if not (self.loss[-1][0] if self.loss else 0) < int(row["step"]) < 10**15:
+                    raise ValueError(f"its steps do not rise in line {rows.line_num}")
                 self.loss.append((int(row["step"]), float(row["loss"])))
                 if row["val_loss"]:
                     self.validation.append((int(row["step"]), float(row["val_loss"])))
-        if not self.loss:
-            raise ValueError("no rows yet")
+        if not any(math.isfinite(loss) for _, loss in self.loss):
+            raise ValueError("no loss yet that could be drawn" if self.loss else "no rows yet")
         found = (re.match(r"emergency_step_(\d+)", saved.name) for saved in (self.path.parent / "emergency_exit").glob("emergency_step_*")
                  if belongs_to(saved, self.path.name))
         self.stops = sorted({int(name[1]) for name in found if name and 0 < int(name[1]) < self.loss[-1][0]})
+
+
+def metrics_files(path: Path) -> list[Path]:
+    """Of a directory, those of every run that has rows, the oldest first; else the path itself."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("metrics*.csv"), key=lambda file: (len(file.name), file.name))
+    return [file for file in files if not file.is_file() or file.read_bytes().count(b"\n", 0, 1000) > 1] or files or [path / "metrics.csv"]
 
 
 def belongs_to(checkpoint: Path, metrics: str) -> bool:
@@ -109,18 +124,18 @@ def svg(runs: list[Run]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, default=[Path("checkpoints")], metavar="DIR_OR_CSV", help="checkpoint directories or metrics.csv files")
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("checkpoints")], metavar="DIR_OR_CSV", help="checkpoint directories, or metrics.csv files of single runs")
     parser.add_argument("-o", "--output", type=Path, help="the picture (default metrics.svg beside the first metrics.csv)")
     arguments = parser.parse_args()
     runs, path = [], None
     try:
-        for path in arguments.runs:
+        for path in itertools.chain(*map(metrics_files, arguments.runs)):
             runs.append(Run(path))
         path = arguments.output or runs[0].path.with_suffix(".svg")
         if path.suffix != ".svg":
             raise ValueError("the picture's name must end in .svg")
         path.write_text(svg(runs), encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         print(f"error: {getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     print(f"Drawn: {path}")

@@ -2,8 +2,8 @@
 # Usage: scripts/train_torchrun.sh [processes] [options of train_graceful.py]
 #
 # Trains one model with several processes on this machine (default: auto, one for each GPU, or else for each core). They
-# leave together: q + Enter and Ctrl-C work as with one. A process that dies outright makes torchrun start all of them anew,
-# from the last save; that happens at most RESTARTS times. Relative paths start at the repository's root.
+# leave together: q + Enter and Ctrl-C work as with one, and so do the exit codes. A process that dies outright makes torchrun
+# start all of them anew, from the last save; that happens at most RESTARTS times. Relative paths start at the repository's root.
 #
 # RESTARTS=n   (default: 0; give --resume latest with it)
 # PATIENCE=s   seconds that torchrun leaves them for their last save before it kills them (default: 600)
@@ -36,6 +36,20 @@ esac
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
     { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
 
+# torchrun itself would return 1 and a page of traceback, below which the program's last lines are lost.
+torchrun='
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
+except SignalException as error:
+    sys.exit(128 + error.sigval)
+'
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
+exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"

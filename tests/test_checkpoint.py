@@ -1,14 +1,21 @@
 """Checkpoints: atomic, damaged, hostile, kept, locked."""
 
+import argparse
+import collections
+import datetime
 import io
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import ENDLESS, ROOT, finish, refused, run, saved_path
@@ -32,6 +39,31 @@ def finished(corpus, tmp_path_factory):
 def assert_refused(message, *words):
     for word in words:
         assert str(word) in message
+
+
+@pytest.mark.parametrize("value", [
+    numpy.float64(1.5), numpy.ones(2), Path("x"), b"x", {1}, 1j, torch.device("cpu"), collections.defaultdict(int), argparse.Namespace(a=1),
+    datetime.datetime.now(), torch.eye(2).to_sparse(), {numpy.int64(1): 1},
+    [0] * t.PICKLE_OPCODES, lambda: None])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
+    """Better a TypeError today than a checkpoint that is refused when it is needed."""
+    path = tmp_path / "a.pt"
+    t.save_checkpoint({"old": 1}, path)
+    with pytest.raises(TypeError, match="load_checkpoint"):
+        t.save_checkpoint({"model": {"best": [1, value]}}, path)
+    assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    shared, model = torch.arange(6.0), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    state = {"none": None, "flag": True, 5: [1, 2.5, "text", (3,)], "big": 10**30, "nan": math.inf, "dtype": torch.bfloat16, "size": torch.Size([2]),
+             "shared": [shared, shared[2:4], shared.view(2, 3).T], "model": model.state_dict(), "parameter": torch.nn.Parameter(torch.ones(2)),
+             "half": torch.ones(2, dtype=torch.bfloat16), "random": random.getstate(), "grad": model[0].weight, "many": list(range(500_000))}
+    t.save_checkpoint(state, tmp_path / "a.pt")
+    loaded = t.load_checkpoint(tmp_path / "a.pt")
+    assert loaded.keys() == state.keys() and loaded["random"] == state["random"] and loaded["many"] == state["many"]
+    t.check_like(loaded, {**state, "grad": state["grad"].detach()}, "state")
+
 
 
 def test_layout_keys_and_retention(finished):

@@ -32,7 +32,8 @@ def mistake(tmp_path, monkeypatch):
     (["--batch-size", "0"], ["--batch-size"]),
     (["--grad-accum", "0"], ["--grad-accum"]),
     (["--dropout", "1"], ["--dropout", "must be below 1"]),
-    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--lr", "nan"], ["--lr", "invalid float value: 'nan'"]),
+    (["--layers", "1e8"], ["no memory", "GB of"]),
     (["--lr", "0"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
     (["--keep", "0"], ["--keep"]),
@@ -143,6 +144,8 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(tmp_path
         t.save_checkpoint({"a": 1}, tmp_path / "ck" / f"step_{number}.pt")
     assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith("; there are ck/step_4.pt, ck/step_3.pt, ck/step_2.pt, ...")
     assert refused("--resume", "step_1.pt", "--checkpoint-dir", "ck").endswith("; did you mean ck/step_1.pt?")
+    t.save_checkpoint({"a": 1}, tmp_path / "other" / "step_10.pt")
+    assert refused("--resume", "other/step10.pt", "--checkpoint-dir", "ck").endswith("; did you mean other/step_10.pt?")
     assert refused("--resume", "lates").endswith("; did you mean latest?")
     assert refused("--resume", "ck").endswith("is a directory of checkpoints; its newest is ck/step_4.pt")
 

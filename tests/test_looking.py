@@ -25,6 +25,7 @@ def trained(tmp_path_factory, corpus):
     data[len(data) // 2] ^= 1
     (directory / "step_10.pt").write_bytes(data)
     t.save_checkpoint({"a": torch.ones(3)}, directory / "mine.pt")
+    torch.save(torch.nn.Linear(2, 2), directory / "model.pt")
     return directory
 
 
@@ -49,7 +50,7 @@ def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged
     header, *rows = ask(0, "--list", trained).splitlines()
     assert header.split() == ["step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"]
     by_name = {Path(row.split()[-1]).name: row for row in rows}
-    assert list(by_name) == [path.name for path in t.checkpoints_in(trained)] and len(rows) == 6
+    assert list(by_name) == [path.name for path in t.checkpoints_in(trained)] and len(rows) == 7
     assert by_name["final.pt"].split()[0] == "12" and " completed " in by_name["final.pt"]
     assert by_name["parts"].split()[0] == "5" and " periodic " in by_name["parts"]
     (tmp_path / "ck" / "half").mkdir(parents=True)
@@ -57,10 +58,10 @@ def test_list_names_every_checkpoint_the_newest_first_and_says_which_are_damaged
     (tmp_path / "ck" / "gone.pt").symlink_to("nowhere")
     (tmp_path / "ck" / "step_3").mkdir()
     os.mkfifo(tmp_path / "ck" / "final.pt")
-    _, damaged, *others = ask(0, "--list", tmp_path / "ck").splitlines()
-    assert " damaged " in damaged and [row.rsplit("/")[-1] for row in others] == ["final.pt", "gone.pt", "step_3"]
+    _, half, *others = ask(0, "--list", tmp_path / "ck").splitlines()
+    assert " of another program " in half and [row.rsplit("/")[-1] for row in others] == ["final.pt", "gone.pt", "step_3"]
     assert all("no checkpoint " in row for row in others)
-    assert " damaged " in by_name["step_10.pt"] and " of another program " in by_name["mine.pt"]
+    assert " damaged " in by_name["step_10.pt"] and all(" of another program " in by_name[name] for name in ("mine.pt", "model.pt"))
 
 
 def test_show_prints_what_a_checkpoint_holds(ask, trained, tmp_path):
@@ -110,6 +111,14 @@ def test_a_strangers_text_does_nothing_to_the_terminal(ask, trained, tmp_path):
     assert "\x1b" not in ask(0, "--list", tmp_path) and "\x1b" not in ask(0, "--show", tmp_path / "a.pt") and "\x1b" not in ask(0, "--sample", trained / "final.pt")
 
 
+@pytest.mark.parametrize("option", ["--list", "--show", "--sample"])
+def test_a_full_disk_behind_the_output_is_one_line(trained, option):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, str(SCRIPT), option, str(trained if option == "--list" else trained / "final.pt")],
+                                stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: standard output: No space left on device\n")
+
+
 def test_a_reader_that_goes_away_is_no_traceback(trained):
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--sample", str(trained / "final.pt")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -131,7 +140,9 @@ def test_mistakes(ask, trained, tmp_path):
     assert "--prompt is for --sample" in message("--prompt", "x")
     assert "--steps does not go with --sample" in message("--sample", "latest", "--steps", 5)
     assert f"{trained / 'mine.pt'} is a file; --show {trained / 'mine.pt'}" in message("--list", trained / "mine.pt")
-    assert "no checkpoint there" in message("--sample", "latest", "--checkpoint-dir", tmp_path / "nowhere")
+    assert "no checkpoint there" in message("--sample", "latest", "--checkpoint-dir", tmp_path)
+    for nowhere in (("--sample", "latest", "--checkpoint-dir", tmp_path / "nowhere"), ("--list", tmp_path / "nowhere")):
+        assert message(*nowhere) == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
     assert message("--show", "latst", "--checkpoint-dir", trained).endswith("No such file or directory; did you mean latest?\n")
     state = t.load_checkpoint(trained / "final.pt")
     for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {}), ("model_state_dict", {"a": 1}),

@@ -6,13 +6,14 @@ Most groups are forks of this process, each a rank with a terminal of its own; w
 import os
 import re
 import signal
+import socket
 import sys
 import time
 
 import pytest
 import torch
 from campaign import Moment
-from conftest import ENDLESS, MODES, SCRIPT, finish, saved_path, wait_until
+from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, saved_path, wait_until
 from test_faults_stops import assert_same_end
 from test_resume import corpus_of, metrics_without_times
 
@@ -40,13 +41,33 @@ def group(fork):
     stores = []
 
     def start(size: int, *options: object, plans: dict = {}, **environment: str):
-        del stores[:-20]  # of groups that have long ended
-        stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # torchrun's part
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+        stores.append(serve_store(listener))
         return [fork(*options, plan=plans.get(rank, ()), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(stores[-1].port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="test",
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="test",
                      TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_RESTART_COUNT="0", **environment) for rank in range(size)]
 
-    return start
+    yield start
+    for pid in stores:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def serve_store(listener: socket.socket) -> int:
+    """Starts torchrun's part. In a process of its own: a lock that a thread of ours held while a rank is forked would stay locked there."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.closerange(3, listener.fileno())
+            os.closerange(listener.fileno() + 1, 1000)
+            _store = torch.distributed.TCPStore("127.0.0.1", listener.getsockname()[1], is_master=True, wait_for_workers=False,
+                                                master_listen_fd=listener.fileno())
+            signal.pause()
+        finally:
+            os._exit(1)
+    listener.close()
+    return pid
 
 
 def finished(ranks) -> tuple[list[str], list[int]]:
@@ -207,10 +228,11 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_all(group, data, tmp_path):
     holder[0].terminal.expect(r"step \d+/")
     for arguments, message in [(["--data", data, "--checkpoint-dir", tmp_path], "in use by another run"),
                                (["--data", data, "--batch-size", 5], "cannot be shared out"),
-                               (["--data", tmp_path / "none"], "No such file"), (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint"),
+                               (["--data", tmp_path / "none"], "No such file"), (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "No such file"),
                                (["--batch-siez", 4], "batch-siez")]:
         texts, codes = finished(group(2, *OPTIONS, *arguments))
         assert codes == [2, 2] and texts[1] == "" and texts[0].count("\n") == 1 and message in texts[0], texts
+        assert "\rerror: " in "\r" + texts[0]  # no status line is left before it
 
 
 # ---- torchrun itself
@@ -244,15 +266,27 @@ def test_q_and_enter_in_torchruns_terminal(spawn, data, tmp_path):
     assert len(workers) == 2 and not any(map(alive, workers))
 
 
-def test_ctrl_c_in_torchruns_terminal_counts_once(spawn, data, tmp_path):
-    child = torchrun(spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", data, "--checkpoint-dir", tmp_path)
+def by_script(spawn, *words: object):
+    return spawn(command=[str(ROOT / "scripts" / "train_torchrun.sh"), *map(str, words)], env={**os.environ, "PYTHON": sys.executable})
+
+
+def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(spawn, data, tmp_path):
+    child = by_script(spawn, 2, *OPTIONS, *ENDLESS, "--data", data, "--checkpoint-dir", tmp_path)
     child.expect(r"step \d+/")
     workers = worker_pids(child.pid)
     child.sendintr()
     text = finish(child)
-    assert "Emergency checkpoint saved" in text and "Second Ctrl-C" not in text
+    assert child.exitstatus == 130 and "Emergency checkpoint saved" in text and "Second Ctrl-C" not in text
+    assert "Traceback" not in text and "Resume with" in text
     assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
     assert not any(map(alive, workers))
+
+
+def test_a_mistake_is_not_buried_by_torchrun(spawn, data, tmp_path):
+    child = by_script(spawn, 2, "--stps", 5)
+    lines = finish(child).splitlines()
+    assert child.exitstatus == 2 and "error: unrecognized arguments: --stps 5 (did you mean --steps?)" in lines
+    assert len(lines) <= 3  # beside it what torchrun says of the process that failed first, and of the other
 
 
 def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, data, tmp_path):

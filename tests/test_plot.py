@@ -43,6 +43,16 @@ def test_a_run_that_was_stopped_and_went_on_is_drawn_with_a_mark(fork, corpus, t
     assert mark.find(f"{SVG}title").text == "stopped at step 7" and float(mark.get("x1")) == points(picture, 0)[6][0]
 
 
+def test_a_directory_shows_all_its_runs_that_have_rows(tmp_path):
+    for name, rows in {"metrics": "10,0,5,,1,1,1\n20,0,4,,1,1,1\n30,0", "metrics_2": "", "metrics_10": "10,0,3,,1,1,1\n", "metrics_3": "10,0,2,,1,1,1\n"}.items():
+        (tmp_path / f"{name}.csv").write_text(HEADER + rows)
+    assert plot(tmp_path).stdout == f"Drawn: {tmp_path}/metrics.svg\n"
+    picture = ElementTree.parse(tmp_path / "metrics.svg").getroot()
+    labels = [text.text for text in picture.findall(f"{SVG}text") if "legend" in (text.get("class") or "")]
+    assert labels == [str(tmp_path / name) for name in ("metrics.csv", "metrics_3.csv", "metrics_10.csv")]
+    assert len(points(picture, 0)) == 2  # a row that was cut short is none
+
+
 def test_several_runs_lie_over_each_other_to_one_scale(tmp_path):
     for name, losses in (("a", [5, 4, 3, 2]), ("b & <c>", [5, 3, float("nan"), 1])):
         (tmp_path / name).mkdir()
@@ -67,7 +77,9 @@ def test_a_long_run_is_thinned_and_no_part_of_it_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [(None, "No such file"), ("a,b\n1,2\n", "no metrics.csv of this program"), (HEADER, "no rows yet"),
-                                           (HEADER + "x,0,y,,,,\n", "invalid literal")])
+                                           (HEADER + "x,0,y,,,,\n", "invalid literal"), (HEADER + "0,0,3,,1,1,1\n", "do not rise in line 2"),
+                                           (HEADER + f"{'9' * 400},0,3,,1,1,1\n", "do not rise"), (HEADER + "5,0,nan,,1,1,1\n", "no loss yet"),
+                                           (HEADER + f"5,0,{'3' * 200_000},,1,1,1\n", "field larger"), ("\xff\n", "no metrics.csv")])
 def test_a_mistake_is_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "metrics.csv").write_text(text)

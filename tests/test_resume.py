@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def corpus_of(path: Path, windows: int) -> Path:
     return path
 
 
-def train(directory: Path, *args, stop=None, monkeypatch=None) -> t.Run:
+def train(directory: Path | None, *args, stop=None) -> t.Run:
     """One session of the program in this process. stop is (what, step): a request made at that very moment."""
     runs = []
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +49,8 @@ def train(directory: Path, *args, stop=None, monkeypatch=None) -> t.Run:
         patch.setattr(t.Run, "batch_done", batch_done)
         patch.setattr(t.Run, "begin", begin)
         patch.setattr(t.ByteDataset, "validation_batches", validation_batches)
-        t.train(t.parse_options(["--checkpoint-dir", str(directory), "--no-keyboard", *map(str, args)]))
+        where = [] if directory is None else ["--checkpoint-dir", str(directory)]
+        t.train(t.parse_options([*where, "--no-keyboard", *map(str, args)]))
     assert runs[-1].error is None
     return runs[-1]
 
@@ -151,6 +153,34 @@ def test_resuming_in_another_directory_takes_the_metrics_along(uninterrupted, tm
     train(tmp_path / "new", "--resume", stopped.saved[1])
     assert_same_run(tmp_path / "new", reference)
     assert not (tmp_path / "old" / "final.pt").exists()
+
+
+@pytest.mark.parametrize("how, resume, home", [
+    ("moved", "checkpoints/emergency_exit/emergency_step_7.pt", "new"), ("moved", "latest", "new"), ("copied", "latest", "new"),
+    ("copied", "checkpoints/emergency_exit/emergency_step_7.pt", "old"), ("emptied", "checkpoints/emergency_exit/emergency_step_7.pt", "old")])
+def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, monkeypatch, how, resume, home):
+    """A path says which checkpoint, and the run goes on in its own directory as long as there is one; latest says which directory."""
+    options, reference = uninterrupted("standard", 1)
+    old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
+    train(old, *options, stop=("batch", 7))
+    shutil.copytree(old.parent, new.parent)
+    if how != "copied":
+        shutil.rmtree(old.parent)
+    if how == "emptied":
+        old.mkdir(parents=True)
+    monkeypatch.chdir(new.parent)
+    train(None, "--resume", resume)
+    assert_same_run(tmp_path / home / "checkpoints", reference)
+    other = old if home == "new" else new
+    assert not (other / "final.pt").exists() and old.exists() == (how != "moved")
+
+
+def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd):
+    options, reference = uninterrupted("standard", 1)
+    train(tmp_path, *options, stop=("batch", 1))
+    assert "another run" not in capfd.readouterr().out
+    train(tmp_path, *options, stop=("batch", 2))
+    assert f"{tmp_path} holds another run, with which --resume latest goes on. This is a new one; its figures are in metrics_2.csv" in capfd.readouterr().out
 
 
 def test_resume_reads_no_batch_before_the_one_it_goes_on_with(uninterrupted, tmp_path, monkeypatch):
