@@ -91,6 +91,7 @@ __all__ = [
 FORMAT_VERSION = 1
 BACKGROUND_PAUSE_SECONDS = 0.5  # how long unread typing is left to the foreground program before we look again
 STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
+SLOW_SECONDS = 1.0  # what takes longer before training is named
 TYPING_COLUMNS = 6  # right of the status line, for a space, what is typed, and the last one, where a terminal would wrap
 OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
@@ -543,7 +544,8 @@ class ExitMonitor:
         elif commands and not self.exit_requested and os.isatty(self._stdin):
             self._screen.say(TORCHRUN_KEYS if started_by_torchrun() else KEYS)
             if b"?" in commands and self.describe is not None:
-                self._screen.say(self.describe())
+                # It may wait for a disk; this thread must not.
+                threading.Thread(target=lambda: self._screen.say(self.describe()), name="answer", daemon=True).start()
         return len(data)
 
     def _abandon(self) -> typing.NoReturn:
@@ -3058,7 +3060,7 @@ def check_memory(config: Config, device: torch.device, processes: Processes) -> 
     if processes.sharded:
         needed //= processes.world_size
     if "SC_PHYS_PAGES" in os.sysconf_names and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise MemoryError(f"{short_size(needed)} of {short_size(memory)} for weights, gradients and optimizer states")
+        raise MemoryError(f"training takes {short_size(needed)} or more, this machine has {short_size(memory)}")
 
 
 def prepare(options: dict[str, object], processes: Processes, screen: Screen) -> Run:
@@ -3104,6 +3106,20 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     return run
 
 
+@contextlib.contextmanager
+def shown_if_slow(screen: Screen, text: str) -> Iterator[None]:
+    """Shows text in the status line while the block lasts, once it has lasted for SLOW_SECONDS."""
+    timer = threading.Timer(SLOW_SECONDS, screen.status, [[text]])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        screen.clear()
+
+
 def train(options: dict[str, object]) -> int:
     """Trains as the options say and returns the exit code. Raises UserError for mistakes found before training."""
     if options["resume"] == "latest":
@@ -3111,23 +3127,21 @@ def train(options: dict[str, object]) -> int:
     first = is_first_rank()
     screen = Screen(shown=first)
     with contextlib.ExitStack() as stack:
-        stack.callback(screen.clear)
         stack.callback(end_children)
         keyboard = not options.pop("no_keyboard")
         monitor = stack.enter_context(ExitMonitor(screen, keyboard and first))
         for signum in _early_signals:
             monitor.hear(signum)
-        if options["resume"] is not None:
-            screen.status([f"reading {options['resume']}"])  # of a large model for minutes
         processes = Processes(monitor)
-        if started_by_torchrun():
-            processes = ManyProcesses(monitor)
-            if options["resume"] is not None:
-                directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-                options["resume"] = processes.agreed_checkpoint(options["resume"], directory, screen.say)
-            if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
-                processes = ShardedProcesses(processes)
-        run = processes.together(prepare, options, processes, screen)
+        with shown_if_slow(screen, f"reading {options['resume']}" if options["resume"] else "preparing data and model"):
+            if started_by_torchrun():
+                processes = ManyProcesses(monitor)
+                if options["resume"] is not None:
+                    directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+                    options["resume"] = processes.agreed_checkpoint(options["resume"], directory, screen.say)
+                if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
+                    processes = ShardedProcesses(processes)
+            run = processes.together(prepare, options, processes, screen)
         if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
             return 0

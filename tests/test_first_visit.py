@@ -48,7 +48,6 @@ def test_the_two_commands_of_the_readme_work_as_written(copy, corpus, tmp_path):
     path = saved_path(output.replace("my first run", "my_first_run"))
     assert child.exitstatus == 0 and "Resume with" in output and "my_first_run/checkpoints/emergency_exit" in str(path)
     child = in_terminal(["make", "resume"], folder, environment)
-    child.expect("reading latest")
     child.expect("Resumed at step [0-9]+ of 100000")
     child.expect("step [0-9]+/")
     child.sendline("q")

@@ -268,6 +268,27 @@ def test_a_question_mark_says_so_where_leaving_would_fail(fork, options):
     child.terminal.expect("not saved: No space left on device. Training goes on")
 
 
+def test_q_is_heard_while_an_answer_waits_for_a_disk(monkeypatch):
+    ours, theirs = pty.openpty()
+    asked, go_on = threading.Event(), threading.Event()
+
+    def describe() -> str:
+        asked.set()
+        go_on.wait(10)
+        return "late"
+
+    with open(theirs) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with t.ExitMonitor(t.Screen(shown=False)) as monitor:
+            monitor.describe = describe
+            os.write(ours, b"?\n")
+            assert asked.wait(10)
+            os.write(ours, b"q\n")
+            wait_until(lambda: monitor.exit_requested, timeout=5)
+            go_on.set()
+    os.close(ours)
+
+
 def test_a_long_save_shows_how_far_it_is(fork, options):
     """A large state, redrawn at every chance."""
     always = (Moment("train"), lambda frame: frame.f_globals.update(STATUS_SECONDS=0))
@@ -278,6 +299,16 @@ def test_a_long_save_shows_how_far_it_is(fork, options):
     assert child.exitcode == 0
     shares = [(float(a), float(b)) for a, b in re.findall(r"saving ([0-9.]+) MB of about ([0-9.]+) MB", output)]
     assert len(shares) > 3 and shares == sorted(shares) and shares[-1][0] > 0.9 * shares[-1][1]
+
+
+def test_what_takes_long_before_training_is_named(fork, options, tmp_path):
+    for what, arguments in {"preparing data and model": options, "reading latest": ["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"]}.items():
+        child = fork(*arguments, "--steps", 10**6, plan=[(Moment("__init__", where=lambda frame: "autocast" in frame.f_locals), None)])
+        child.terminal.expect(what)
+        child.go()
+        child.terminal.expect("Training started")
+        child.terminal.send("q\n")
+        assert what not in child.finish() and child.exitcode == 0
 
 
 def test_a_sparkline_has_a_bar_for_each_share_of_the_values():
