@@ -246,7 +246,7 @@ def test_after_a_signal_a_full_disk_sends_all_parts_to_the_fallback(group, data,
 @pytest.mark.parametrize("mode, moment", [
     ("standard", Moment("forward", 14, where=lambda frame: type(frame.f_locals["self"]).__name__ == "Experts")),
     ("geometric", Moment("backward", 7, file="_tensor.py")),
-    ("geometric", Moment("__getitem__", 5)),
+    pytest.param("geometric", Moment("__getitem__", 5), marks=pytest.mark.campaign),
 ])
 def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, data, tmp_path, rank, mode, moment):  # noqa: F811
     """Each writes its part, though no group of theirs works any more; resumed, it is the same run."""
@@ -486,5 +486,6 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, data, tmp_path):  # no
     assert t.load_checkpoint(t.latest_checkpoint(tmp_path))["exit_reason"] == "torchrun_died"
 
 
+@pytest.mark.campaign
 def test_torchrun_restarts_from_the_last_sharded_save(spawn, data, tmp_path):  # noqa: F811
     assert_torchrun_restarts_from_the_last_save(spawn, r"step 1\d/", *new(data, "standard"), "--checkpoint-dir", tmp_path)
