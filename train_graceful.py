@@ -3193,7 +3193,7 @@ def look(options: dict[str, object]) -> None:
         if "convert" in options:
             source, target = options["convert"]
             convert_checkpoint(named_checkpoint(source, directory), Path(target))
-            print(f"✅ Converted: {os.path.abspath(target)}")
+            Screen().say(f"✅ Converted: {os.path.abspath(target)}")
         elif "list" in options:
             list_checkpoints(options["list"] or directory)
         elif "show" in options:
