@@ -111,7 +111,9 @@ PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list
 INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
 LEFTOVER = re.compile(r"\..*\.pt\.tmp|\.((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?\.(tmp|old)")  # of a killed run
 CHECKPOINT_NAME = re.compile(r"[^.].*\.pt|((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?")
-PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
+PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.int64, torch.int32,
+                torch.int16, torch.int8, torch.uint8, torch.bool}  # torch.save writes others in another way
+PLAIN_GLOBALS = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
                  ("torch._utils", "_rebuild_parameter")}
 VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
@@ -589,9 +591,15 @@ def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], Non
     the directory flushed; progress is told now and then how many bytes have been written. Raises OSError, or what torch
     raises where memory or a device fails it (SAVE_ERRORS). Whatever is raised, the file that was at path before is untouched.
     """
+    if not isinstance(state, dict):
+        raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
     if pickle_opcodes(state, "state") > PICKLE_OPCODES:
         raise TypeError(f"state holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
-    path = Path(path)
+    write_checkpoint(state, Path(path), progress)
+
+
+def write_checkpoint(state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
+    """What save_checkpoint does with a state that can be loaded."""
     new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -612,8 +620,8 @@ def pickle_opcodes(value: object, where: str) -> int:
     """At most how many opcodes pickle needs for value. Raises TypeError, naming the place, for what load_checkpoint refuses."""
     kind, parts = type(value), []
     if kind in (Tensor, nn.Parameter):
-        plain = value.layout == torch.strided and not vars(value)
-    elif kind in (dict, collections.OrderedDict):
+        plain = value.layout == torch.strided and value.dtype in PLAIN_DTYPES and not (value.is_meta or value.is_nested or vars(value))
+    elif kind in (dict, collections.OrderedDict, collections.Counter):
         plain = True
         parts = [part for key, item in value.items() for part in ((f"{where}'s key", key), (f"{where}[{key!r}]", item))]
         parts += [(where, vars(value))] if kind is collections.OrderedDict and vars(value) else []  # a module's _metadata
@@ -622,8 +630,10 @@ def pickle_opcodes(value: object, where: str) -> int:
     else:
         plain = kind in (bool, int, float, str, type(None), torch.dtype)
     if not plain:
-        raise TypeError(f"{where} is a {kind.__module__}.{kind.__qualname__} that load_checkpoint would refuse: only tensors and plain "
-                        "values can be saved (float(x) makes one of NumPy's number, str(x) of a path)")
+        what = f"{kind.__module__}.{kind.__qualname__}" + (f" ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else "")
+        raise TypeError(f"{where} is a {what} that load_checkpoint would refuse: only dense tensors of the usual types without attributes, "
+                        "numbers, texts, None, and dicts, lists and tuples of them can be saved (as float(x), x.tolist(), str(x), "
+                        "vars(x), sorted(x), x.state_dict() make them)")
     return (64 if isinstance(value, Tensor) else 16 if parts else 2) + sum(pickle_opcodes(part, place) for place, part in parts)
 
 
@@ -1600,8 +1610,8 @@ class Metrics:
                 self._size = end_of_rows(text, len(header), step)
             os.ftruncate(self._file, self._size)
 
-    def row(self, *values: object) -> None:
-        self._append((",".join("" if value is None else str(value) for value in values) + "\n").encode())
+    def row(self, text: str) -> None:
+        self._append(f"{text}\n".encode())
 
     def _append(self, text: bytes) -> None:
         with self._lock:
@@ -1650,6 +1660,17 @@ def end_of_rows(text: mmap.mmap, start: int, step: int) -> int:
             break
         end = row_start
     return end
+
+
+def last_row(path: Path, step: int) -> str | None:
+    """Of a metrics.csv the last row up to a step, without its times; "" where there is only the header, None where no file."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+            start = text.find(b"\n") + 1
+            end = end_of_rows(text, start, step)
+            return text[text.rfind(b"\n", 0, max(end - 1, 0)) + 1 : end].decode(errors="replace").rpartition(",")[0].rpartition(",")[0] if end > start else ""
+    except (OSError, ValueError):  # ValueError: an empty file
+        return None
 
 
 class Processes:
@@ -1735,6 +1756,7 @@ class Run:
         self.best_loss = math.inf
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row of metrics.csv
         self.smooth_loss = math.nan  # what is shown of the training loss
+        self.last_row = ""  # of metrics.csv, without the times: by it a resumed run knows its own file
         self.seconds = 0.0  # of training, all sessions
         self.metrics_name: str | None = None
         self.resumed_from: Path | None = None
@@ -1771,7 +1793,7 @@ class Run:
             "batch_in_epoch": self.batch_in_epoch,
             "best_loss": self.best_loss,
             "metrics": {"file": self.metrics_name, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
-                        "smooth_loss": self.smooth_loss, "seconds": self.seconds},
+                        "smooth_loss": self.smooth_loss, "last_row": self.last_row, "seconds": self.seconds},
             "config": dataclasses.asdict(self.config),
             "rng_state": {"cpu": torch.get_rng_state()},  # of the next batch; for readers, since seed_batch makes it anew
             "data_fingerprint": self.data_fingerprint,
@@ -1796,7 +1818,7 @@ class Run:
             raise CheckpointError(f"{path} does not fit this model, its optimizers or this PyTorch ({one_line(error)})") from error
         metrics = state["metrics"]
         self.loss_sum, self.loss_count, self.smooth_loss = metrics["loss_sum"], metrics["loss_count"], metrics["smooth_loss"]
-        self.seconds, self.metrics_name = metrics["seconds"], metrics["file"]
+        self.seconds, self.metrics_name, self.last_row = metrics["seconds"], metrics["file"], metrics["last_row"]
         self.run_id, self.best_loss = state["run_id"], state["best_loss"]
         self.step, self.epoch, self.batch_in_epoch = state["step"], state["epoch"], state["batch_in_epoch"]
         self.completed = state["exit_reason"] == "completed"
@@ -1839,8 +1861,8 @@ class Run:
         getattr(self.monitor, "own", self.monitor).describe = self._describe
         if self.resumed_from is not None:
             self.screen.say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed_from}")
-        elif self.metrics_name not in (None, "metrics.csv") and checkpoints_in(self.directory.path):
-            self.screen.say(f"📂 {self.directory.path} holds another run, with which --resume latest goes on. "
+        elif self.metrics_name not in (None, "metrics.csv") and (there := checkpoints_in(self.directory.path)):
+            self.screen.say(f"📂 {self.directory.path} holds another run, with which --resume {there[0]} goes on. "
                             f"This is a new one; its figures are in {self.metrics_name}")
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
@@ -1860,17 +1882,17 @@ class Run:
             self.tensorboard = SummaryWriter(self.directory.path / "tensorboard", purge_step=self.step + 1)
 
     def _metrics_path(self) -> Path:
-        """Its own file in the directory it was started in; elsewhere a new one that begins with the old one's rows."""
+        """Its own file, where that is in the directory it goes on in; else a new one that begins with the old one's rows."""
         directory = self.directory.path
-        known = [home / self.metrics_name for home in self.homes if (home / self.metrics_name).is_file()]
-        if directory in self.homes and (not known or directory / self.metrics_name in known):
+        own = [home / self.metrics_name for home in self.homes if self.last_row == last_row(home / self.metrics_name, self.step)]
+        if own and directory / self.metrics_name in own:
             return directory / self.metrics_name
         path, number = directory / "metrics.csv", 1
         while path.exists():
             number += 1
             path = directory / f"metrics_{number}.csv"
-        if known:
-            shutil.copyfile(known[0], path)
+        if own:
+            shutil.copyfile(own[0], path)
         return path
 
     @property
@@ -1987,15 +2009,14 @@ class Run:
 
     def _describe(self) -> str:
         """For a person who asks: the last checkpoint, and what leaving would cost now."""
-        if self._last_save is not None:
+        last, size = f"No checkpoint yet since {'the one that was resumed' if self.resumed_from else 'this start'}.", state_bytes(self.model)
+        try:
+            seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
+        except OSError as error:
+            return f"{last} ⚠️ One would take about {short_size(size)}, but: {one_line(error)}."
+        if self._last_save is not None:  # it knows better
             name, when, seconds, size = self._last_save
             last = f"Last checkpoint: {name}, {short_time(time.monotonic() - when)} ago."
-        else:
-            last, size = f"No checkpoint yet since {'the one that was resumed' if self.resumed_from else 'this start'}.", state_bytes(self.model)
-            try:
-                seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
-            except OSError as error:
-                return f"{last} ⚠️ One would take about {short_size(size)}, but: {one_line(error)}."
         return f"{last} q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
 
     def _show_saving(self, written: int) -> None:
@@ -2020,9 +2041,10 @@ class Run:
         tokens = self.loss_count * self.data.windows_per_batch * self.config.context
         loss = self.loss_sum / max(1, self.loss_count)
         tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
+        figures = [self.step, self.epoch, loss, "" if validation_loss is None else validation_loss, *self._learning_rates()]
+        self.last_row = ",".join(map(str, figures))
         if self.processes.rank == 0:
-            self.metrics.row(self.step, self.epoch, loss, validation_loss, *self._learning_rates(), tokens_per_second,
-                             round(self.seconds, 3))
+            self.metrics.row(f"{self.last_row},{tokens_per_second},{round(self.seconds, 3)}")
             if self.tensorboard is not None:
                 rates = {f"lr/{name}": rate for name, rate in zip(self.controller.optimizers, self._learning_rates())}
                 figures = {"loss/train": loss, "loss/validation": validation_loss, **rates, "tokens_per_second": tokens_per_second}
@@ -2674,7 +2696,7 @@ def publish_parts(index: dict, written: list[tuple], parts: Path, path: Path) ->
     _, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(list(plans))
     FileSystemWriter(parts).finish(metadata, list(results))
     files = {name: values for part in files for name, values in part.items()} | {".metadata": size_and_sum(parts / ".metadata")}
-    save_checkpoint({**index, "files": files}, parts / INDEX_NAME)
+    write_checkpoint({**index, "files": files}, parts / INDEX_NAME)
     # No call replaces a directory. Should we die between two names, the next start gives the old one its name back.
     replaced = hide(path) if path.exists() else None
     try:
@@ -3072,9 +3094,8 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
         directory = options.get("checkpoint_dir", Config.checkpoint_dir)
         resumed_from, state = checkpoint_to_resume(resume, directory, processes.sharded, screen.say)
         check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
-        kept = state["config"]["checkpoint_dir"]
-        if not os.path.isdir(kept) and home_of(resumed_from) != fallback_directory(kept):
-            options.setdefault("checkpoint_dir", str(home_of(resumed_from)))  # the run has been moved, or copied to another machine
+        if home_of(resumed_from) != fallback_directory(state["config"]["checkpoint_dir"]):
+            options.setdefault("checkpoint_dir", str(home_of(resumed_from)))  # wherever the run has been moved or copied
     config = Config.from_options(options, state and state["config"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")

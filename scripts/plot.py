@@ -131,7 +131,8 @@ def main() -> int:
     try:
         for path in itertools.chain(*map(metrics_files, arguments.runs)):
             runs.append(Run(path))
-        path = arguments.output or runs[0].path.with_suffix(".svg")
+        first = arguments.runs[0]
+        path = arguments.output or (first / "metrics.svg" if first.is_dir() else first.with_suffix(".svg"))
         if path.suffix != ".svg":
             raise ValueError("the picture's name must end in .svg")
         path.write_text(svg(runs), encoding="utf-8")

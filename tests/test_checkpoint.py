@@ -44,13 +44,16 @@ def assert_refused(message, *words):
 @pytest.mark.parametrize("value", [
     numpy.float64(1.5), numpy.ones(2), Path("x"), b"x", {1}, 1j, torch.device("cpu"), collections.defaultdict(int), argparse.Namespace(a=1),
     datetime.datetime.now(), torch.eye(2).to_sparse(), {numpy.int64(1): 1},
-    [0] * t.PICKLE_OPCODES, lambda: None])
+    [0] * t.PICKLE_OPCODES, lambda: None, torch.ones(2, dtype=torch.uint16), torch.ones(2, dtype=torch.float8_e5m2), torch.ones(2, device="meta"),
+    torch.nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     """Better a TypeError today than a checkpoint that is refused when it is needed."""
     path = tmp_path / "a.pt"
     t.save_checkpoint({"old": 1}, path)
     with pytest.raises(TypeError, match="load_checkpoint"):
         t.save_checkpoint({"model": {"best": [1, value]}}, path)
+    with pytest.raises(TypeError, match="not a dict"):
+        t.save_checkpoint([value], path)
     assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -58,7 +61,7 @@ def test_what_is_saved_can_be_loaded(tmp_path):
     shared, model = torch.arange(6.0), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     state = {"none": None, "flag": True, 5: [1, 2.5, "text", (3,)], "big": 10**30, "nan": math.inf, "dtype": torch.bfloat16, "size": torch.Size([2]),
              "shared": [shared, shared[2:4], shared.view(2, 3).T], "model": model.state_dict(), "parameter": torch.nn.Parameter(torch.ones(2)),
-             "half": torch.ones(2, dtype=torch.bfloat16), "random": random.getstate(), "grad": model[0].weight, "many": list(range(500_000))}
+             "half": torch.ones(2, dtype=torch.bfloat16), "random": random.getstate(), "grad": model[0].weight, "many": list(range(500_000)), "count": collections.Counter({5: 1}), "types": [torch.ones(2, dtype=dtype) for dtype in t.PLAIN_DTYPES]}
     t.save_checkpoint(state, tmp_path / "a.pt")
     loaded = t.load_checkpoint(tmp_path / "a.pt")
     assert loaded.keys() == state.keys() and loaded["random"] == state["random"] and loaded["many"] == state["many"]

@@ -155,24 +155,35 @@ def test_resuming_in_another_directory_takes_the_metrics_along(uninterrupted, tm
     assert not (tmp_path / "old" / "final.pt").exists()
 
 
-@pytest.mark.parametrize("how, resume, home", [
-    ("moved", "checkpoints/emergency_exit/emergency_step_7.pt", "new"), ("moved", "latest", "new"), ("copied", "latest", "new"),
-    ("copied", "checkpoints/emergency_exit/emergency_step_7.pt", "old"), ("emptied", "checkpoints/emergency_exit/emergency_step_7.pt", "old")])
-def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, monkeypatch, how, resume, home):
-    """A path says which checkpoint, and the run goes on in its own directory as long as there is one; latest says which directory."""
+@pytest.mark.parametrize("how, resume", [
+    (how, resume) for how in ("moved", "copied", "replaced") for resume in ("checkpoints/emergency_exit/emergency_step_7.pt", "latest")])
+def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, monkeypatch, how, resume):
     options, reference = uninterrupted("standard", 1)
     old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
     train(old, *options, stop=("batch", 7))
     shutil.copytree(old.parent, new.parent)
     if how != "copied":
         shutil.rmtree(old.parent)
-    if how == "emptied":
-        old.mkdir(parents=True)
+    if how == "replaced":
+        train(old, *options[:-2], "--seed", 7, stop=("batch", 9))  # another run in its old place
+    there = {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")}
     monkeypatch.chdir(new.parent)
     train(None, "--resume", resume)
-    assert_same_run(tmp_path / home / "checkpoints", reference)
-    other = old if home == "new" else new
-    assert not (other / "final.pt").exists() and old.exists() == (how != "moved")
+    assert_same_run(new, reference)
+    assert {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")} == there
+
+
+def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(uninterrupted, tmp_path):
+    options, reference = uninterrupted("standard", 1)
+    stopped = train(tmp_path / "mine", *options, stop=("batch", 7))
+    train(tmp_path / "other", *options, "--seed", 7)
+    rows = (tmp_path / "other" / "metrics.csv").read_bytes()
+    shutil.copy(stopped.saved[1], tmp_path / "other" / "mine.pt")
+    train(None, "--resume", tmp_path / "other" / "mine.pt")
+    assert (tmp_path / "other" / "metrics.csv").read_bytes() == rows
+    (tmp_path / "other" / "metrics.csv").unlink()
+    (tmp_path / "other" / "metrics_2.csv").rename(tmp_path / "other" / "metrics.csv")
+    assert metrics_without_times(tmp_path / "other") == metrics_without_times(reference)
 
 
 def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd):
@@ -180,7 +191,7 @@ def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd
     train(tmp_path, *options, stop=("batch", 1))
     assert "another run" not in capfd.readouterr().out
     train(tmp_path, *options, stop=("batch", 2))
-    assert f"{tmp_path} holds another run, with which --resume latest goes on. This is a new one; its figures are in metrics_2.csv" in capfd.readouterr().out
+    assert f"{tmp_path} holds another run, with which --resume {tmp_path}/emergency_exit/emergency_step_1.pt goes on. This is a new one; its figures are in metrics_2.csv" in capfd.readouterr().out
 
 
 def test_resume_reads_no_batch_before_the_one_it_goes_on_with(uninterrupted, tmp_path, monkeypatch):
