@@ -1666,9 +1666,10 @@ def last_row(path: Path, step: int) -> str | None:
     """Of a metrics.csv the last row up to a step, without its times; "" where there is only the header, None where no file."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
-            start = text.find(b"\n") + 1
-            end = end_of_rows(text, start, step)
-            return text[text.rfind(b"\n", 0, max(end - 1, 0)) + 1 : end].decode(errors="replace").rpartition(",")[0].rpartition(",")[0] if end > start else ""
+            rows = text.find(b"\n") + 1
+            end = end_of_rows(text, rows, step)
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            return ",".join(text[start:end].decode(errors="replace").split(",")[:-2]) if end > rows else ""
     except (OSError, ValueError):  # ValueError: an empty file
         return None
 
@@ -1884,7 +1885,9 @@ class Run:
     def _metrics_path(self) -> Path:
         """Its own file, where that is in the directory it goes on in; else a new one that begins with the old one's rows."""
         directory = self.directory.path
-        own = [home / self.metrics_name for home in self.homes if self.last_row == last_row(home / self.metrics_name, self.step)]
+        # Before its first row nothing tells a run's file from another's but that it was saving there.
+        own = [home / self.metrics_name for home in self.homes if self.last_row == last_row(home / self.metrics_name, self.step)
+               and (self.last_row or home == self.homes[-1])]
         if own and directory / self.metrics_name in own:
             return directory / self.metrics_name
         path, number = directory / "metrics.csv", 1
@@ -2009,7 +2012,8 @@ class Run:
 
     def _describe(self) -> str:
         """For a person who asks: the last checkpoint, and what leaving would cost now."""
-        last, size = f"No checkpoint yet since {'the one that was resumed' if self.resumed_from else 'this start'}.", state_bytes(self.model)
+        since, size = "the one that was resumed" if self.resumed_from else "this start", state_bytes(self.model)
+        last = f"No checkpoint yet since {since}."
         try:
             seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
         except OSError as error:

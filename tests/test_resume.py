@@ -173,9 +173,10 @@ def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, m
     assert {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")} == there
 
 
-def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(uninterrupted, tmp_path):
+@pytest.mark.parametrize("step", [2, 7])  # before the first row, and after some
+def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(uninterrupted, tmp_path, step):
     options, reference = uninterrupted("standard", 1)
-    stopped = train(tmp_path / "mine", *options, stop=("batch", 7))
+    stopped = train(tmp_path / "mine", *options, stop=("batch", step))
     train(tmp_path / "other", *options, "--seed", 7)
     rows = (tmp_path / "other" / "metrics.csv").read_bytes()
     shutil.copy(stopped.saved[1], tmp_path / "other" / "mine.pt")
