@@ -393,7 +393,7 @@ def rewritten(path, name: str, content: bytes) -> None:
     (path / name).write_bytes(content)
     state = t.read_index(path)
     state["files"][name] = t.size_and_sum(path / name)
-    t.save_checkpoint(state, path / "state.pt")
+    t.write_checkpoint(state, path / "state.pt")
 
 
 def test_a_checkpoint_from_a_stranger_runs_no_code_and_reads_no_other_file(parts, tmp_path):
@@ -423,7 +423,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code_and_reads_no_other_file(parts
         shutil.rmtree(path)
     shutil.copytree(parts / "step_6", path)
     for files in (None, {"../step_3/.metadata": (1, 1)}, {".metadata": (1, 1), 3: 4}, {"state.pt": (1, 1)}):
-        t.save_checkpoint({**t.read_index(parts / "step_6"), "files": files}, path / "state.pt")
+        t.write_checkpoint({**t.read_index(parts / "step_6"), "files": files}, path / "state.pt")
         with pytest.raises(t.CheckpointError, match="names other files"):
             t.read_checkpoint(path)
     assert not os.path.exists("/tmp/stranger_was_here")
@@ -454,7 +454,7 @@ def test_a_sharded_checkpoint_of_another_kind_is_refused(parts, tmp_path, group)
     shutil.copytree(parts / "step_6", tmp_path / "ck")
     state = t.read_index(tmp_path / "ck")
     state["config"]["shard"] = False
-    t.save_checkpoint(state, tmp_path / "ck" / "state.pt")
+    t.write_checkpoint(state, tmp_path / "ck" / "state.pt")
     texts, codes = finished(group(2, "--resume", tmp_path / "ck"))
     assert codes == [2, 2] and "not a checkpoint of this program" in texts[0]
 
