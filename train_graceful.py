@@ -109,8 +109,9 @@ SAMPLE_BYTES = 400  # that --sample writes
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
-LEFTOVER = re.compile(r"\..*\.pt\.tmp|\.((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?\.(tmp|old)")  # of a killed run
-CHECKPOINT_NAME = re.compile(r"[^.].*\.pt|((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?")
+SHARDED_NAME = r"((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?"
+CHECKPOINT_NAME = re.compile(rf"[^.].*\.pt|{SHARDED_NAME}")
+LEFTOVER = re.compile(rf"\..*\.pt\.tmp|\.{SHARDED_NAME}\.(tmp|old)")  # of a killed run
 PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.int64, torch.int32,
                 torch.int16, torch.int8, torch.uint8, torch.bool}  # torch.save writes others in another way
 PLAIN_GLOBALS = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
@@ -593,7 +594,11 @@ def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], Non
     """
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
-    if pickle_opcodes(state, "state") > PICKLE_OPCODES:
+    try:
+        opcodes = pickle_opcodes(state)
+    except TypeError as error:
+        raise TypeError(f"state{error}") from None
+    if opcodes > PICKLE_OPCODES:
         raise TypeError(f"state holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
     write_checkpoint(state, Path(path), progress)
 
@@ -616,25 +621,37 @@ def write_checkpoint(state: dict, path: Path, progress: Callable[[int], None] | 
     flush_names(path.parent, *(new.parent for new in new_folders))
 
 
-def pickle_opcodes(value: object, where: str) -> int:
-    """At most how many opcodes pickle needs for value. Raises TypeError, naming the place, for what load_checkpoint refuses."""
-    kind, parts = type(value), []
-    if kind in (Tensor, nn.Parameter):
-        plain = value.layout == torch.strided and value.dtype in PLAIN_DTYPES and not (value.is_meta or value.is_nested or vars(value))
-    elif kind in (dict, collections.OrderedDict, collections.Counter):
-        plain = True
-        parts = [part for key, item in value.items() for part in ((f"{where}'s key", key), (f"{where}[{key!r}]", item))]
-        parts += [(where, vars(value))] if kind is collections.OrderedDict and vars(value) else []  # a module's _metadata
+def pickle_opcodes(value: object) -> int:
+    """At most how many opcodes pickle needs for value.
+
+    Raises TypeError for what load_checkpoint refuses, with a message that begins with its place in value ("['model'][0] is a ...").
+    """
+    kind = type(value)
+    if kind in (bool, int, float, str, type(None), torch.dtype):
+        return 2
+    if kind in (Tensor, nn.Parameter) and value.layout == torch.strided and value.dtype in PLAIN_DTYPES:
+        if not (value.is_meta or value.is_nested or vars(value)):
+            return 64
+    attributes = {}
+    if kind in (dict, collections.OrderedDict, collections.Counter):
+        attributes, items = vars(value) if kind is collections.OrderedDict else {}, value.items()  # of a module's state_dict _metadata
+        try:
+            opcodes = sum(map(pickle_opcodes, value))
+        except TypeError as error:
+            raise TypeError(f"'s key{error}") from None
     elif kind in (list, tuple, torch.Size):
-        plain, parts = True, [(f"{where}[{number}]", item) for number, item in enumerate(value)]
+        opcodes, items = 0, enumerate(value)
     else:
-        plain = kind in (bool, int, float, str, type(None), torch.dtype)
-    if not plain:
         what = f"{kind.__module__}.{kind.__qualname__}" + (f" ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else "")
-        raise TypeError(f"{where} is a {what} that load_checkpoint would refuse: only dense tensors of the usual types without attributes, "
+        raise TypeError(f" is a {what} that load_checkpoint would refuse: only dense tensors of the usual types without attributes, "
                         "numbers, texts, None, and dicts, lists and tuples of them can be saved (as float(x), x.tolist(), str(x), "
                         "vars(x), sorted(x), x.state_dict() make them)")
-    return (64 if isinstance(value, Tensor) else 16 if parts else 2) + sum(pickle_opcodes(part, place) for place, part in parts)
+    for key, item in items:
+        try:
+            opcodes += pickle_opcodes(item)
+        except TypeError as error:  # the place is only put together where there is something to say of it
+            raise TypeError(f"[{key!r}]{error}") from None
+    return opcodes + (16 if value or attributes else 2) + (pickle_opcodes(attributes) if attributes else 0)
 
 
 @contextlib.contextmanager
@@ -2045,13 +2062,13 @@ class Run:
         tokens = self.loss_count * self.data.windows_per_batch * self.config.context
         loss = self.loss_sum / max(1, self.loss_count)
         tokens_per_second = round(tokens / max(1e-9, now - self._row_clock))
-        figures = [self.step, self.epoch, loss, "" if validation_loss is None else validation_loss, *self._learning_rates()]
-        self.last_row = ",".join(map(str, figures))
+        rates = self._learning_rates()
+        self.last_row = ",".join(map(str, [self.step, self.epoch, loss, "" if validation_loss is None else validation_loss, *rates]))
         if self.processes.rank == 0:
             self.metrics.row(f"{self.last_row},{tokens_per_second},{round(self.seconds, 3)}")
             if self.tensorboard is not None:
-                rates = {f"lr/{name}": rate for name, rate in zip(self.controller.optimizers, self._learning_rates())}
-                figures = {"loss/train": loss, "loss/validation": validation_loss, **rates, "tokens_per_second": tokens_per_second}
+                by_name = {f"lr/{name}": rate for name, rate in zip(self.controller.optimizers, rates)}
+                figures = {"loss/train": loss, "loss/validation": validation_loss, **by_name, "tokens_per_second": tokens_per_second}
                 for name, value in figures.items():
                     if value is not None:
                         self.tensorboard.add_scalar(name, value, self.step)

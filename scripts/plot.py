@@ -55,7 +55,13 @@ def metrics_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("metrics*.csv"), key=lambda file: (len(file.name), file.name))
-    return [file for file in files if not file.is_file() or file.read_bytes().count(b"\n", 0, 1000) > 1] or files or [path / "metrics.csv"]
+    return [file for file in files if not file.is_file() or has_rows(file)] or files or [path / "metrics.csv"]
+
+
+def has_rows(file: Path) -> bool:
+    """Whether a line follows the header; the others are read once, by Run."""
+    with open(file, "rb") as lines:
+        return lines.read(1000).count(b"\n") > 1
 
 
 def belongs_to(checkpoint: Path, metrics: str) -> bool:
