@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop plot transcript test test-integrations campaign bench bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot transcript test test-integrations campaign bench bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -39,6 +39,15 @@ nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=checkpoints/t
 
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
 	@scripts/stop.sh "$(DIR)"
+
+list: .venv/installed ## the checkpoints of a directory (DIR=checkpoints)
+	@$(VENV_PYTHON) scripts/checkpoints.py list "$(DIR)"
+
+show: .venv/installed ## what a checkpoint holds (CKPT=path, default latest)
+	@$(VENV_PYTHON) scripts/checkpoints.py show "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)"
+
+sample: .venv/installed ## text that a checkpoint's model writes (CKPT=path, default latest; ARGS="--prompt TEXT")
+	@$(VENV_PYTHON) scripts/checkpoints.py sample "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)" $(ARGS)
 
 plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
 	$(call need,$(PYTHON))

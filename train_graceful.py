@@ -4,8 +4,7 @@
     python train_graceful.py                        train on Python's own source text
     python train_graceful.py --mode geometric       geometric controller: rotated experts, three optimizers
     python train_graceful.py --resume latest        go on: the same run, bit for bit
-    python train_graceful.py --list                 the checkpoints that are there
-    python train_graceful.py --sample latest        what the newest one's model writes
+    scripts/checkpoints.py list                     the checkpoints that are there
 
 While it trains:  q + Enter  leave    s + Enter  save now    ? + Enter  the state    Ctrl-C  leave, twice without saving
 
@@ -30,26 +29,24 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import bisect
-import codecs
 import collections
 import contextlib
-import ctypes
+import copy
 import dataclasses
 import datetime
 import difflib
 import errno
 import fcntl
 import functools
-import gc
 import hashlib
 import importlib.util
-import io
 import itertools
+import json
 import math
 import mmap
 import multiprocessing
 import multiprocessing.util
-import pickle
+import operator
 import pickletools
 import re
 import reprlib
@@ -58,6 +55,7 @@ import shlex
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -74,6 +72,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -85,7 +84,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 __all__ = [
     "ByteDataset", "ByteLM", "CheckpointError", "CheckpointWriter", "Config", "ExitMonitor", "GeometricTrainingController",
     "StandardTrainingController", "TrainingController", "UserError", "controller_training_loop", "latest_checkpoint",
-    "load_checkpoint", "save_checkpoint", "standard_training_loop", "verify_checkpoint",
+    "load_checkpoint", "save_checkpoint", "standard_training_loop",
 ]
 
 FORMAT_VERSION = 1
@@ -102,27 +101,21 @@ TORCHRUN_KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on."
 HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 READ_BYTES = 65536
 FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
-WRITEBACK_BYTES = 8 * 2**20
-TRIAL_BYTES = 16 * 2**20  # written to estimate how long a save will take
 LINE_BYTES = 4096  # a typed line longer than this is no command
-SAMPLE_BYTES = 400  # that --sample writes
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
+PIECE_BYTES = 4 * 2**20  # of a checkpoint that one thread reads or writes at a time
+THREADS = min(4, os.cpu_count() or 1)  # that read or write a checkpoint
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
-INDEX_NAME = "state.pt"  # in a sharded checkpoint: all of it but its tensors, and the checksums of the other files
-SHARDED_NAME = r"((emergency_)?step_[0-9]+|best|final)(_[0-9a-f]+)?"
-CHECKPOINT_NAME = re.compile(rf"[^.].*\.pt|{SHARDED_NAME}")
-LEFTOVER = re.compile(rf"\..*\.pt\.tmp|\.{SHARDED_NAME}\.(tmp|old)")  # of a killed run
-PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.int64, torch.int32,
-                torch.int16, torch.int8, torch.uint8, torch.bool}  # torch.save writes others in another way
-PLAIN_GLOBALS = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
-                 ("torch._utils", "_rebuild_parameter")}
+PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size}
+PLAIN_GLOBALS = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size"), ("torch", "device"), ("__builtin__", "complex"),
+                 ("__builtin__", "set"), ("torch.storage", "UntypedStorage"), ("torch._utils", "_rebuild_tensor_v2"),
+                 ("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_parameter")}
 VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
 FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
 FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 1024, 4096
 SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own
 MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
-SYNCHRONOUS_DEVICES = ("cpu",)  # reading a loss there waits for nothing; elsewhere the host runs ahead between two rows
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
 MUON_LR_FACTOR = 8.0  # Muon's learning rate relative to --lr, which is AdamW's
 
@@ -210,7 +203,7 @@ class Config:
     compile: bool = option(False, "run the model through torch.compile", fixed=False, action="store_true")
     tensorboard: bool = option(False, "also write event files for TensorBoard", fixed=False, action="store_true")
     workers: int = option(0, "DataLoader worker processes", fixed=False, type=number(int, 0, 1025))
-    shard: bool = option(False, "spread the model over torchrun's processes; checkpoints are directories then", action="store_true")
+    shard: bool = option(False, "spread the model over torchrun's processes", fixed=False, action=argparse.BooleanOptionalAction)
 
     @classmethod
     def from_options(cls, explicit: dict[str, object], stored: dict[str, object] | None = None) -> Config:
@@ -547,8 +540,7 @@ class ExitMonitor:
         elif commands and not self.exit_requested and os.isatty(self._stdin):
             self._screen.say(TORCHRUN_KEYS if started_by_torchrun() else KEYS)
             if b"?" in commands and self.describe is not None:
-                # It may wait for a disk; this thread must not.
-                threading.Thread(target=lambda: self._screen.say(self.describe()), name="answer", daemon=True).start()
+                self._screen.say(self.describe())
         return len(data)
 
     def _abandon(self) -> typing.NoReturn:
@@ -582,76 +574,192 @@ def end_children() -> None:
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
+#
+# A checkpoint is what torch.save writes: a zip file with a pickle (data.pkl), which holds everything but the bytes of
+# the tensors, and a record for each storage (data/0, data/1, ...), in the order in which the pickle first meets them.
+# torch writes the file without those bytes; they are then put in their places by several threads, or several processes.
 
 
-def save_checkpoint(state: dict, path: Path | str, progress: Callable[[int], None] | None = None) -> None:
-    """Writes state so that path is, at every instant, old or whole.
+class Record(typing.NamedTuple):
+    """A storage's bytes within a checkpoint."""
 
-    State is nested dicts, lists and tuples of tensors, numbers, texts, True, False and None; anything else, which
-    load_checkpoint would refuse, raises TypeError. The file is written beside its target, flushed to the disk, renamed, and
-    the directory flushed; progress is told now and then how many bytes have been written. Raises OSError, or what torch
-    raises where memory or a device fails it (SAVE_ERRORS). Whatever is raised, the file that was at path before is untouched.
+    name: str
+    start: int  # in the file
+    size: int
+    crc: int  # CRC-32 as the zip file's directory has it
+    crc_at: int  # where it stands there
+
+
+class Part(typing.NamedTuple):
+    """Some consecutive bytes of a record."""
+
+    record: int  # its number
+    start: int  # in the record
+    data: Tensor  # uint8, 1-D, on any device
+
+    def divided(self) -> Iterator[Part]:
+        """In pieces that one thread reads or writes at a time, small enough for every system call."""
+        for first in range(0, len(self.data), PIECE_BYTES):
+            yield Part(self.record, self.start + first, self.data[first : first + PIECE_BYTES])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What one of many processes has of a tensor: consecutive rows. In a checkpoint the tensor is whole."""
+
+    local: Tensor  # (some rows, ...)
+    first: int  # row
+    shape: torch.Size  # of the whole
+
+
+def save_checkpoint(state: dict, path: Path | str) -> None:
+    """Writes state, as torch.save does, so that path is, at every instant, old or whole.
+
+    State is nested dicts, lists and tuples of dense tensors, numbers (numpy's scalars become Python's), texts, None, and
+    what else torch.load(weights_only=True) takes and cannot grow: dtypes, devices, sizes, sets. The file is written beside
+    its target, flushed to the disk, renamed, and the directory flushed. Raises TypeError, with the place, for anything else in state; OSError, or what torch raises where memory or a device
+    fails it (SAVE_ERRORS). Whatever is raised, the file that was at path before is untouched.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
+    write_checkpoint(state, Path(path), Processes(None))
+
+
+def write_checkpoint(state: dict, path: Path, processes: Processes) -> None:
+    """save_checkpoint for the processes that write one file together, each the Rows that it has, the first all else.
+
+    Raises one of SAVE_ERRORS, the same in all of them.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shown, parts = laid_out(state, processes.rank)
     try:
-        opcodes = pickle_opcodes(state)
+        processes.lead(write_without_data, shown, temporary)
+        checksums = processes.each(write_parts, parts, temporary)
+        processes.lead(publish, temporary, checksums, path)
+    except BaseException:
+        if processes.rank == 0:
+            with contextlib.suppress(OSError):  # a file system that takes no change: the next start clears up
+                temporary.unlink(missing_ok=True)
+        raise
+
+
+def laid_out(state: dict, rank: int) -> tuple[dict, list[Part]]:
+    """State as torch.save is to see it, and this process's part of each record, in the order of the records.
+
+    Raises TypeError for what load_checkpoint would refuse, and names its place.
+    """
+    parts: dict[int, Part] = {}  # by the identity of the storage
+    stand_ins: dict[int, Tensor] = {}
+
+    def add(tensor: Tensor, start: int, data: Callable[[], Tensor]) -> int:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in parts:
+            parts[storage] = Part(len(parts), start, data())
+        return storage
+
+    def shown(value: object) -> object:
+        if isinstance(value, Rows):
+            row = math.prod(value.shape[1:]) * value.local.element_size()
+            storage = add(value.local, value.first * row, lambda: value.local.contiguous().flatten().view(torch.uint8))
+            if storage not in stand_ins:
+                stand_ins[storage] = without_data(value.shape.numel(), value.local.dtype).view(value.shape)
+            return stand_ins[storage]
+        value = savable(value)
+        if isinstance(value, Tensor):
+            storage = add(value, 0, lambda: storage_bytes(value)[: None if rank == 0 else 0])
+            if not value.is_cpu:
+                if storage not in stand_ins:
+                    stand_ins[storage] = without_data(len(storage_bytes(value)) // value.element_size(), value.dtype)
+                return stand_ins[storage].as_strided(value.shape, value.stride(), value.storage_offset())
+        return value
+
+    try:
+        return mapped(state, shown), list(parts.values())
     except TypeError as error:
         raise TypeError(f"state{error}") from None
-    if opcodes > PICKLE_OPCODES:
-        raise TypeError(f"state holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
-    write_checkpoint(state, Path(path), progress)
 
 
-def write_checkpoint(state: dict, path: Path, progress: Callable[[int], None] | None = None) -> None:
-    """What save_checkpoint does with a state that can be loaded."""
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """All bytes of the memory that a tensor is a view of; uint8, 1-D."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def without_data(numel: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that torch.save takes for one on the CPU, though it has no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # its first use takes most of a second
+
+    with FakeTensorMode():
+        return torch.empty(numel, dtype=dtype)
+
+
+def savable(value: object) -> object:
+    """A leaf of a state, numpy's scalars as Python's. Raises TypeError for what load_checkpoint would refuse."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
+        return value
+    what = f"{kind.__module__}.{kind.__qualname__}"
+    if kind in (Tensor, nn.Parameter):
+        if value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized or vars(value)):
+            # One that is larger than its memory (expanded) would be refused: small files must not become large states.
+            return value if value.nbytes <= value.untyped_storage().nbytes() else value.contiguous()
+        what += f" ({value.dtype}, {value.layout})"
+    raise TypeError(f" is a {what} that load_checkpoint would refuse: only dense tensors without attributes, numbers, texts, None, and "
+                    "dicts, lists and tuples of them can be saved (as float(x), x.tolist(), str(x), vars(x), sorted(x), x.state_dict() make them)")
+
+
+def mapped(state: object, change: Callable[[typing.Any], object]) -> typing.Any:
+    """Nested dicts, lists and tuples with change(leaf) in place of every leaf; what did not change stays the same object.
+
+    Raises what change raises, a TypeError with the place in front of it ("['model'][0] is a ..."); also where the pickle
+    would be longer than load_checkpoint reads, or lists that hold each other again and again would be if written out.
+    """
+    known: dict[int, tuple[typing.Any, int]] = {}  # by identity: what an object has become, and opcodes it takes at most
+
+    def visit(value: typing.Any) -> tuple[typing.Any, int]:
+        kind = type(value)
+        if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple):
+            return change(value), 64 if isinstance(value, (Tensor, Rows)) else 2
+        if id(value) in known:
+            return known[id(value)]
+        is_dict, new, same, opcodes = issubclass(kind, dict), {}, True, 16
+        for key in list(value) if is_dict else range(len(value)):
+            try:
+                place = change(key)
+                new[place], more = visit(value[key])
+            except TypeError as error:
+                raise TypeError(f"[{key!r}]{error}") from None
+            same = same and place is key and new[place] is value[key]
+            opcodes += more + 2
+        if kind is collections.OrderedDict and vars(value):  # _metadata, in a module's state_dict
+            opcodes += visit(vars(value))[1]
+        if opcodes > PICKLE_OPCODES:
+            raise TypeError(f" holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
+        made = value
+        if not same and is_dict:
+            made = copy.copy(value)
+            made.clear()
+            made.update(new)
+        elif not same:
+            made = kind(new.values())
+        return known.setdefault(id(value), (made, opcodes))
+
+    return visit(state)[0]
+
+
+def write_without_data(state: dict, path: Path) -> None:
+    """torch.save, but where the bytes of the tensors belong the new file has holes, which take no place on the disk."""
     new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    checksums_wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
     try:
-        with open(temporary, "wb") as file, disk_errors():
-            torch.save(state, EarlyWriteback(file, progress))
-            file.flush()
-            flush_to_disk(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a file system that takes no change: the next start clears up
-            temporary.unlink(missing_ok=True)
-        raise
-    flush_names(path.parent, *(new.parent for new in new_folders))
-
-
-def pickle_opcodes(value: object) -> int:
-    """At most how many opcodes pickle needs for value.
-
-    Raises TypeError for what load_checkpoint refuses, with a message that begins with its place in value ("['model'][0] is a ...").
-    """
-    kind = type(value)
-    if kind in (bool, int, float, str, type(None), torch.dtype):
-        return 2
-    if kind in (Tensor, nn.Parameter) and value.layout == torch.strided and value.dtype in PLAIN_DTYPES:
-        if not (value.is_meta or value.is_nested or vars(value)):
-            return 64
-    attributes = {}
-    if kind in (dict, collections.OrderedDict, collections.Counter):
-        attributes, items = vars(value) if kind is collections.OrderedDict else {}, value.items()  # of a module's state_dict _metadata
-        try:
-            opcodes = sum(map(pickle_opcodes, value))
-        except TypeError as error:
-            raise TypeError(f"'s key{error}") from None
-    elif kind in (list, tuple, torch.Size):
-        opcodes, items = 0, enumerate(value)
-    else:
-        what = f"{kind.__module__}.{kind.__qualname__}" + (f" ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else "")
-        raise TypeError(f" is a {what} that load_checkpoint would refuse: only dense tensors of the usual types without attributes, "
-                        "numbers, texts, None, and dicts, lists and tuples of them can be saved (as float(x), x.tolist(), str(x), "
-                        "vars(x), sorted(x), x.state_dict() make them)")
-    for key, item in items:
-        try:
-            opcodes += pickle_opcodes(item)
-        except TypeError as error:  # the place is only put together where there is something to say of it
-            raise TypeError(f"[{key!r}]{error}") from None
-    return opcodes + (16 if value or attributes else 2) + (pickle_opcodes(attributes) if attributes else 0)
+        with open(path, "wb") as file, disk_errors(), torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(checksums_wanted)
+    flush_names(*(new.parent for new in new_folders))
 
 
 @contextlib.contextmanager
@@ -665,25 +773,93 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
-class EarlyWriteback:
-    """A file for torch.save whose bytes go to the disk while torch computes the checksum of the next ones."""
+def read_records(file: typing.BinaryIO) -> list[Record]:
+    """The storages of a checkpoint, by number. Raises zipfile.BadZipFile, OSError or struct.error where it is none."""
+    with zipfile.ZipFile(file) as archive:
+        found, entry = {}, archive.start_dir
+        for info in archive.infolist():
+            if number := re.fullmatch("[^/]+/data/([0-9]+)", info.filename):
+                lengths = struct.unpack("<26x2H", os.pread(file.fileno(), 30, info.header_offset))
+                start = info.header_offset + 30 + sum(lengths)
+                found[int(number[1])] = Record(f"data/{number[1]}", start, info.file_size, info.CRC, entry + 16)
+            entry += 46 + len(info.orig_filename.encode()) + len(info.extra) + len(info.comment)
+    return [found[number] for number in sorted(found)]
 
-    def __init__(self, file: typing.BinaryIO, progress: Callable[[int], None] | None) -> None:
-        self._file, self._progress = file, progress
-        self._written = self._asked = 0  # bytes, and up to where the kernel was asked to write them back
 
-    def write(self, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), WRITEBACK_BYTES):
-            self._written += self._file.write(data[start : start + WRITEBACK_BYTES])
-            if self._written - self._asked >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-                # On Linux this starts the write without waiting for it; dirty pages are not dropped.
-                os.posix_fadvise(self._file.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
-                self._asked = self._written
-            if self._progress is not None:
-                self._progress(self._written)
+def write_parts(parts: Sequence[Part], path: Path) -> list[int]:
+    """Writes parts of records to their places and flushes them; what each record's checksum owes to them."""
+    with open(path, "r+b", buffering=0) as file:
+        records = read_records(file)
 
-    def flush(self) -> None:
-        """torch asks for it; save_checkpoint flushes to the disk."""
+        def write(part: Part) -> int:
+            data = left = part.data.cpu().numpy().data
+            start = records[part.record].start + part.start
+            while left:
+                left = left[os.pwrite(file.fileno(), left, start + len(data) - len(left)) :]
+            if hasattr(os, "posix_fadvise"):
+                # On Linux this starts the write to the disk without waiting for it; dirty pages are not dropped.
+                os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
+            return zlib.crc32(data)
+
+        checksums = moved(parts, write, records)
+        flush_to_disk(file.fileno())
+    return checksums
+
+
+def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None:
+    """Puts the records' checksums, of which each process knows its share, into a file whose bytes are there, and gives it its name."""
+    with open(temporary, "r+b", buffering=0) as file:
+        for record, shares in zip(read_records(file), zip(*checksums)):
+            crc = functools.reduce(operator.xor, shares).to_bytes(4, "little")
+            os.pwrite(file.fileno(), crc, record.crc_at)
+            if record.size:  # behind it torch has written a signature and, again, the checksum
+                os.pwrite(file.fileno(), crc, record.start + record.size + 4)
+        flush_to_disk(file.fileno())
+    os.replace(temporary, path)
+    flush_names(path.parent)
+
+
+def moved(parts: Sequence[Part], move: Callable[[Part], int], records: Sequence[Record]) -> list[int]:
+    """Reads or writes parts, piece by piece, in several threads: move(piece) returns its CRC-32.
+
+    Returns what each record's CRC-32 owes to these parts: XORed over all parts of a record, it is the record's.
+    """
+    pieces = [piece for part in parts for piece in part.divided()]
+    few = sum(len(piece.data) for piece in pieces) <= PIECE_BYTES  # not worth a thread
+    checksums = [0] * len(records)
+    with ThreadPoolExecutor(THREADS) as threads:
+        # After an error those that have not begun are dropped.
+        for piece, crc in zip(pieces, (map if few else threads.map)(move, pieces)):
+            behind = records[piece.record].size - piece.start - len(piece.data)
+            checksums[piece.record] ^= crc32_followed_by(behind, crc)
+    return checksums
+
+
+def crc32_followed_by(size: int, crc: int) -> int:
+    """What bytes with this CRC-32 are worth with size bytes behind them: crc * x ** (8 * size), modulo the CRC's polynomial.
+
+    As in crc32_combine of zlib 1.2.12 (Mark Adler).
+    """
+    return multiplied(power_of_x(8 * size), crc) if size and crc else crc
+
+
+@functools.lru_cache(maxsize=4096)
+def power_of_x(exponent: int) -> int:
+    """x ** exponent modulo the polynomial of CRC-32, as in multiplied."""
+    if exponent < 2:
+        return 1 << 31 - exponent
+    half = power_of_x(exponent // 2)
+    return multiplied(multiplied(half, half), power_of_x(exponent % 2))
+
+
+def multiplied(a: int, b: int) -> int:
+    """a * b modulo the polynomial of CRC-32; the lowest power of x stands in the highest of 32 bits."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
 
 
 def flush_names(*folders: Path) -> None:
@@ -706,32 +882,14 @@ def flush_to_disk(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def opened_checkpoint(path: Path | str, plain_globals: set[tuple[str, str]]) -> Iterator[zipfile.ZipFile]:
-    """The zip file that torch.save wrote. Whatever goes wrong with it, here or in the block, is a CheckpointError.
-
-    torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say): so the names that the
-    pickle refers to are compared with those that tensors and plain values need.
-    """
+def opened_checkpoint(path: Path | str) -> Iterator[CheckpointReader]:
+    """A checkpoint for reading. Whatever goes wrong with it, here or in the block, is a CheckpointError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
             raise CheckpointError(f"{path}: a directory, pipe or device, not a checkpoint")
-        with zipfile.ZipFile(path) as archive:
-            names = [record.orig_filename for record in archive.infolist()]
-            folder = names[0].partition("/")[0] if names else ""
-            # torch finds records without regard to case, zipfile cuts names at a NUL: no name may mean two things.
-            record = re.compile(re.escape(folder) + r"/(data/[0-9]+|\.data/serialization_id|[a-z_.]+)")
-            if (len(set(names)) < len(names) or f"{folder}/data.pkl" not in names or not all(map(record.fullmatch, names))
-                    or not folder.strip(".")):
-                raise CheckpointError(f"{path}: not a checkpoint (its records are not torch.save's)")
-            # An attribute that calls a record a folder makes torch return memory that it never filled.
-            if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr for record in archive.infolist()):
-                raise CheckpointError(f"{path}: not a checkpoint (its records are compressed, or no files)")
-            for number, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(f"{folder}/data.pkl"))):
-                if number > PICKLE_OPCODES:
-                    raise CheckpointError(f"{path}: not a checkpoint (more than {PICKLE_OPCODES:,} values beside its tensors)")
-                if opcode.name == "GLOBAL" and not is_plain(*argument.split(" "), plain_globals):
-                    raise CheckpointError(f"{path}: not a checkpoint (it refers to {argument.replace(' ', '.')})")
-            yield archive
+        with open(path, "rb") as file:
+            check_records(file)
+            yield CheckpointReader(file)
     except CheckpointError:
         raise
     except OSError as error:
@@ -740,73 +898,136 @@ def opened_checkpoint(path: Path | str, plain_globals: set[tuple[str, str]]) -> 
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
 
 
-def is_plain(module: str, name: str, plain_globals: set[tuple[str, str]]) -> bool:
+def check_records(file: typing.BinaryIO) -> None:
+    """Raises ValueError, or what zipfile raises, for a file that torch.save cannot have written, or whose small records are damaged.
+
+    torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say): so the names that the
+    pickle refers to are compared with those that tensors and plain values need.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        names = [record.orig_filename for record in records]
+        folder = names[0].partition("/")[0] if names else ""
+        # torch finds records without regard to case, zipfile cuts names at a NUL: no name may mean two things.
+        name = re.compile(re.escape(folder) + r"/(data/[0-9]+|\.data/serialization_id|[a-z_.]+)")
+        if not folder.strip(".") or len(set(names)) < len(names) or f"{folder}/data.pkl" not in names or not all(map(name.fullmatch, names)):
+            raise ValueError("its records are not torch.save's")
+        # An attribute that calls a record a folder makes torch return memory that it never filled.
+        if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr for record in records):
+            raise ValueError("its records are compressed, or no files")
+        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its records lie upon each other")
+        for record in records:
+            if "/data/" not in record.filename:
+                archive.read(record)  # raises where its checksum is wrong
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(f"{folder}/data.pkl"))):
+            if number > PICKLE_OPCODES:
+                raise ValueError(f"more than {PICKLE_OPCODES:,} values beside its tensors")
+            if opcode.name == "GLOBAL" and not is_plain(*argument.split(" ")):
+                raise ValueError(f"it refers to {argument.replace(' ', '.')}")
+
+
+def is_plain(module: str, name: str) -> bool:
     """True for what the pickle of a tensor or a plain value refers to, and nothing that takes a size."""
-    return (module, name) in plain_globals or module == "torch" and (
+    return (module, name) in PLAIN_GLOBALS or module == "torch" and (
         name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
 
 
+class CheckpointReader:
+    """An open checkpoint: `state`, with tensors on the meta device, whose bytes are read where they are asked for.
+
+    whole() and rows() return tensors that read() fills, all at once and by several threads.
+    """
+
+    def __init__(self, file: typing.BinaryIO) -> None:
+        self.file, self.records = file, read_records(file)
+        self._numbers = {record.start: number for number, record in enumerate(self.records)}
+        self._parts: list[Part] = []  # yet to be read
+        self._storages: dict[int, torch.UntypedStorage] = {}  # of the records asked for as a whole
+        file.seek(0)
+        self.state = torch.load(file, map_location="meta", weights_only=True)
+        if not isinstance(self.state, dict):
+            raise ValueError(f"holds a {type(self.state).__name__}")
+        mapped(self.state, self._checked)
+
+    def _checked(self, value: object) -> object:
+        """A leaf of state. Raises TypeError or ValueError for what save_checkpoint does not save."""
+        if not isinstance(value, Tensor):
+            return savable(value)
+        self._number(value)
+        return value
+
+    def _number(self, tensor: Tensor) -> int:
+        """Of the record of a tensor of state. Raises ValueError where the tensor claims more than is there."""
+        storage = tensor.untyped_storage()
+        number = self._numbers[storage._checkpoint_offset]
+        if storage.nbytes() != self.records[number].size or tensor.nbytes > storage.nbytes():
+            raise ValueError(f"a tensor that does not fit record {self.records[number].name}")
+        return number
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """For a tensor of state one on the CPU; those that share memory in the checkpoint share it here."""
+        number = self._number(tensor)
+        if number not in self._storages:
+            self._storages[number] = torch.UntypedStorage(self.records[number].size)
+            self._parts.append(Part(number, 0, torch.empty(0, dtype=torch.uint8).set_(self._storages[number])))
+        return like(tensor, self._storages[number], tensor.storage_offset())
+
+    def rows(self, tensor: Tensor, first: int, last: int) -> Tensor:
+        """For a tensor of state one on the CPU with its rows first ... last - 1, in memory of its own."""
+        part = tensor[first:last]
+        extent = part.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride())))
+        storage = torch.UntypedStorage(extent if part.numel() else 0)
+        self._parts.append(Part(self._number(tensor), part.storage_offset() * part.element_size(), torch.empty(0, dtype=torch.uint8).set_(storage)))
+        return like(part, storage, 0)
+
+    def share(self, rank: int, world_size: int) -> None:
+        """Asks for an equal share of every record, for nothing but its checksum."""
+        for number, record in enumerate(self.records):
+            first, last = (record.size * r // world_size for r in (rank, rank + 1))
+            self._parts.append(Part(number, first, torch.empty(last - first, dtype=torch.uint8, device="meta")))
+
+    def read(self) -> list[int]:
+        """Reads what was asked for; what each record's checksum owes to it. Raises ValueError where the file has been cut."""
+        parts, self._parts = self._parts, []
+        return moved(parts, self._read, self.records)
+
+    def _read(self, part: Part) -> int:
+        data = torch.empty(len(part.data), dtype=torch.uint8) if part.data.is_meta else part.data
+        left, start = data.numpy().data, self.records[part.record].start + part.start
+        while left:
+            count = os.preadv(self.file.fileno(), [left], start)
+            if not count:
+                raise ValueError("it has been cut")
+            left, start = left[count:], start + count
+        return zlib.crc32(data.numpy())
+
+
+def check_checksums(path: Path | str, records: Sequence[Record], checksums: Sequence[list[int]]) -> None:
+    """Raises CheckpointError unless the records, of which each of these has read a part, are what was written."""
+    for record, shares in zip(records, zip(*checksums)):
+        if functools.reduce(operator.xor, shares) != record.crc:
+            raise CheckpointError(f"{path}: damaged checkpoint (record {record.name})")
+
+
+def like(tensor: Tensor, storage: torch.UntypedStorage, offset: int) -> Tensor:
+    """A view of storage as a tensor of a checkpoint's state, which is on the meta device, is of its own."""
+    new = torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.shape, tensor.stride())
+    new = new.conj() if tensor.is_conj() else new
+    new = torch._neg_view(new) if tensor.is_neg() else new
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.requires_grad_(tensor.requires_grad)
+
+
 def load_checkpoint(path: Path | str) -> dict:
-    """The content of a file that save_checkpoint wrote, or of the directory of a sharded run; tensors whole and on the CPU.
+    """The content of a file that save_checkpoint or torch.save wrote, tensors on the CPU. No code in it is ever run.
 
-    No code in it is ever run. Raises CheckpointError where it cannot be read, is damaged or holds anything but tensors
-    and plain values.
+    Every record's checksum is compared with what has arrived in memory: torch.load alone misses a flipped bit. Raises
+    CheckpointError where the file cannot be read, is damaged or holds anything but tensors and plain values.
     """
-    return with_tensors(read_checkpoint(path), path, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
-
-
-def verify_checkpoint(path: Path | str) -> None:
-    """Raises CheckpointError where load_checkpoint would."""
-    read_checkpoint(path)
-
-
-def read_checkpoint(path: Path | str) -> dict:
-    """What load_checkpoint returns, but in place of a sharded run's tensors some on the meta device, without data."""
-    if not os.path.isdir(path):
-        return load_file(path)
-    index = read_index(path)
-    verify_parts(path, index["files"])
-    return index
-
-
-def load_file(path: Path | str, plain_globals: set[tuple[str, str]] = PLAIN_GLOBALS) -> dict:
-    """The content of one file. Raises CheckpointError, naming the record that is damaged.
-
-    Every record's checksum is compared with what has arrived in memory: torch.load alone misses a flipped bit, and
-    another reader of the file may see another one.
-    """
-    with opened_checkpoint(path, plain_globals) as archive:
-        sums = {record.filename.partition("/")[2]: record.CRC for record in archive.infolist()}
-        names = (f"data/{number}" for number in itertools.count())  # torch.save numbers the storages as it meets them
-
-        def checked(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-            name = next(names)
-            if zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) != sums.get(name):
-                raise CheckpointError(f"{path}: damaged checkpoint (record {name})")
-            return storage
-
-        for record in archive.infolist():
-            if "/data/" not in record.filename:
-                archive.read(record)  # raises where its checksum is wrong
-        state = torch.load(path, map_location=checked, weights_only=True)
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: not a checkpoint (holds a {type(state).__name__})")
+    with opened_checkpoint(path) as checkpoint:
+        state = mapped(checkpoint.state, lambda value: checkpoint.whole(value) if isinstance(value, Tensor) else value)
+        check_checksums(path, checkpoint.records, [checkpoint.read()])
         return state
-
-
-def check_like(value: object, template: object, where: str) -> None:
-    """Raises ValueError unless value has template's keys, types and, for tensors, shapes and dtypes."""
-    if isinstance(template, Tensor):
-        good = isinstance(value, Tensor) and value.shape == template.shape and value.dtype == template.dtype
-    elif isinstance(template, dict):
-        good = isinstance(value, dict) and value.keys() == template.keys()
-    else:
-        good = type(value) is type(template) and (not isinstance(template, (list, tuple)) or len(value) == len(template))
-    if not good:
-        raise ValueError(f"{where} is not what it should be")
-    if isinstance(template, (dict, list, tuple)):
-        for key in template if isinstance(template, dict) else range(len(template)):
-            check_like(value[key], template[key], f"{where}[{key!r}]")
 
 
 def one_line(error: BaseException) -> str:
@@ -824,11 +1045,9 @@ def checkpoints_in(directory: Path | str) -> list[Path]:
     folders, fallback = [Path(directory), Path(directory, "emergency_exit")], fallback_directory(directory)
     if fallback.is_dir() and fallback.stat().st_uid == os.getuid():  # anybody may make a folder of that name
         folders.append(fallback)
-    files = [file for folder in folders for pattern in ("*.pt", "*/.metadata", f"*/{INDEX_NAME}") for file in folder.glob(pattern)]
     untrained = re.compile(r"emergency_step_0([._].*)?")  # a fresh start that was stopped at once must not hide a trained run
-    paths = {file.parent if file.name in (INDEX_NAME, ".metadata") else file: file.stat().st_mtime_ns for file in files if file.is_file()}
-    return sorted((path for path in paths if not path.name.startswith(".")), reverse=True,
-                  key=lambda path: (not untrained.fullmatch(path.name), paths[path]))
+    files = {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("[!.]*.pt") if file.is_file()}
+    return sorted(files, reverse=True, key=lambda file: (not untrained.fullmatch(file.name), files[file]))
 
 
 def home_of(path: Path) -> Path:
@@ -836,17 +1055,12 @@ def home_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "emergency_exit" else path.parent
 
 
-def head_file(path: Path) -> Path:
-    """The file that a checkpoint's run_id and age are read from."""
-    return path / INDEX_NAME if path.is_dir() else path
-
-
 def load_latest(directory: Path | str, report: Callable[[str], None] = print) -> tuple[Path, dict]:
-    """The newest checkpoint of checkpoints_in(directory) that read_checkpoint takes, and its content.
+    """The newest checkpoint of checkpoints_in(directory) that load_checkpoint takes, and its content.
 
     Damaged ones that are newer are named through report and skipped. Raises CheckpointError where none is left.
     """
-    return first_whole(checkpoints_in(directory), read_checkpoint, directory, report)
+    return first_whole(checkpoints_in(directory), load_checkpoint, directory, report)
 
 
 def first_whole(paths: Sequence[Path], read: Callable[[Path], typing.Any], directory: Path | str,
@@ -866,67 +1080,66 @@ def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = pri
     return load_latest(directory, report)[0]
 
 
-def host_copy(value, reuse=None):
-    """A deep copy of nested state in host memory, written into the tensors of an earlier copy where they fit."""
-    if isinstance(value, Tensor):
-        if not isinstance(reuse, Tensor) or reuse.shape != value.shape or reuse.dtype != value.dtype:
-            reuse = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return reuse.copy_(value.detach())
-    if isinstance(value, dict):
-        reuse = reuse if isinstance(reuse, dict) else {}
-        return {key: host_copy(item, reuse.get(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        reuse = reuse if isinstance(reuse, (list, tuple)) and len(reuse) == len(value) else [None] * len(value)
-        return type(value)(host_copy(item, old) for item, old in zip(value, reuse))
-    return value
+def host_copy(state: dict, kept: dict[int, Tensor]) -> dict:
+    """State with all tensors copied to host memory; those that share memory share it in the copy.
+
+    kept holds the copies' memory by number, for the next copy to write into.
+    """
+    copies: dict[int, Tensor] = {}  # by the identity of the storage
+
+    def copied(value: object) -> object:
+        if isinstance(value, Rows):
+            return dataclasses.replace(value, local=copied(value.local))
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage._cdata not in copies:
+            data, number = storage_bytes(value), len(copies)
+            if number not in kept or len(kept[number]) != len(data):
+                kept[number] = torch.empty(len(data), dtype=torch.uint8, pin_memory=data.is_cuda)
+            copies[storage._cdata] = kept[number].copy_(data)
+        return like(value, copies[storage._cdata].untyped_storage(), value.storage_offset())
+
+    return mapped(state, copied)
 
 
 class CheckpointWriter:
     """Saves in a thread: training waits for one copy of the state and, if need be, for the write before.
 
-    save(state, name) returns where it has saved. each(function, ...) calls function; with it, many writers that save
-    together fail together (Processes.each).
+    save(state, name) returns where it has saved; where memory did not suffice for a copy, state is the exception that says so.
     """
 
-    def __init__(self, save: Callable[[dict, str], Path], report: Callable[[str], None],
-                 each: Callable = lambda function, *arguments: function(*arguments)) -> None:
-        self._save, self._report, self._each = save, report, each
+    def __init__(self, save: Callable[[dict | Exception, str], Path], report: Callable[[str], None]) -> None:
+        self._save, self._report = save, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
-        self._copy: dict | None = None
+        self._kept: dict[int, Tensor] = {}  # memory of the last copy
         self._unsaved_best: tuple[dict, str] | None = None
 
     def submit(self, state: dict, targets: dict[str, str]) -> None:
         """Saves state as it is now to every target {exit_reason: name}; a failure is reported and never ends the run."""
         self.wait()
         self.retry()
+        copied: dict | Exception
         try:
-            self._each(self._take_copy, state)
+            copied = host_copy(state, self._kept)
         except SAVE_ERRORS as error:
-            self._copy = None  # whatever was there already is not worth its memory now
-            for name in targets.values():
-                self._failed(name, error)
-            return
-        self._pending = self._thread.submit(self._write, self._copy, targets)
+            copied, self._kept = error, {}  # whatever was there already is not worth its memory now
+        self._pending = self._thread.submit(self._write, copied, targets)
 
-    def _take_copy(self, state: dict) -> None:
-        self._copy = host_copy(state, self._copy)
-
-    def _write(self, state: dict, targets: dict[str, str]) -> None:
+    def _write(self, copied: dict | Exception, targets: dict[str, str]) -> None:
         for reason, name in targets.items():
+            state = copied if isinstance(copied, Exception) else {**copied, "exit_reason": reason}
             try:
-                path = self._save({**state, "exit_reason": reason}, name)
+                path = self._save(state, name)
                 if reason == "best":
                     self._unsaved_best = None
                 if reason == USER_SAVE:
                     self._report(f"✅ Checkpoint saved: {path}")
             except SAVE_ERRORS as error:
-                self._failed(name, error)
-                if reason == "best":  # the next one may be worse: this copy is kept, and the next save makes another
-                    self._unsaved_best, self._copy = ({**state, "exit_reason": reason}, name), None
-
-    def _failed(self, name: str, error: Exception) -> None:
-        self._report(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
+                self._report(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
+                if reason == "best" and isinstance(state, dict):  # the next one may be worse: this copy is kept
+                    self._unsaved_best, self._kept = (state, name), {}
 
     def retry(self) -> None:
         """Tries again to save the best weights where that has failed."""
@@ -947,20 +1160,6 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
-def clear_up(leftover: Path) -> None:
-    """Removes what a killed run has left under a hidden name. A checkpoint that was being replaced gets its name back."""
-    if not LEFTOVER.fullmatch(leftover.name):
-        return
-    if not leftover.is_dir():
-        leftover.unlink()
-        return
-    path = leftover.with_name(leftover.stem[1:])
-    if leftover.suffix == ".old" and not path.exists():
-        os.rename(leftover, path)
-    else:
-        shutil.rmtree(leftover)
-
-
 class RunDirectory:
     """One run's hold on a checkpoint directory: the lock, the names that are free for it, and its old checkpoints.
 
@@ -974,9 +1173,9 @@ class RunDirectory:
         try:
             self._take_hold()
             for folder in (path, path / "emergency_exit", fallback_directory(path)):
-                for leftover in folder.glob(".*"):
+                for leftover in folder.glob(".*.pt.tmp"):  # of a killed run
                     with contextlib.suppress(OSError):  # in the way of nothing
-                        clear_up(leftover)
+                        leftover.unlink()
             with tempfile.TemporaryFile(dir=path):
                 free = shutil.disk_usage(path).free
         except FileExistsError:  # mkdir's word for it
@@ -990,22 +1189,17 @@ class RunDirectory:
 
     def _take_hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        file, holder = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666), None
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)  # one starts at a time: who comes second reads the first one's pid
+        file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)  # ours until the process is gone
-            self._lock_file = file
-            self.write_outcome("")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours until the process is gone
         except OSError as error:
+            pid, host, *_ = os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"]
+            os.close(file)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            holder = (os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"])[:2]
-        finally:
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
-        if holder is not None:
-            os.close(file)
-            raise UserError(f"{self.path} is in use by another run (pid {holder[0]} on {holder[1]}); "
-                            "give this one its own --checkpoint-dir")
+            raise UserError(f"{self.path} is in use by another run (pid {pid} on {host}); give this one its own --checkpoint-dir") from None
+        self._lock_file = file
+        self.write_outcome("")
 
     def keep_hold(self) -> None:
         """Makes a directory that somebody has deleted anew. Raises OSError where it is another run's by now."""
@@ -1039,11 +1233,10 @@ class RunDirectory:
         self._periodic = [path for path in self._periodic if path != newest] + [newest]
         for path in self._periodic[:-keep]:
             with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-                shutil.rmtree(hide(path)) if path.is_dir() else path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 self._periodic.remove(path)
 
     def _is_own(self, path: Path) -> bool:
-        path = head_file(path)
         try:
             if not path.is_file():  # a pipe would be waited for
                 return False
@@ -1423,18 +1616,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
-    """Scales the gradient to at most max_norm; returns loss, or NaN where the gradient's norm is NaN or infinite.
-
-    From such a gradient on the optimizers skip every update, by the flag that torch.amp.GradScaler uses. So nothing has
-    to wait for the device here: the run finds the NaN when it next looks, with the weights as they were before.
-    """
+def clip_gradients(model: nn.Module, max_norm: float) -> None:
+    """Scales the gradient to at most max_norm. Raises FloatingPointError, before anything is updated, where its norm is not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = norm.full_tensor() if is_sharded(norm) else norm
-    bad = (~norm.isfinite()).float()
-    for optimizer in optimizers:
-        optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
-    return loss.where(norm.isfinite(), math.nan)
+    if not norm.isfinite():
+        raise FloatingPointError("the loss or its gradient is NaN or infinite; nothing was updated. A resumed run is the same run and comes "
+                                 "to it again: start a new one with a smaller --lr or another --seed")
 
 
 def cosine(progress: float) -> float:
@@ -1477,7 +1665,7 @@ class TrainingController:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss = forward_backward(self.model, batch, self.config.grad_accum, self.regularization)
-        loss = clip_gradients(self.model, self.config.grad_clip, loss, list(self.optimizers.values()))
+        clip_gradients(self.model, self.config.grad_clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         for scheduler in self.schedulers.values():
@@ -1525,10 +1713,7 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon, its options and its state, but all matrices of a shape are orthogonalized at once.
-
-    Like torch's fused optimizers it skips the update where `found_inf`, a scalar tensor, is 1.
-    """
+    """torch.optim.Muon, its options and its state, but all matrices of a shape are orthogonalized at once."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -1545,16 +1730,14 @@ class BatchedMuon(torch.optim.Muon):
     def _update(self, parameters: list[nn.Parameter], group: dict, lr: float) -> None:
         buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         momentum, gradient = torch.stack(buffers), torch.stack([local(parameter.grad) for parameter in parameters])
-        found_inf = getattr(self, "found_inf", momentum.new_zeros(()))
-        gradient = gradient.where(found_inf == 0, momentum)  # a step towards itself leaves the momentum as it is
         momentum.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(momentum))
         newton_schulz = functools.partial(orthogonalize, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"])
         update = gradient.lerp_(momentum, group["momentum"])
         update = on_whole_matrices(newton_schulz, update, parameters[0]) if is_sharded(parameters[0]) else newton_schulz(update)
-        keep, weights = 1 - found_inf, [local(parameter) for parameter in parameters]
-        torch._foreach_mul_(weights, 1 - keep * (group["lr"] * group["weight_decay"]))
-        torch._foreach_add_(weights, list(update.mul_(keep * -lr)))
+        weights = [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(update), alpha=-lr)
 
 
 class GeometricTrainingController(TrainingController):
@@ -1695,7 +1878,7 @@ class Processes:
     """The processes that train one model together: this one alone. What torchrun starts is a ManyProcesses."""
 
     rank, world_size = 0, 1
-    sharded, suffix = False, ".pt"  # of a checkpoint's name
+    sharded = False  # each has a part of the model
     saves = True  # this process takes part in it
 
     def __init__(self, monitor: ExitMonitor | None) -> None:
@@ -1732,19 +1915,26 @@ class Processes:
         function(*arguments)
 
     def lead(self, function: Callable, *arguments: object) -> typing.Any:
-        """In a save: calls function on one of the processes that take part; its result, or one of SAVE_ERRORS, is for all of them."""
+        """In a save: calls function on the first of the processes that take part; its result, or one of SAVE_ERRORS, is for all of them."""
         return function(*arguments)
 
     def each(self, function: Callable, *arguments: object) -> list:
-        """In a save: calls function on each that takes part; one of SAVE_ERRORS is for all of them, the results for who leads."""
+        """In a save: calls function on each that takes part; one of SAVE_ERRORS is for all of them, the results for the first."""
         return [function(*arguments)]
 
-    def save(self, state: dict, path: Path, progress: Callable[[int], None]) -> None:
-        """Writes a checkpoint. Raises one of SAVE_ERRORS."""
-        save_checkpoint(state, path, progress)
+    def begin_save(self) -> None:
+        """Whatever became of the save before, the processes that take part now speak of the next one."""
 
-    def restore(self, state: dict, path: Path) -> dict:
-        """What read_checkpoint has returned becomes what this process needs of it."""
+    def rows(self, state: dict) -> dict:
+        """A state to be saved, with the Rows that this process has in the place of sharded tensors."""
+        return state
+
+    def read(self, path: Path | str) -> dict:
+        """What load_checkpoint returns, verified by all processes; where restore() comes after it, tensors may be on the meta device."""
+        return load_checkpoint(path)
+
+    def restore(self, state: dict, path: Path, model: nn.Module, optimizers: dict[str, Optimizer]) -> dict:
+        """What read() has returned becomes what this process's model and optimizers load."""
         return state
 
     def first_failure(self, error: Exception) -> tuple[int, str]:
@@ -1787,8 +1977,7 @@ class Run:
         self._in_update = False
         self.tensorboard: typing.Any = None  # a SummaryWriter
         self._losses: list[float] = []  # of all rows of metrics.csv, for the summary
-        self._last_save: tuple[str, float, float, int] | None = None  # name, when, seconds and bytes that it took
-        self._unread: list[tuple[Tensor, tuple]] = []  # loss of a batch, and what the host knew before it
+        self._last_save: tuple[str, float] | None = None  # name, when
         for optimizer in controller.optimizers.values():
             optimizer.register_step_pre_hook(self._update_begins)
 
@@ -1802,7 +1991,8 @@ class Run:
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,  # at the front, where RunDirectory looks for it
             "model_state_dict": self.model.state_dict(),
-            "optimizer_state_dicts": controller["optimizers"],
+            "optimizer_state_dicts": {name: {**optimizer.state_dict(), **self._whose(optimizer)}
+                                      for name, optimizer in self.controller.optimizers.items()},
             "scheduler_state_dicts": controller["schedulers"],
             "mode": self.config.mode,
             "loop": self.config.loop,
@@ -1820,19 +2010,24 @@ class Run:
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
+    def _whose(self, optimizer: Optimizer) -> dict:
+        """What tells an optimizer's state from another's: PyTorch takes any that has as many parameters."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+                "param_names": [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]}
+
     def load_state_dict(self, state: dict, path: Path) -> None:
-        """Restores everything that state_dict saved. Raises CheckpointError, and changes nothing, where it does not fit."""
+        """Restores everything that state_dict saved. Raises CheckpointError where it does not fit."""
+        if isinstance(there := state.get("data_fingerprint"), str) and there != self.data_fingerprint:
+            where = " ".join(self.config.data) or "Python's standard library"
+            raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
+        self._check(state, path)
         try:
-            check_like(state.get("data_fingerprint"), self.data_fingerprint, "data_fingerprint")
-            if state["data_fingerprint"] != self.data_fingerprint:
-                where = " ".join(self.config.data) or "Python's standard library"
-                raise CheckpointError(f"--data {where} is not the data that the run of {path} was trained on")
-            self._check(state)
-            state = self.processes.restore(state, path)
+            state = self.processes.restore(state, path, self.model, self.controller.optimizers)
             self.model.load_state_dict(state["model_state_dict"])
             self.controller.load_state_dict({"optimizers": state["optimizer_state_dicts"],
                                              "schedulers": state["scheduler_state_dicts"]})
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # PyTorch's ways to refuse
             raise CheckpointError(f"{path} does not fit this model, its optimizers or this PyTorch ({one_line(error)})") from error
         metrics = state["metrics"]
         self.loss_sum, self.loss_count, self.smooth_loss = metrics["loss_sum"], metrics["loss_count"], metrics["smooth_loss"]
@@ -1842,24 +2037,19 @@ class Run:
         self.completed = state["exit_reason"] == "completed"
         self.resumed_from, self.homes = path, [home_of(path), Path(state["config"]["checkpoint_dir"])]
 
-    def _check(self, state: dict) -> None:
-        """Raises ValueError unless every part of state is what this run itself would have saved."""
-        template = self.state_dict("")
-        template["metrics"]["file"] = ""
-        template["config"] = state["config"]  # check_config has seen to it
-        if state.get("step") != 0:
-            for name, optimizer in self.controller.optimizers.items():
-                template["optimizer_state_dicts"][name]["state"] = state_after_a_step(optimizer)
-        for key, part in template.items():
-            check_like(state.get(key), part, key)
+    def _check(self, state: dict, path: Path) -> None:
+        """Raises CheckpointError unless state is what this run itself would have saved, as far as it knows."""
+        own = self.state_dict("")
+        own["metrics"]["file"] = ""
+        check_same(state, own, path)
         # Both become parts of paths: a checkpoint from a stranger must not choose the folder.
         if not re.fullmatch(r"metrics(_[0-9]+)?\.csv", state["metrics"]["file"]) or not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
-            raise ValueError("its names are not of this program")
+            raise CheckpointError(f"{path}: not a checkpoint of this program (its names are others)")
         batches = state["epoch"] * self.data.batches_per_epoch + state["batch_in_epoch"]
         if (not 0 <= state["batch_in_epoch"] < self.data.batches_per_epoch or batches != state["step"] or state["step"] < 0
                 or state["metrics"]["loss_count"] < 0 or not state["best_loss"] >= 0
                 or (state["mode"], state["loop"]) != (self.config.mode, self.config.loop)):
-            raise ValueError("its counters contradict each other")
+            raise CheckpointError(f"{path}: not a checkpoint of this program (its counters contradict each other)")
 
     def _update_begins(self, *hook_arguments) -> None:
         self._in_update = True  # until batch_done: an exception in between leaves parameters of two different steps
@@ -1870,10 +2060,9 @@ class Run:
         """Takes hold of the checkpoint directory and opens metrics.csv. Raises UserError where it may not or cannot."""
         self.processes.on_first(self._open_directory)
         if self.processes.saves:
-            self.writer = CheckpointWriter(self._save, self.screen.say, self.processes.each)
+            self.writer = CheckpointWriter(self._save, self.screen.say)
         self.processes.parallel(self.controller, self.data)
         self.seed_batch()
-        self._before_batch = self._host_state()
         self._clock = self._row_clock = self._status_clock = time.monotonic()
         self._start = (self._clock, self.step)
         getattr(self.monitor, "own", self.monitor).describe = self._describe
@@ -1921,18 +2110,18 @@ class Run:
 
     def batch_done(self, loss: Tensor) -> None:
         """Counts a complete batch with its mean task loss (a scalar tensor) and does what is due at this step."""
-        self._unread.append((loss, self._before_batch))
         self.step += 1
         self.batch_in_epoch += 1
         if self.batch_in_epoch == self.data.batches_per_epoch:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
         self.seed_batch()
-        self._before_batch = self._host_state()
         self._in_update = False
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
-        # Where another rank has died these raise; by now the batch is complete.
-        self._unread[-1] = self.processes.average(loss), self._unread[-1][1]
+        value = self.processes.average(loss).item()
+        self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
+        self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * value if self.smooth_loss == self.smooth_loss else value
+        # Where another rank has died this raises; by now the batch is complete.
         self.processes.agree()
         self.finish_step()
 
@@ -1940,30 +2129,6 @@ class Run:
         """The random numbers of a batch (its dropout) come from seed, step and rank alone: there is no state to restore."""
         digest = hashlib.blake2b(b"%d %d %d" % (self.config.seed, self.step, self.processes.rank), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def _host_state(self) -> tuple:
-        """What advances on the host while the device may still be computing the batch before."""
-        return (self.step, self.epoch, self.batch_in_epoch,
-                [scheduler.state_dict() for scheduler in self.controller.schedulers.values()])
-
-    def _read_losses(self) -> None:
-        """Waits for the device and adds up the losses of the batches since the last time.
-
-        Raises FloatingPointError where one is NaN or infinite, with everything as it was before that batch: from it on
-        clip_gradients had the optimizers skip their updates.
-        """
-        unread, self._unread = self._unread, []
-        for loss, (_, before) in zip(torch.stack([loss for loss, _ in unread]).tolist() if unread else (), unread):
-            if not math.isfinite(loss):
-                self.step, self.epoch, self.batch_in_epoch, schedulers = before
-                for scheduler, state in zip(self.controller.schedulers.values(), schedulers):
-                    scheduler.load_state_dict(state)
-                    for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
-                        group["lr"] = lr
-                raise FloatingPointError(f"step {self.step + 1}: the loss or its gradient is NaN or infinite; nothing was updated. A resumed "
-                                         "run is the same run and comes to it again: start a new one with a smaller --lr or another --seed")
-            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-            self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss if self.smooth_loss == self.smooth_loss else loss
 
     @property
     def _evaluation_due(self) -> bool:
@@ -1979,23 +2144,21 @@ class Run:
         targets, validation_loss = {}, None
         logged = self._evaluation_due or self.step % self.config.log_every == 0
         saved = self.step % self.config.save_every == 0 or self.monitor.save_requested
-        if logged or saved or self.device.type in SYNCHRONOUS_DEVICES:
-            self._read_losses()
         if self._evaluation_due:
             validation_loss = self.evaluate()
             if validation_loss is None:
                 return
             if validation_loss < self.best_loss:
                 self.best_loss = validation_loss
-                targets["best"] = "best"
+                targets["best"] = "best.pt"
         if logged:
             self._log(validation_loss)
         if saved:
             reason = USER_SAVE if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
-            targets[reason] = f"step_{self.step}"
+            targets[reason] = f"step_{self.step}.pt"
         if targets and self.processes.saves:
-            self.writer.submit(self.state_dict(None), {reason: name + self.processes.suffix for reason, name in targets.items()})
+            self.writer.submit(self.processes.rows(self.state_dict(None)), targets)
         self._show(logged)
 
     @torch.no_grad()
@@ -2016,36 +2179,24 @@ class Run:
         total, count = self.processes.total(total, count)
         return total / count
 
-    def _save(self, state: dict, name: str) -> Path:
-        started = time.monotonic()
-        path = self.processes.lead(self._begin_save, name)
-        self.processes.save(state, path, self._show_saving)
+    def _save(self, state: dict | Exception, name: str) -> Path:
+        """Where it has saved. state may be the exception that this process had instead of a copy; it is then raised in all."""
+        self.processes.begin_save()
+        path = Path(self.processes.lead(self._begin_save, name))
+        self.processes.each(raise_if_error, state)
+        write_checkpoint(state, path, self.processes)
         if self.processes.rank == 0:
-            now = time.monotonic()
-            self._last_save = name, now, now - started, size_on_disk(path)
+            self._last_save = name, time.monotonic()
             if path.name.startswith("step_"):
                 self.directory.prune(path, self.config.keep)
         return path
 
     def _describe(self) -> str:
-        """For a person who asks: the last checkpoint, and what leaving would cost now."""
-        since, size = "the one that was resumed" if self.resumed_from else "this start", state_bytes(self.model)
-        last = f"No checkpoint yet since {since}."
-        try:
-            seconds = seconds_to_write(size // (self.processes.world_size if self.processes.sharded else 1), self.directory.path)
-        except OSError as error:
-            return f"{last} ⚠️ One would take about {short_size(size)}, but: {one_line(error)}."
-        if self._last_save is not None:  # it knows better
-            name, when, seconds, size = self._last_save
-            last = f"Last checkpoint: {name}, {short_time(time.monotonic() - when)} ago."
-        return f"{last} q + Enter now saves about {short_size(size)}, in about {seconds:.2g} s."
-
-    def _show_saving(self, written: int) -> None:
-        """How far a save is that leaving waits for, be it one that was begun before; beside training none is worth the line."""
-        now, leaving = time.monotonic(), self.monitor.exit_requested or self.finished or self.error is not None
-        if leaving and now - self._status_clock >= STATUS_SECONDS:
-            self._status_clock, total = now, max(written, state_bytes(self.model))
-            self.screen.status([f"saving {short_size(written)} of about {short_size(total)}"], written / total)
+        """For a person who asks: the last checkpoint."""
+        if self._last_save is None:
+            return f"No checkpoint yet since {'the one that was resumed' if self.resumed_from else 'this start'}."
+        name, when = self._last_save
+        return f"Last checkpoint: {name}, {short_time(time.monotonic() - when)} ago."
 
     def _begin_save(self, name: str) -> Path:
         self.directory.keep_hold()
@@ -2100,12 +2251,11 @@ class Run:
         After q a person can make room and type q again. After a signal there may be no second chance: the system's
         temporary directory is tried, and exit_code is 1 if that fails too.
         """
-        self._read_losses()
         self.screen.say("📝 Saving emergency checkpoint...")
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason, self.monitor.exit_code
             try:
-                self.processes.finally_saving(self._leave_with, EMERGENCY, f"emergency_exit/emergency_step_{self.step}", reason,
+                self.processes.finally_saving(self._leave_with, EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", reason,
                                               reason != USER_REQUEST)
                 return True
             except SAVE_ERRORS as error:
@@ -2122,7 +2272,7 @@ class Run:
             if self.monitor.exit_requested and self.leave_gracefully():
                 return
             self.finish_step()
-        self.processes.finally_saving(self._leave_with, FINAL, "final", "completed", True)
+        self.processes.finally_saving(self._leave_with, FINAL, "final.pt", "completed", True)
 
     def leave_after_exception(self, error: Exception) -> None:
         """Saves the state as of the last complete batch, unless the exception came between two halves of an update."""
@@ -2130,10 +2280,11 @@ class Run:
         rank, name = self.processes.first_failure(error)
         if not self.processes.saves:  # who does has the same weights
             return
-        self.writer.wait()
         self.processes.break_off()
+        self.writer.wait()
         if rank != self.processes.rank:
             self.screen.say(f"❌ {name} in rank {rank}.")
+        self.processes.begin_save()
         try:
             self.processes.lead(self._check_complete, self.processes.each(self._complete_step))
         except SAVE_ERRORS as incomplete:
@@ -2141,15 +2292,11 @@ class Run:
             self.screen.say(f"❌ {one_line(incomplete)}: nothing half-updated is saved.")
             return
         self.screen.say("📝 Saving emergency checkpoint...")
-        self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}", f"exception_{name}", fall_back=True)
+        self._leave_with(EMERGENCY, f"emergency_exit/emergency_step_{self.step}.pt", f"exception_{name}", fall_back=True)
 
     def _complete_step(self) -> int | None:
         """As of which step this process's state is whole; None in the middle of an update."""
-        if self._in_update:
-            return None
-        with contextlib.suppress(FloatingPointError):  # a batch before was bad already: it is undone, which is all we need
-            self._read_losses()
-        return self.step
+        return None if self._in_update else self.step
 
     def _check_complete(self, steps: list[int | None]) -> None:
         if None in steps or len(set(steps)) > 1:
@@ -2166,16 +2313,17 @@ class Run:
         """The last save, and the accelerator's cache. Raises one of SAVE_ERRORS where it fails and fall_back is False."""
         self.writer.wait()
         self.writer.retry()
-        state = self.state_dict(reason)
+        state = self.processes.rows(self.state_dict(reason))
         try:
-            path = self._save(state, name + self.processes.suffix)
+            path = self._save(state, name)
         except SAVE_ERRORS as error:
             if not fall_back:
                 raise
             self.screen.say(f"⚠️ {label} not saved: {one_line(error)}. Trying the temporary directory...")
+            self.processes.begin_save()
             try:
-                path = self.processes.lead(self._fallback_path, name)
-                self.processes.save(state, path, self._show_saving)
+                path = Path(self.processes.lead(self._fallback_path, name))
+                write_checkpoint(state, path, self.processes)
             except SAVE_ERRORS as second_error:
                 self.exit_code = 1
                 self.screen.say(f"❌ {label} not saved: {one_line(second_error)}.")
@@ -2192,7 +2340,7 @@ class Run:
     def _fallback_path(self, name: str) -> Path:
         folder = fallback_directory(self.config.checkpoint_dir)
         folder.mkdir(mode=0o700, exist_ok=True)
-        return folder / f"{Path(name).name}_{self.run_id}{self.processes.suffix}"
+        return folder / f"{Path(name).stem}_{self.run_id}.pt"
 
     def close(self) -> None:
         if self.processes.saves:
@@ -2225,31 +2373,47 @@ def state_bytes(model: nn.Module) -> int:
     return 3 * sum(parameter.nbytes for parameter in model.parameters())
 
 
-def seconds_to_write(size: int, folder: Path) -> float:
-    """Estimated by saving a tensor of at most TRIAL_BYTES under no name. Raises OSError."""
-    tensor = torch.zeros(min(size, TRIAL_BYTES), dtype=torch.uint8)
-    started = time.monotonic()
-    with tempfile.TemporaryFile(dir=folder) as file, disk_errors():
-        torch.save(tensor, file)
-        file.flush()
-        flush_to_disk(file.fileno())
-    return (time.monotonic() - started) * size / len(tensor)
+def raise_if_error(state: object) -> None:
+    if isinstance(state, Exception):
+        raise state
 
 
-def size_on_disk(path: Path) -> int:
-    """Of a checkpoint, in bytes."""
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+def check_same(saved: dict, own: dict, path: Path) -> None:
+    """Raises CheckpointError, with the first difference, unless what is saved has own's keys, types and shapes.
+
+    Of optimizers the class and the parameters are compared; what else they and the schedulers hold is for their own
+    load_state_dict.
+    """
+    try:
+        there, here = outline(saved), outline(own)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({one_line(error)})") from error
+    for where in [*here, *there]:
+        if there.get(where) != here.get(where):
+            raise CheckpointError(f"{path} does not fit this run: {where} is {there.get(where, 'not there')}, "
+                                  f"but here {here.get(where, 'not there')}")
 
 
-def state_after_a_step(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What optimizer.state_dict()["state"] holds from the first step on, in shape and dtype; the optimizer stays as it is."""
-    probe = nn.Parameter(torch.zeros(2, 2))
-    probe.grad = torch.zeros(2, 2)
-    twin = type(optimizer)([probe])
-    twin.step()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {number: {name: value if value.ndim == 0 else parameter for name, value in twin.state[probe].items()}
-            for number, parameter in enumerate(parameters)}
+def outline(state: dict) -> dict[str, str]:
+    """{place in a state: what is there}."""
+    found: dict[str, str] = {}
+
+    def add(where: str, value: object) -> None:
+        found[where] = type(value).__name__
+        if isinstance(value, Tensor):
+            found[where] = f"{tuple(value.shape)} {value.dtype}"
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{where}[{key!r}]", item)
+
+    for key, value in state.items():
+        if key not in ("config", "optimizer_state_dicts", "scheduler_state_dicts"):
+            add(str(key), value)
+    for name, optimizer in state.get("optimizer_state_dicts", {}).items():
+        found[f"optimizer {name}"] = f"{optimizer['class']} over {optimizer['param_names']}"
+    for name in state.get("scheduler_state_dicts", {}):
+        found[f"scheduler {name}"] = "there"
+    return found
 
 
 def own_command() -> str:
@@ -2283,7 +2447,7 @@ def standard_training_loop(run: Run, model: ByteLM, optimizer: Optimizer, schedu
                 return
             optimizer.zero_grad()
             loss = forward_backward(model, batch, config.grad_accum)
-            loss = clip_gradients(model, config.grad_clip, loss, [optimizer])
+            clip_gradients(model, config.grad_clip)
             optimizer.step()
             scheduler.step()
             run.batch_done(loss)
@@ -2307,13 +2471,8 @@ def controller_training_loop(run: Run, controller: TrainingController, data: Byt
 # ---- Many processes, which torchrun starts ---------------------------------------------------------------------------
 
 
-M_MMAP_THRESHOLD = -3  # of mallopt(3): from that size on memory goes back to the system when it is freed
 RANKS_A_BATCH = 512  # 2 x 512 hops of 50 us are a batch of 50 ms
 ANSWER_SECONDS = 30  # what a rank waits for another that may have died
-PROGRESS_SECONDS = 0.5  # between two looks at the parts that thousands of ranks may be writing
-METADATA_CLASSES = {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-                    "_MEM_FORMAT_ENCODING", "_StorageInfo"}
-METADATA_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
 
 
 class AgreedMonitor:
@@ -2361,10 +2520,13 @@ class AgreedMonitor:
 
 
 class ManyProcesses(Processes):
-    """This process's view of the group that torchrun made: rank 0 alone prints, saves and listens to the keyboard.
+    """This process's view of the group that torchrun made: rank 0 alone prints and listens to the keyboard.
 
-    Every rank holds the whole model; DistributedDataParallel averages the gradients. Raises UserError where there are
-    more processes than GPUs.
+    Every rank holds the whole model, DistributedDataParallel averages the gradients, and rank 0 saves. If sharded, each
+    has a part of every parameter, gradient and optimizer state (fully_shard, PyTorch's FSDP2), a block is put together
+    while it is computed, and each saves what it has. What they tell each other about a save goes through torchrun's store:
+    beside training, and after a failure, when no process group is of use. Raises UserError where there are more processes
+    than GPUs.
     """
 
     def __init__(self, monitor: ExitMonitor) -> None:
@@ -2379,36 +2541,106 @@ class ManyProcesses(Processes):
         # torchrun may keep it over a restart, with the addresses of those that have died.
         self._store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size)
+        self._mesh: dist.device_mesh.DeviceMesh | None = None
+        self._save, self._exchanges, self._save_began = 0, itertools.count(), 0.0
+        self._keys: tuple[list[str], list[str]] = ([], [])  # that rank 0 has seen in the save before and in this one
+        self._signals_heard: int | None = None  # when the process group was broken off
+        self._gave_up = False  # waiting for another rank
         super().__init__(AgreedMonitor(monitor))
+
+    def shard(self) -> None:
+        """From now on each process has a part of the model.
+
+        What they tell each other goes through a store of their own, which rank 0 serves: torchrun's dies with torchrun.
+        """
+        self.sharded = True
+        if self.rank == 0:
+            self._answers = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
+        port = self.on_first(lambda: self._answers.port)
+        if self.rank != 0:
+            self._answers = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
 
     @property
     def saves(self) -> bool:
-        return self.rank == 0
+        return self.sharded or self.rank == 0
 
-    def agreed_checkpoint(self, resume: str, directory: str, report: Callable[[str], None]) -> str | None:
-        """The path that --resume names, the same for all ranks; a sharded checkpoint has been verified, a part by each.
+    def read(self, path: Path | str) -> dict:
+        """The state with tensors on the meta device; each rank has verified its share of every record."""
+        state, records, checksums = self.together(self._read_share, path)
+        shares: list = [None] * self.world_size
+        dist.all_gather_object(shares, checksums)
+        check_checksums(path, records, shares)
+        return state
 
-        None, a fresh start, for latest where there is none and torchrun may restart us. Raises CheckpointError.
-        """
-        if resume != "latest":
-            if os.path.isdir(resume):
-                self.together(self._verify_part, Path(resume))
-            return resume
-        paths = self.on_first(checkpoints_in, directory)
-        if not paths and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
-            return None
-        path, _ = first_whole(paths, functools.partial(self.together, self._verify_part), directory, report)
-        return str(path.absolute())
+    def _read_share(self, path: Path | str) -> tuple[dict, list[Record], list[int]]:
+        with opened_checkpoint(path) as checkpoint:
+            checkpoint.share(self.rank, self.world_size)
+            return checkpoint.state, checkpoint.records, checkpoint.read()
 
-    def _verify_part(self, path: Path) -> None:
-        if path.is_dir():
-            verify_parts(path, read_index(path)["files"], self.rank, self.world_size)
-        elif self.rank == 0:
-            verify_checkpoint(path)
+    def restore(self, state: dict, path: Path, model: nn.Module, optimizers: dict[str, Optimizer]) -> dict:
+        return self._load_rows(path, model, optimizers) if self.sharded else load_checkpoint(path)
+
+    def _load_rows(self, path: Path, model: nn.Module, optimizers: dict[str, Optimizer]) -> dict:
+        """What load_checkpoint returns, but sharded, and read, as the model's parameters are."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        with opened_checkpoint(path) as checkpoint:
+            def rows(value: object, parameter: Tensor) -> object:
+                if not isinstance(value, Tensor) or not is_sharded(parameter) or value.shape != parameter.shape:
+                    return value
+                first, last = self._share_of(len(parameter))
+                return Rows(checkpoint.rows(value, first, last), first, value.shape)
+
+            def loaded(value: object) -> object:
+                return checkpoint.whole(value) if isinstance(value, Tensor) else value
+
+            def sharded(value: object) -> object:
+                if not isinstance(value, Rows):
+                    return value
+                local = value.local.to(self._mesh.device_type)
+                return DTensor.from_local(local.contiguous(), self._mesh, [Shard(0)], run_check=False, shape=value.shape,
+                                          stride=torch.empty(value.shape, device="meta").stride())
+
+            state, weights = dict(checkpoint.state), model.state_dict()
+            state["model_state_dict"] = {name: rows(value, weights[name]) for name, value in state["model_state_dict"].items()}
+            state["optimizer_state_dicts"] = dict(state["optimizer_state_dicts"])
+            for name, optimizer in optimizers.items():
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                saved = dict(state["optimizer_state_dicts"][name])
+                saved["state"] = {number: {key: rows(value, parameters[number]) for key, value in values.items()}
+                                  for number, values in saved["state"].items()}
+                state["optimizer_state_dicts"][name] = saved
+            state = mapped(state, loaded)
+            checkpoint.read()
+            return mapped(state, sharded)
+
+    def _share_of(self, rows: int) -> tuple[int, int]:
+        """First row of this rank, and of the next, as PyTorch shards a tensor."""
+        share = -(-rows // self.world_size)
+        return min(self.rank * share, rows), min((self.rank + 1) * share, rows)
+
+    def rows(self, state: dict) -> dict:
+        def own(value: object) -> object:
+            if not (isinstance(value, Tensor) and is_sharded(value)):
+                return value
+            return Rows(value.to_local().detach(), self._share_of(len(value))[0], value.shape)
+
+        return mapped(state, own) if self.sharded else state
+
+    def place(self, module: nn.Module, device: torch.device) -> nn.Module:
+        if not self.sharded:
+            return module.to(device)
+        from torch.distributed.fsdp import fully_shard
+
+        if self._mesh is None:
+            self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
+        return fully_shard(module.to(device), mesh=self._mesh)
 
     def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
-        controller.model = nn.parallel.DistributedDataParallel(controller.model)
         controller.average = self.average
+        if self.sharded:
+            return
+        controller.model = nn.parallel.DistributedDataParallel(controller.model)
         # It orders its buckets by the first backward pass. That one comes before training, so that a resumed run adds
         # gradients up in the same order.
         windows = data[0].chunk(controller.config.grad_accum)[0]
@@ -2456,7 +2688,53 @@ class ManyProcesses(Processes):
         return outcome[0]
 
     def finally_saving(self, function: Callable, *arguments: object) -> None:
-        self.on_first(function, *arguments)
+        function(*arguments) if self.sharded else self.on_first(function, *arguments)
+
+    def begin_save(self) -> None:
+        self._save, self._exchanges, self._save_began = self._save + 1, itertools.count(), time.monotonic()
+        for key in self._keys[0]:  # everybody is done with that save, or has given up
+            self._answers.delete_key(key)
+        self._keys = self._keys[1], []
+
+    def lead(self, function: Callable, *arguments: object) -> typing.Any:
+        if not self.sharded:
+            return function(*arguments)
+        key = f"{self._save} {next(self._exchanges)}"
+        if self.rank == 0:
+            self._answers.set(key, json.dumps(attempt(function, *arguments), default=str))
+        return self._answer(key, 0)
+
+    def each(self, function: Callable, *arguments: object) -> list:
+        if not self.sharded:
+            return [function(*arguments)]
+        key, results = f"{self._save} {next(self._exchanges)} of ", []
+        self._answers.set(f"{key}{self.rank}", json.dumps(attempt(function, *arguments)))
+
+        def gather() -> None:
+            results.extend(self._answer(f"{key}{rank}", rank) for rank in range(self.world_size))
+
+        self.lead(gather)
+        return results
+
+    def _answer(self, key: str, rank: int) -> typing.Any:
+        """What attempt() has returned on a rank. Raises RuntimeError where none comes, or torchrun signals that one has died.
+
+        A rank is waited for much longer than this one itself has taken for its part.
+        """
+        began = time.monotonic()
+        patience = ANSWER_SECONDS + 10 * (began - self._save_began)
+        while not self._answers.check([key]):
+            waited = time.monotonic() - began
+            if waited > patience or self._signals_heard is not None and self.monitor.own.signals_heard > self._signals_heard:
+                self._gave_up = True
+                raise RuntimeError(f"Rank {rank}, which has a part of the model, does not answer")
+            time.sleep(min(0.1, 0.001 + waited / 8))  # waiting in the store would hear no signal, and print warnings
+        if self.rank == 0:
+            self._keys[1].append(key)
+        result, error = json.loads(self._answers.get(key))
+        if error is not None:
+            raise OSError(*error) if error[0] else RuntimeError(error[1])
+        return result
 
     def first_failure(self, error: Exception) -> tuple[int, str]:
         own = f"{self.rank} {type(error).__name__}"
@@ -2468,352 +2746,53 @@ class ManyProcesses(Processes):
 
     def break_off(self) -> None:
         dist.group.WORLD.abort()  # a device may be waiting for ranks that will not come
+        if self.sharded:
+            self._signals_heard = self.monitor.own.signals_heard
+            self._hang_up()
 
-    def close(self) -> None:
-        dist.destroy_process_group()
-
-
-class ShardedProcesses(ManyProcesses):
-    """The same processes, each with a part of every parameter, gradient and optimizer state (fully_shard, PyTorch's FSDP2).
-
-    A block is put together while it is computed. Each rank saves its own part; what they tell each other about it goes
-    through a process group of its own, beside training, or after a failure, when no group is of use, through torchrun's
-    store.
-    """
-
-    sharded, suffix, saves = True, "", True
-
-    def __init__(self, processes: ManyProcesses) -> None:
-        vars(self).update(vars(processes))
-        self._mesh: dist.device_mesh.DeviceMesh | None = None
-        self._saving = dist.new_group(backend="gloo")
-        self._answers: Iterator[int] | None = None  # numbers of what goes through the store
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's heap would keep most of what it once held, a hole here and there
-            libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
-
-    def place(self, module: nn.Module, device: torch.device) -> nn.Module:
-        from torch.distributed.fsdp import fully_shard
-
-        if self._mesh is None:
-            self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
-        return fully_shard(module.to(device), mesh=self._mesh)
-
-    def parallel(self, controller: TrainingController, data: ByteDataset) -> None:
-        controller.average = self.average
-
-    def finally_saving(self, function: Callable, *arguments: object) -> None:
-        function(*arguments)
-
-    def lead(self, function: Callable, *arguments: object) -> typing.Any:
-        outcome = attempt(function, *arguments) if self.rank == 0 else None
-        return result_of(self._from_first(outcome))
-
-    def each(self, function: Callable, *arguments: object) -> list:
-        outcomes = self._to_first(attempt(function, *arguments))
-        errors = [outcome for outcome in outcomes if outcome[1] is not None]
-        result_of(self._from_first(errors[0] if errors else (None, None)))
-        return [result for result, _ in outcomes]
-
-    def _to_first(self, value: object) -> list:
-        """Every rank's value on rank 0, [] on the others."""
-        values = [None] * self.world_size if self.rank == 0 else None
-        if self._answers is None:
-            dist.gather_object(value, values, group=self._saving)
-        else:
-            number = next(self._answers)
-            self._store.set(f"{number} of {self.rank}", pickle.dumps(value))
-            for rank in range(self.world_size if self.rank == 0 else 0):
-                values[rank] = self._answer(f"{number} of {rank}", rank)
-        return values or []
-
-    def _from_first(self, value: object) -> typing.Any:
-        """Rank 0's value on every rank."""
-        values = [value]
-        if self._answers is None:
-            dist.broadcast_object_list(values, group=self._saving)
-        else:
-            key = f"{next(self._answers)} from the first"
-            if self.rank == 0:
-                self._store.set(key, pickle.dumps(value))
-            else:
-                values = [self._answer(key, 0)]
-        return values[0]
-
-    def _answer(self, key: str, rank: int) -> typing.Any:
-        """What a rank leaves in the store. Raises RuntimeError where it does not, or torchrun signals that one has died."""
-        deadline = time.monotonic() + ANSWER_SECONDS * (1 if self.rank == 0 else 2)  # who leads may itself be waiting
-        while not self._store.check([key]):
-            if time.monotonic() > deadline or self.monitor.own.signals_heard > self._signals_heard:
-                raise RuntimeError(f"Rank {rank}, which has a part of the model, does not answer")
-            time.sleep(0.1)  # waiting in the store would hear no signal, and print warnings
-        return pickle.loads(self._store.get(key))
-
-    def save(self, state: dict, path: Path, progress: Callable[[int], None]) -> None:
-        save_parts(state, path, self, progress if self.rank == 0 else None)
-
-    def restore(self, state: dict, path: Path) -> dict:
-        from torch.distributed.tensor import Shard, zeros
-
-        return with_tensors(state, path, lambda tensor: zeros(
-            tensor.shape, dtype=tensor.dtype, device_mesh=self._mesh, placements=[Shard(0)]))
-
-    def break_off(self) -> None:
-        """Closes the connections to the other ranks, which gloo's abort() does not. The store's stay."""
-        super().break_off()
-        self._answers, self._signals_heard = itertools.count(), self.monitor.own.signals_heard
-        store_port = int(os.environ["MASTER_PORT"])
+    def _hang_up(self) -> None:
+        """Closes the connections to the other ranks, which gloo's abort() does not. The stores' stay."""
+        stores = {int(os.environ["MASTER_PORT"]), self._answers.port}
         for fd in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # closed by now, or not connected
                 if stat.S_ISSOCK(os.fstat(fd).st_mode):
                     with socket.socket(fileno=os.dup(fd)) as connection:
                         ours = connection.family in (socket.AF_INET, socket.AF_INET6)
-                        if ours and store_port not in (connection.getpeername()[1], connection.getsockname()[1]):
+                        if ours and not stores & {connection.getpeername()[1], connection.getsockname()[1]}:
                             connection.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        dist.destroy_process_group()
 
-def attempt(function: Callable, *arguments: object) -> tuple[typing.Any, Exception | None]:
-    """Result and error, one of them None, to be sent to another process."""
+    def wait_for_others(self) -> None:
+        """The store that rank 0 serves ends with it: so it leaves last, if the others can be waited for."""
+        with contextlib.suppress(RuntimeError):
+            if self.rank != 0:
+                self._answers.set(f"{self.rank} leaves", json.dumps([None, None]))
+            elif not self._gave_up:
+                for rank in range(1, self.world_size):
+                    self._answer(f"{rank} leaves", rank)
+
+
+def attempt(function: Callable, *arguments: object) -> tuple[typing.Any, tuple[int | None, str] | None]:
+    """Result and error, one of them None, for another process."""
     try:
         return function(*arguments), None
     except SAVE_ERRORS as error:
-        return None, OSError(error.errno, one_line(error)) if isinstance(error, OSError) else RuntimeError(one_line(error))
-
-
-def result_of(outcome: tuple[typing.Any, Exception | None]) -> typing.Any:
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
+        return None, (getattr(error, "errno", None), one_line(error))
 
 
 def on_whole_matrices(function: Callable[[Tensor], Tensor], rows: Tensor, parameter: Tensor) -> Tensor:
     """function of whole matrices (count, rows, columns) for a rank that has some rows of each, like of parameter.
 
-    The matrices are shared out among the ranks: all rows of one go to one rank, and come back changed.
-    rows (count, local rows, columns), and so the result.
+    Every rank computes all of it. rows (count, local rows, columns), and so the result.
     """
-    group = parameter.device_mesh.get_group()
-    rank, size = group.rank(), group.size()
-    count, _, columns = rows.shape
-    share = -(-parameter.shape[0] // size)  # of rows; the last ranks may have fewer or none
-    heights = [len(range(parameter.shape[0])[r * share : (r + 1) * share]) for r in range(size)]
-    counts = [count * (r + 1) // size - count * r // size for r in range(size)]
-    theirs, mine = [n * heights[rank] * columns for n in counts], [counts[rank] * height * columns for height in heights]
-    received = rows.new_empty(sum(mine))
-    dist.all_to_all_single(received, rows.flatten(), mine, theirs, group)
-    parts = [part.view(counts[rank], height, columns) for part, height in zip(received.split(mine), heights)]
-    parts = function(torch.cat(parts, dim=1)).split(heights, dim=1)
-    returned = torch.empty_like(rows).flatten()
-    dist.all_to_all_single(returned, torch.cat([part.flatten() for part in parts]), theirs, mine, group)
-    return returned.view_as(rows)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-
-# ---- Sharded checkpoints: directories that torch.distributed.checkpoint writes
-
-
-def with_each_tensor(value, function: Callable[[str, Tensor], Tensor], where: str = ""):
-    """Nested state with function(path, tensor) in every tensor's place; a path is the keys that lead to it, with dots."""
-    if isinstance(value, Tensor):
-        return function(where, value)
-    if isinstance(value, dict):
-        return {key: with_each_tensor(item, function, f"{where}.{key}" if where else str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(with_each_tensor(item, function, f"{where}.{number}") for number, item in enumerate(value))
-    return value
-
-
-def without_tensors(state: dict) -> tuple[dict, dict[str, Tensor]]:
-    """State with tensors on the meta device in place of the large ones, and those, by path."""
-    tensors: dict[str, Tensor] = {}
-
-    def taken_out(where: str, tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or not where.startswith(("model_state_dict.", "optimizer_state_dicts.")):
-            return tensor  # a few bytes, alike everywhere
-        tensors[where] = tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-    return with_each_tensor(state, taken_out), tensors
-
-
-def save_parts(state: dict, path: Path, processes: Processes, progress: Callable[[int], None] | None = None) -> None:
-    """Makes path a directory with a file of each process's part of state, so that it is, at every instant, absent or whole.
-
-    It is written under another name, flushed to the disk and renamed; progress is told now and then how many bytes all
-    have written. Raises one of SAVE_ERRORS, the same in all processes; what was at path before is then untouched.
-    """
-    index, tensors = without_tensors(state)
-    parts = path.with_name(f".{path.name}.tmp")
-    try:
-        with garbage_collector_paused(), watched(parts, progress):
-            processes.lead(new_folder, parts)
-            written = processes.each(write_part, tensors, parts, processes.rank)
-            processes.lead(publish_parts, index, written, parts, path)
-    except BaseException:
-        if processes.rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def garbage_collector_paused() -> Iterator[None]:
-    """Where millions of objects are made of what thousands of ranks say, it would look through all of them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def watched(folder: Path, progress: Callable[[int], None] | None) -> Iterator[None]:
-    """Tells progress every PROGRESS_SECONDS how large folder has become: its writers, on other machines too, do not say."""
-    if progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(PROGRESS_SECONDS):
-            with contextlib.suppress(OSError):  # not there yet, or renamed by now
-                progress(size_on_disk(folder))
-
-    thread = threading.Thread(target=watch, name="save-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def new_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def write_part(tensors: dict[str, Tensor], folder: Path, rank: int) -> tuple[typing.Any, list, dict[str, tuple[int, int]]]:
-    """Writes this process's part. What was planned and what was written, for publish_parts; {file: (size, CRC-32)}.
-
-    These are the steps of torch.distributed.checkpoint.save, of which only the exchange between the processes is ours.
-    """
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-
-    writer, planner = FileSystemWriter(folder), DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(tensors, is_coordinator=True)
-    writer.set_up_storage_writer(True, rank=rank, use_collectives=False)
-    plan = writer.prepare_local_plan(planner.create_local_plan())
-    with disk_errors():
-        results = writer.write_data(planner.finish_plan(plan), planner).wait()
-    return plan, results, {file.name: size_and_sum(file) for file in folder.glob(f"__{rank}_*")}
-
-
-def publish_parts(index: dict, written: list[tuple], parts: Path, path: Path) -> None:
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-
-    plans, results, files = zip(*written)
-    _, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(list(plans))
-    FileSystemWriter(parts).finish(metadata, list(results))
-    files = {name: values for part in files for name, values in part.items()} | {".metadata": size_and_sum(parts / ".metadata")}
-    write_checkpoint({**index, "files": files}, parts / INDEX_NAME)
-    # No call replaces a directory. Should we die between two names, the next start gives the old one its name back.
-    replaced = hide(path) if path.exists() else None
-    try:
-        os.rename(parts, path)
-    except OSError:
-        if replaced is not None:
-            os.rename(replaced, path)
-        raise
-    flush_names(path.parent, path.parent.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def hide(path: Path) -> Path:
-    """Gives a sharded checkpoint a hidden name, under which it may be deleted file by file."""
-    hidden = path.with_name(f".{path.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)  # what could not be deleted the last time
-    os.rename(path, hidden)
-    return hidden
-
-
-def size_and_sum(path: Path) -> tuple[int, int]:
-    """Of a file, in bytes; and its CRC-32."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(WRITEBACK_BYTES):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
-
-
-def read_index(path: Path | str) -> dict:
-    """All of a sharded checkpoint but its tensors, which are on the meta device; "files" are yet to be verified."""
-    path = Path(path)
-    if not (path / INDEX_NAME).exists():
-        raise CheckpointError(f"{path}: a directory without {INDEX_NAME}, not a checkpoint")
-    index = load_file(path / INDEX_NAME, PLAIN_GLOBALS | {("torch._utils", "_rebuild_meta_tensor_no_storage")})
-    files = index.get("files")
-    if not isinstance(files, dict) or not all(
-            isinstance(name, str) and re.fullmatch(r"\.metadata|__[0-9]+_[0-9]+\.distcp", name) for name in files):
-        raise CheckpointError(f"{path}: not a checkpoint ({INDEX_NAME} names other files)")
-    return index
-
-
-def verify_parts(path: Path | str, files: dict[str, tuple[int, int]], rank: int = 0, world_size: int = 1) -> None:
-    """Raises CheckpointError where a file is damaged. Of world_size processes each looks at every world_size-th file."""
-    for name in sorted(files)[rank::world_size]:
-        file = Path(path, name)
-        try:
-            whole = stat.S_ISREG(os.stat(file).st_mode) and size_and_sum(file) == files[name]
-        except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror}") from error
-        if not whole:
-            raise CheckpointError(f"{path}: damaged checkpoint (file {name})")
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """torch.distributed.checkpoint keeps its table of contents as a pickle. This makes nothing but such a table of it."""
-
-    def find_class(self, module: str, name: str) -> type:
-        plain = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem") and name in METADATA_CLASSES
-        if not (plain or (module, name) in METADATA_GLOBALS or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
-
-
-def with_tensors(state: dict, path: Path | str, make: Callable[[Tensor], Tensor]) -> dict:
-    """What read_checkpoint has returned, with data: make(tensor on the meta device) is filled, a sharded one with its part.
-
-    Raises CheckpointError. Of a single file, it is whole already.
-    """
-    if not os.path.isdir(path):
-        return state
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-
-    path, files, tensors = Path(path), state["files"], {}
-
-    def made(where: str, tensor: Tensor) -> Tensor:
-        return tensors.setdefault(where, make(tensor)) if tensor.is_meta else tensor
-
-    try:
-        with open(path / ".metadata", "rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        state = with_each_tensor({key: value for key, value in state.items() if key != "files"}, made)
-        for where, tensor in tensors.items():
-            known = metadata.state_dict_metadata[where]
-            if (known.size, known.properties.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"{where} is not what it should be")
-        if not files.keys() >= {info.relative_path for info in metadata.storage_data.values()}:
-            raise ValueError("it refers to other files")
-        reader, planner = FileSystemReader(path), DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(tensors, metadata, is_coordinator=True)
-        reader.set_up_storage_reader(metadata, True)
-        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-    except Exception as error:  # as for a file: dozens of ways to stumble over what is no checkpoint
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({one_line(error)})") from error
-    return state
+    mesh, shape = parameter.device_mesh, (len(rows), *parameter.shape)
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(rows, mesh, [Shard(1)], run_check=False, shape=torch.Size(shape), stride=stride).full_tensor()
+    return DTensor.from_local(function(whole), mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
 
 
 def named_checkpoint(name: str, directory: str) -> Path:
@@ -2831,134 +2810,11 @@ def named_checkpoint(name: str, directory: str) -> Path:
         elif names := list(there.values())[::-1]:
             instead = f"; there are {', '.join(names[:3])}{', ...' if names[3:] else ''}"
         raise CheckpointError(f"{path}: No such file or directory{instead}")
-    if path.is_dir() and not (path / INDEX_NAME).exists() and (inside := checkpoints_in(path)):
+    if (path / ".metadata").exists():
+        raise CheckpointError(f"{path}: a sharded checkpoint of the first edition, which this one does not read")
+    if path.is_dir() and (inside := checkpoints_in(path)):
         raise CheckpointError(f"{path} is a directory of checkpoints; its newest is {os.path.relpath(inside[0])}")
     return path
-
-
-def convert_checkpoint(source: Path, target: Path) -> None:
-    """A sharded checkpoint becomes one file, and one file a sharded checkpoint, as old as it was. Raises UserError; never overwrites."""
-    if os.path.lexists(target):
-        raise UserError(f"{target} is there already")
-    state = load_checkpoint(source)
-    check_config(state.get("config"), source)
-    state["config"]["shard"] = not source.is_dir()
-    if (target.suffix == ".pt") == state["config"]["shard"]:
-        raise UserError(f"{target}: {source} becomes a directory, whose name does not end in .pt" if state["config"]["shard"] else
-                        f"{target}: {source} becomes one file, whose name ends in .pt")
-    try:
-        save_parts(state, target, Processes(None)) if state["config"]["shard"] else save_checkpoint(state, target)
-        written, read = head_file(target), head_file(source)
-        os.utime(written, ns=(read.stat().st_atime_ns, read.stat().st_mtime_ns))  # latest goes by it
-    except SAVE_ERRORS as error:
-        raise UserError(f"{target}: {one_line(error)}") from error
-
-
-# ---- Looking at checkpoints ------------------------------------------------------------------------------------------
-
-
-def list_checkpoints(directory: str) -> None:
-    """Prints a line for every checkpoint of a directory, the newest first. Raises UserError where there is none.
-
-    What is called like a checkpoint but cannot be one (a dangling link, a pipe, a directory without a table of contents)
-    is named below them.
-    """
-    if os.path.isfile(directory):
-        raise UserError(f"{directory} is a file; --show {shlex.quote(directory)} prints what it holds")
-    folder = Path(os.path.abspath(directory))
-    paths = checkpoints_in(folder)
-    others = sorted(path for path in (*folder.glob("*"), *folder.glob("emergency_exit/*"))
-                    if CHECKPOINT_NAME.fullmatch(path.name) and path not in paths)
-    if not paths and not others:
-        raise UserError(f"{directory}: {'no checkpoints' if folder.is_dir() else 'No such file or directory'}")
-    columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<28}  {}".format
-    print(columns("step", "epoch", "loss", "best", "age", "size", "reason", "checkpoint"))
-    for path in paths:
-        try:
-            size, written = size_on_disk(path), max(file.stat().st_mtime for file in (path.iterdir() if path.is_dir() else [path]))
-            state = read_program_checkpoint(path)
-            losses = (f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in (state["metrics"]["smooth_loss"], state["best_loss"]))
-            values = state["step"], state["epoch"], *losses, state["exit_reason"]
-        except FileNotFoundError:  # the run has just deleted it
-            continue
-        except CheckpointError as error:
-            why = str(error).removeprefix(f"{path}: ")
-            words = {"damaged": "damaged", "program": "of another program", "not a checkpoint": "of another program"}
-            values = "", "", "", "", next((word for part, word in words.items() if part in why), why)
-        *numbers, reason = values
-        age = short_time(max(0, time.time() - written))
-        print(printable(columns(*numbers, age, short_size(size), reason, os.path.relpath(path))), flush=True)
-    for path in others:
-        print(printable(columns("", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))
-
-
-def read_program_checkpoint(path: Path) -> dict:
-    """What read_checkpoint returns. Raises CheckpointError unless its values are those that a run of this program saves."""
-    state = read_checkpoint(path)
-    check_origin(state, path)
-    kinds = {"step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "exit_reason": str, "metrics": dict, "run_id": str,
-             "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    metrics = state["metrics"] if not wrong else {}
-    seconds = metrics.get("seconds")
-    if not isinstance(metrics.get("smooth_loss"), float) or not isinstance(seconds, float) or not 0 <= seconds < 1e12:
-        wrong.append("metrics")
-    if not all(isinstance(weight, Tensor) for weight in state["model_state_dict"].values()):
-        wrong.append("model_state_dict")
-    if wrong:
-        raise CheckpointError(f"{path}: not a checkpoint of this program ({', '.join(wrong)})")
-    return state
-
-
-def show_checkpoint(path: Path) -> None:
-    """Prints what a checkpoint holds, and the command line that makes its configuration."""
-    state = read_program_checkpoint(path)
-    config, weights = state["config"], state["model_state_dict"]
-    rows = {
-        "Checkpoint": path,
-        "Saved": f"{state['saved_at']} ({state['exit_reason']})",
-        "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
-        "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})",
-        "Trained for": datetime.timedelta(seconds=round(state["metrics"]["seconds"])),
-        "Loss": f"{state['metrics']['smooth_loss']:.4f} nats a byte, on the validation data "
-                + (f"{state['best_loss']:.4f} at best" if state["best_loss"] < math.inf else "not known yet"),
-        "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
-        "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])),
-        "Metrics": state["metrics"].get("file"),
-    }
-    for name, value in rows.items():
-        print(f"{name + ':':<13}{printable(str(value))}")
-    print("Configuration:")
-    for field in dataclasses.fields(Config):
-        value = config[field.name]
-        shown = "none" if value is None else (" ".join(value) or "Python's standard library") if isinstance(value, tuple) else str(value)
-        default = "" if value != field.default else "  (default)"
-        print(f"   {'--' + field.name.replace('_', '-'):<18}{printable(shown)}{default}")
-
-
-def printable(text: str) -> str:
-    """Without what a stranger's checkpoint, or a model, might do to a terminal."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
-
-
-def sample(path: Path, prompt: str, device: torch.device, length: int = SAMPLE_BYTES, temperature: float = 0.8) -> None:
-    """Prints prompt and what the model of a checkpoint writes after it, byte by byte, always the same."""
-    state = load_checkpoint(path)
-    check_origin(state, path)
-    config = Config.from_options({}, state["config"])
-    check_model(config, state["model_state_dict"], path)
-    model = ByteLM(config).to(device).eval()
-    model.load_state_dict(state["model_state_dict"])
-    generator = torch.Generator().manual_seed(config.seed)
-    written = list(os.fsencode(prompt)) or [ord("\n")]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    print(printable(decoder.decode(bytes(written))), end="", flush=True)
-    with torch.inference_mode():
-        for _ in range(length):
-            logits, _ = model(torch.tensor([written[-config.context :]], device=device))
-            written.append(int(torch.multinomial((logits[0, -1] / temperature).softmax(dim=-1).cpu(), 1, generator=generator)))
-            print(printable(decoder.decode(bytes(written[-1:]))), end="", flush=True)
-    print(printable(decoder.decode(b"", final=True)))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -2993,17 +2849,9 @@ def parse_options(arguments: Sequence[str] | None) -> dict[str, object]:
             settings.setdefault("metavar", "N" if settings["type"].__name__ == "int" else "X")
         group.add_argument("--" + field.name.replace("_", "-"), **settings)
     group.add_argument("--no-keyboard", action="store_true", default=False, help="do not listen to the keyboard")
-    group = parser.add_argument_group("going on, and looking at what is there")
+    group = parser.add_argument_group("going on")
     group.add_argument("--resume", metavar="CKPT", default=None, type=nonempty_path,
                        help="a checkpoint to go on from, or 'latest': the newest whole one")
-    group.add_argument("--convert", nargs=2, metavar=("CKPT", "NEW"), type=nonempty_path,
-                       help="make one file NEW of the directory that a --shard run has saved, or such a directory of a file")
-    group.add_argument("--list", nargs="?", metavar="DIR", type=nonempty_path,
-                       help="list the checkpoints of a directory (default --checkpoint-dir), whole and damaged, the newest first")
-    group.add_argument("--show", metavar="CKPT", type=nonempty_path, help="print what a checkpoint holds, and its configuration")
-    group.add_argument("--sample", metavar="CKPT", type=nonempty_path,
-                       help=f"print {SAMPLE_BYTES} bytes that the model of a checkpoint writes")
-    group.add_argument("--prompt", metavar="TEXT", help="what --sample goes on from (default a new line)")
     return vars(parser.parse_args(arguments))
 
 
@@ -3020,14 +2868,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def checkpoint_to_resume(resume: str, directory: str, sharded: bool, report: Callable[[str], None]) -> tuple[Path, dict]:
-    """The checkpoint that --resume names, verified and with every part this program needs. Raises CheckpointError."""
+def checkpoint_to_resume(resume: str, directory: str, processes: Processes, report: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The checkpoint that --resume names, the same in all processes, verified and of this program. Raises UserError.
+
+    None, a fresh start, for latest where there is none and torchrun may restart us.
+    """
     if resume == "latest":
-        path, state = load_latest(os.path.abspath(directory), report)
+        directory = os.path.abspath(directory)
+        paths = processes.on_first(checkpoints_in, directory)
+        if not paths and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            return None
+        path, state = first_whole(paths, processes.read, directory, report)
     else:
-        path = named_checkpoint(resume, directory)
-        # A sharded one has been verified by all ranks together.
-        state = read_index(path) if sharded and path.is_dir() else read_checkpoint(path)
+        path = processes.together(named_checkpoint, resume, directory)
+        state = processes.read(path)
     check_origin(state, path)
     return path, state
 
@@ -3072,51 +2926,24 @@ def check_config(stored: object, path: Path) -> None:
         raise CheckpointError(f"{path}: not a configuration of this program ({one_line(error)})") from error
 
 
-def check_kind(shard: bool, path: Path, options: dict[str, object], sharded: bool) -> None:
-    """Raises UserError where a checkpoint is sharded and the run is not, or the other way round."""
-    if shard != path.is_dir():
-        raise CheckpointError(f"{path}: not a checkpoint of this program (--shard {shard} in a {'directory' if path.is_dir() else 'file'})")
-    convert = f"--convert {shlex.quote(str(path))}"
-    if shard and not sharded:
-        raise UserError(f"{path} is sharded: resume it with scripts/train_torchrun.sh, or make one file of it with {convert} NEW.pt")
-    if options.get("shard") and not shard:
-        raise UserError(f"{path} is one file: resume it without --shard, or make a sharded checkpoint of it with {convert} NEW")
-
-
 def check_model(config: Config, tensors: dict[str, Tensor], path: Path) -> None:
     """Raises CheckpointError where a configuration would build another model than the checkpoint holds, without building it."""
     try:
         if config.layers * config.experts > len(tensors):
             raise ValueError("fewer tensors than its configuration asks for")
         with torch.device("meta"):
-            check_like(tensors, ByteLM(config).state_dict(), "model_state_dict")
+            check_same({"model_state_dict": tensors}, {"model_state_dict": ByteLM(config).state_dict()}, path)
     except (RuntimeError, ValueError) as error:  # RuntimeError: sizes beyond what any tensor can have
         raise CheckpointError(f"{path} does not fit its own configuration ({one_line(error)})") from error
 
 
-def check_memory(config: Config, device: torch.device, processes: Processes) -> None:
-    """Raises MemoryError for a model that this machine certainly cannot train, before the attempt takes the machine down."""
-    with torch.device("meta"):
-        needed = config.layers * state_bytes(Block(config))
-    if device.type != "cpu":
-        needed //= 3  # weights alone pass through the host's memory
-    if processes.sharded:
-        needed //= processes.world_size
-    if "SC_PHYS_PAGES" in os.sysconf_names and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise MemoryError(f"training takes {short_size(needed)} or more, this machine has {short_size(memory)}")
-
-
-def prepare(options: dict[str, object], processes: Processes, screen: Screen) -> Run:
+def prepare(options: dict[str, object], resumed: tuple[Path, dict] | None, processes: Processes, screen: Screen) -> Run:
     """Builds data, model, controller and run and restores the checkpoint; writes nothing."""
-    options = dict(options)
-    resume = options.pop("resume")
-    resumed_from, state = None, None
-    if resume is not None:
-        directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-        resumed_from, state = checkpoint_to_resume(resume, directory, processes.sharded, screen.say)
-        check_kind(state["config"]["shard"], resumed_from, options, processes.sharded)
-        if home_of(resumed_from) != fallback_directory(state["config"]["checkpoint_dir"]):
-            options.setdefault("checkpoint_dir", str(home_of(resumed_from)))  # wherever the run has been moved or copied
+    options = {"shard": processes.sharded, **options}
+    del options["resume"]
+    resumed_from, state = resumed or (None, None)
+    if state is not None and home_of(resumed_from) != fallback_directory(state["config"]["checkpoint_dir"]):
+        options.setdefault("checkpoint_dir", str(home_of(resumed_from)))  # wherever the run has been moved or copied
     config = Config.from_options(options, state and state["config"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
@@ -3133,7 +2960,6 @@ def prepare(options: dict[str, object], processes: Processes, screen: Screen) ->
     total_steps = min(config.steps, config.epochs * data.batches_per_epoch if config.epochs else config.steps)
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     try:
-        check_memory(config, device, processes)
         place = functools.partial(processes.place, device=device)
         model = place(ByteLM(config, torch.bfloat16 if bfloat16 else torch.float32, place))
     except (RuntimeError, MemoryError) as error:
@@ -3176,14 +3002,16 @@ def train(options: dict[str, object]) -> int:
             monitor.hear(signum)
         processes = Processes(monitor)
         with shown_if_slow(screen, f"reading {options['resume']}" if options["resume"] else "preparing data and model"):
+            resumed = None
             if started_by_torchrun():
                 processes = ManyProcesses(monitor)
-                if options["resume"] is not None:
-                    directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-                    options["resume"] = processes.agreed_checkpoint(options["resume"], directory, screen.say)
-                if options.get("shard") or options["resume"] and os.path.isdir(options["resume"]):
-                    processes = ShardedProcesses(processes)
-            run = processes.together(prepare, options, processes, screen)
+            if options["resume"] is not None:
+                directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+                resumed = checkpoint_to_resume(options["resume"], directory, processes, screen.say)
+            if started_by_torchrun() and options.get("shard", resumed is not None and resumed[1]["config"]["shard"]):
+                processes.shard()
+                stack.callback(processes.wait_for_others)
+            run = processes.together(prepare, options, resumed, processes, screen)
         if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
             return 0
@@ -3217,38 +3045,6 @@ def train(options: dict[str, object]) -> int:
     return run.exit_code
 
 
-def end_on_signals() -> None:
-    """For what is no training: a signal ends it, after half-written files have been removed."""
-    for signum in EXIT_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
-    if _early_signals:
-        sys.exit(128 + _early_signals[0])
-
-
-def look(options: dict[str, object]) -> None:
-    """Does what is asked for beside training. Raises UserError."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that shows no symbols is no reason to fail
-    directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-    try:
-        if "convert" in options:
-            source, target = options["convert"]
-            convert_checkpoint(named_checkpoint(source, directory), Path(target))
-            Screen().say(f"✅ Converted: {os.path.abspath(target)}")
-        elif "list" in options:
-            list_checkpoints(options["list"] or directory)
-        elif "show" in options:
-            show_checkpoint(named_checkpoint(options["show"], directory))
-        else:
-            sample(named_checkpoint(options["sample"], directory), options.get("prompt", ""), choose_device(options.get("device", "auto")))
-        print(end="", flush=True)
-    except BrokenPipeError:  # as in --list | head
-        raise
-    except OSError as error:
-        raise UserError(f"{error.filename or 'standard output'}: {error.strerror}") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     for fd in range(3):  # a checkpoint must never become descriptor 1 or 2 because the parent closed it
         try:
@@ -3258,29 +3054,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGTTIN, signal.SIGTTOU):  # also for the summary, which is printed after the monitor's end
         signal.signal(signum, signal.SIG_IGN)
     try:
-        options = parse_options(arguments)
-        asked = {"convert", "list", "show", "sample"} & options.keys()
-        if not asked:
-            if "prompt" in options:
-                raise UserError("--prompt is for --sample")
-            return train(options)
-        if len(asked) > 1:
-            raise UserError(f"{' and '.join(sorted('--' + name for name in asked))}: one at a time")
-        taken = asked | {"checkpoint_dir", "no_keyboard"} | ({"device", "prompt"} if "sample" in asked else set())
-        extra = [name for name, value in options.items() if name not in taken and value is not None and value is not False]
-        if extra:
-            raise UserError(f"--{extra[0].replace('_', '-')} does not go with --{asked.pop()}")
-        end_on_signals()
-        look(options)
-        return 0
+        return train(parse_options(arguments))
     except UserError as error:
         if is_first_rank():
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as in --list | head
-        return 128 + signal.SIGPIPE
-    except SystemExit as end:  # of --help, or by end_on_signals
+    except SystemExit as end:  # of --help
         return end.code
     finally:
         for signum in EXIT_SIGNALS:  # everything is saved: a signal in the interpreter's last moments changes nothing

@@ -3,10 +3,7 @@
 import argparse
 import collections
 import datetime
-import io
-import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -42,10 +39,9 @@ def assert_refused(message, *words):
 
 
 @pytest.mark.parametrize("value", [
-    numpy.float64(1.5), numpy.ones(2), Path("x"), b"x", {1}, 1j, torch.device("cpu"), collections.defaultdict(int), argparse.Namespace(a=1),
-    datetime.datetime.now(), torch.eye(2).to_sparse(), {numpy.int64(1): 1},
-    [0] * t.PICKLE_OPCODES, lambda: None, torch.ones(2, dtype=torch.uint16), torch.ones(2, dtype=torch.float8_e5m2), torch.ones(2, device="meta"),
-    torch.nn.Linear(1, 1)])
+    numpy.ones(2), Path("x"), b"x", bytearray(b"x"), {(1, 2)}, collections.defaultdict(int), argparse.Namespace(a=1),
+    datetime.datetime.now(), torch.eye(2).to_sparse(), {Path("x"): 1}, {b"x": 1}, torch.nn.Buffer(torch.ones(2)),
+    [0] * t.PICKLE_OPCODES, lambda: None, torch.ones(2, device="meta"), torch.nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     """Better a TypeError today than a checkpoint that is refused when it is needed."""
     path = tmp_path / "a.pt"
@@ -55,18 +51,6 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     with pytest.raises(TypeError, match="not a dict"):
         t.save_checkpoint([value], path)
     assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
-
-
-def test_what_is_saved_can_be_loaded(tmp_path):
-    shared, model = torch.arange(6.0), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    state = {"none": None, "flag": True, 5: [1, 2.5, "text", (3,)], "big": 10**30, "nan": math.inf, "dtype": torch.bfloat16, "size": torch.Size([2]),
-             "shared": [shared, shared[2:4], shared.view(2, 3).T], "model": model.state_dict(), "parameter": torch.nn.Parameter(torch.ones(2)),
-             "half": torch.ones(2, dtype=torch.bfloat16), "random": random.getstate(), "grad": model[0].weight, "many": list(range(500_000)), "count": collections.Counter({5: 1}), "types": [torch.ones(2, dtype=dtype) for dtype in t.PLAIN_DTYPES]}
-    t.save_checkpoint(state, tmp_path / "a.pt")
-    loaded = t.load_checkpoint(tmp_path / "a.pt")
-    assert loaded.keys() == state.keys() and loaded["random"] == state["random"] and loaded["many"] == state["many"]
-    t.check_like(loaded, {**state, "grad": state["grad"].detach()}, "state")
-
 
 
 def test_layout_keys_and_retention(finished):
@@ -198,8 +182,8 @@ def test_only_the_end_of_a_long_metrics_file_is_read():
 
 def test_resuming_latest_reads_the_checkpoint_once(finished, monkeypatch):
     loaded = []
-    monkeypatch.setattr(t, "load_file", lambda path, load=t.load_file: loaded.append(path) or load(path))
-    path, state = t.checkpoint_to_resume("latest", str(finished), False, print)
+    monkeypatch.setattr(t, "opened_checkpoint", lambda path, opened=t.opened_checkpoint: loaded.append(path) or opened(path))
+    path, state = t.checkpoint_to_resume("latest", str(finished), t.Processes(None), print)
     assert loaded == [path] and state["step"] == 12
 
 
@@ -243,16 +227,6 @@ except OSError as error:
     assert result.stdout == "refused 27\n" and result.stderr == ""
     assert torch.equal(t.load_checkpoint(tmp_path / "a.pt")["old"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.pt"]
-
-
-def test_save_checkpoint_writes_the_very_bytes_of_torch_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "WRITEBACK_BYTES", 300_000)
-    state = {"views": [torch.randn(300_000)[5:70_000]] * 2, "empty": torch.empty(0), "plain": ["x" * 200_000, 1, None, 2.5],
-             "sizes": [torch.randn(n) for n in (1, 75_000, 75_001, 1_000_000)]}
-    t.save_checkpoint(state, tmp_path / "a.pt")
-    expected = io.BytesIO()
-    torch.save(state, expected)
-    assert (tmp_path / "a.pt").read_bytes() == expected.getvalue()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
@@ -353,23 +327,20 @@ def test_a_better_best_replaces_one_that_could_not_be_saved(tmp_path):
 
 def test_a_copy_that_does_not_fit_into_memory_never_ends_the_run(tmp_path, monkeypatch):
     said = []
-    writer = t.CheckpointWriter(lambda state, name: t.save_checkpoint(state, tmp_path / name), said.append)
-    monkeypatch.setattr(t, "host_copy", lambda state, reuse: torch.empty(2**60))
+
+    def save(state, name):
+        t.raise_if_error(state)
+        t.save_checkpoint(state, tmp_path / name)
+
+    writer = t.CheckpointWriter(save, said.append)
+    monkeypatch.setattr(t, "host_copy", lambda state, kept: torch.empty(2**60))
     writer.submit({}, {"periodic": "step_1.pt"})
+    writer.wait()
     monkeypatch.undo()
     writer.submit({"a": 1}, {"periodic": "step_2.pt"})
     writer.close()
     assert len(said) == 1 and said[0].startswith("⚠️ step_1.pt not saved: ") and said[0].endswith("Training goes on.")
     assert os.listdir(tmp_path) == ["step_2.pt"]
-
-
-def test_host_copy_reuses_its_tensors():
-    state = {"a": torch.ones(3), "b": [torch.zeros(2), {"c": 1}], "d": (1, "x")}
-    copy = t.host_copy(state)
-    state["a"].add_(1)
-    again = t.host_copy(state, copy)
-    assert again["a"].data_ptr() == copy["a"].data_ptr() != state["a"].data_ptr()
-    assert again["a"].tolist() == [2, 2, 2] and again["b"][1] == {"c": 1} and again["d"] == (1, "x")
 
 
 def test_rows_are_written_whole_while_a_save_flushes_them(tmp_path):

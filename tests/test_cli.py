@@ -33,7 +33,6 @@ def mistake(tmp_path, monkeypatch):
     (["--grad-accum", "0"], ["--grad-accum"]),
     (["--dropout", "1"], ["--dropout", "must be below 1"]),
     (["--lr", "nan"], ["--lr", "invalid float value: 'nan'"]),
-    (["--layers", "1e8"], ["no memory", "training takes", "this machine has"]),
     (["--lr", "0"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
     (["--keep", "0"], ["--keep"]),
@@ -158,9 +157,9 @@ def test_a_whole_number_may_be_written_with_an_exponent():
 def test_help_groups_the_options():
     text = run("--help").stdout
     options = [f"--{field.name.replace('_', '-')}" for field in t.dataclasses.fields(t.Config)]
-    for words in [*t.OPTION_GROUPS.values(), "going on, and looking at what is there"]:
+    for words in [*t.OPTION_GROUPS.values(), "going on"]:
         assert f"\n{words}:\n" in text
-    assert all(f"\n  {option}" in text for option in [*options, "--resume", "--convert", "--list", "--show", "--sample", "--no-keyboard"])
+    assert all(f"\n  {option}" in text for option in [*options, "--resume", "--no-keyboard"])
 
 
 @pytest.mark.skipif(t.importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")

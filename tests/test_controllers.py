@@ -152,7 +152,7 @@ def test_batched_muon_takes_the_steps_and_keeps_the_state_of_torchs_muon(monkeyp
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
     muon.load_state_dict(batched.state_dict())
-    t.check_like(batched.state_dict(), muon.state_dict(), "muon")
+    assert batched.state_dict()["param_groups"] == muon.state_dict()["param_groups"]
     for number, state in muon.state_dict()["state"].items():
         torch.testing.assert_close(batched.state_dict()["state"][number], state)
 
@@ -192,39 +192,15 @@ def test_it_learns(config, mode):
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
-def test_from_a_non_finite_gradient_on_nothing_is_updated_any_more(config, mode):
+def test_a_non_finite_gradient_updates_nothing(config, mode):
     model, controller, data = build(config("--mode", mode))
     assert controller.training_step(data[0]).isfinite()
-    def tensors():
-        states = {name: optimizer.state_dict()["state"] for name, optimizer in controller.optimizers.items()}
-        return copy.deepcopy({"model": dict(model.state_dict()), "states": states})
-    before = tensors()
-    hook = model.head.weight.register_hook(lambda grad: grad * math.nan)
-    assert controller.training_step(data[1]).isnan()
-    hook.remove()
-    controller.training_step(data[2])
-    assert_same(tensors(), before)
 
+    def everything():
+        return copy.deepcopy({"model": dict(model.state_dict()), **controller.state_dict()})
 
-class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would make the host wait for a device: .item(), bool(), copies to the CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", ["standard", "geometric"])
-def test_a_training_step_never_waits_for_the_device(config, mode):
-    model, controller, data = build(config("--mode", mode))
-    controller.training_step(data[0])
-    with HostReads() as reads:
+    before = everything()
+    model.head.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(FloatingPointError, match="NaN or infinite; nothing was updated"):
         controller.training_step(data[1])
-    assert reads.count == 0
-    with reads:
-        torch.ones(()).item()
-    assert reads.count == 1
+    assert_same(everything(), before)

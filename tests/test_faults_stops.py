@@ -52,7 +52,7 @@ def assert_same_end(directory: Path, reference: Path) -> None:
 
 
 def saving(name: str) -> Moment:
-    return Moment("save_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
+    return Moment("write_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
 
 
 def phases(mode: str) -> dict[str, tuple[Moment, range]]:

@@ -160,7 +160,7 @@ def suspended_in_a_save(fork, options, directory) -> Child:
 def hung_up_in_a_save(fork, options, directory, name: str, first: str, code: int) -> None:
     """The save is finished and whole; the first request decides the exit code, and a hang-up is one."""
     child = fork(*options, "--checkpoint-dir", directory, plan=[(saving(name), None)] if not first else [
-        (Moment("batch_done", 40), None), (Moment("save_checkpoint", where=lambda frame: "emergency" in str(frame.f_locals["path"])), None)])
+        (Moment("batch_done", 40), None), (Moment("write_checkpoint", where=lambda frame: "emergency" in str(frame.f_locals["path"])), None)])
     child.paused()
     if first:
         child.terminal.send(first)
