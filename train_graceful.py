@@ -617,8 +617,9 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
 
     State is nested dicts, lists and tuples of dense tensors, numbers (numpy's scalars become Python's), texts, None, and
     what else torch.load(weights_only=True) takes and cannot grow: dtypes, devices, sizes, sets. The file is written beside
-    its target, flushed to the disk, renamed, and the directory flushed. Raises TypeError, with the place, for anything else in state; OSError, or what torch raises where memory or a device
-    fails it (SAVE_ERRORS). Whatever is raised, the file that was at path before is untouched.
+    its target, flushed to the disk, renamed, and the directory flushed. Raises TypeError, with the place, for anything
+    else in state; OSError, or what torch raises where memory or a device fails it (SAVE_ERRORS). Whatever is raised, the
+    file that was at path before is untouched.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
@@ -790,6 +791,8 @@ def write_parts(parts: Sequence[Part], path: Path) -> list[int]:
     """Writes parts of records to their places and flushes them; what each record's checksum owes to them."""
     with open(path, "r+b", buffering=0) as file:
         records = read_records(file)
+        if len(records) != len(parts):
+            raise RuntimeError("torch.save has written other storages than those in the state")
 
         def write(part: Part) -> int:
             data = left = part.data.cpu().numpy().data
@@ -863,11 +866,14 @@ def multiplied(a: int, b: int) -> int:
 
 
 def flush_names(*folders: Path) -> None:
-    """Makes the names in folders as durable as the files they stand for."""
+    """Makes the names in folders as durable as the files they stand for, where the file system knows how to."""
     for folder in folders:
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
         finally:
             os.close(fd)
 
@@ -960,9 +966,9 @@ class CheckpointReader:
     def _number(self, tensor: Tensor) -> int:
         """Of the record of a tensor of state. Raises ValueError where the tensor claims more than is there."""
         storage = tensor.untyped_storage()
-        number = self._numbers[storage._checkpoint_offset]
-        if storage.nbytes() != self.records[number].size or tensor.nbytes > storage.nbytes():
-            raise ValueError(f"a tensor that does not fit record {self.records[number].name}")
+        number = self._numbers.get(storage._checkpoint_offset)
+        if number is None or storage.nbytes() != self.records[number].size or tensor.nbytes > storage.nbytes():
+            raise ValueError("a tensor does not fit its record")
         return number
 
     def whole(self, tensor: Tensor) -> Tensor:

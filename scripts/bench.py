@@ -185,7 +185,10 @@ def started_run(options: Sequence[object], monitor, screen, processes=None):
 
     settings = t.parse_options([str(word) for word in options])
     del settings["no_keyboard"]
-    run = t.prepare(settings, processes or t.Processes(monitor), screen)
+    processes, resumed = processes or t.Processes(monitor), None
+    if settings["resume"]:
+        resumed = t.checkpoint_to_resume(settings["resume"], "", processes, screen.say)
+    run = t.prepare(settings, resumed, processes, screen)
     run.begin()
     return run
 
@@ -399,6 +402,7 @@ def our_save(state: dict, path: Path) -> float:
 
 def child_saving(options: list, folder: str, rounds: int) -> dict:
     import torch
+    import train_graceful as t
 
     state = trained_state(options)
     tensors = list(tensors_in(state))
@@ -411,22 +415,40 @@ def child_saving(options: list, folder: str, rounds: int) -> dict:
             while data:
                 data = data[file.write(data) :]
 
+    def loaded(load: Callable[[Path], object]) -> float:
+        started = time.perf_counter()
+        load(path)
+        return size / GIB / (time.perf_counter() - started)
+
     peak_reset()
     before = memory("VmRSS")
     our_save(state, path)
     extra = max(0, memory("VmHWM") - before)
     plain, saved, torchs = interleaved(
         rounds, lambda: flushed(raw, path), lambda: our_save(state, path), lambda: flushed(lambda file: torch.save(state, file), path))
+    t.save_checkpoint(state, path)
+    verified, unverified = interleaved(
+        rounds, lambda: loaded(t.load_checkpoint), lambda: loaded(lambda path: torch.load(path, weights_only=True)))
+    path.unlink()
     return {"size": size, "extra": extra / size, "raw": [size / GIB / seconds for seconds in plain],
-            "ours": [size / GIB / seconds for seconds in saved], "torch": [size / GIB / seconds for seconds in torchs]}
+            "ours": [size / GIB / seconds for seconds in saved], "torch": [size / GIB / seconds for seconds in torchs],
+            "verified": verified, "unverified": unverified}
 
 
 def saving(scale: float, folder: Path) -> Iterator[Figure]:
+    """On the disk, and on a file system in memory where there is one."""
     folder.mkdir()
-    measured = child("saving", options=model_options(scale, 8, 1024), folder=folder, rounds=max(2, round(15 * scale)))
-    what = f"save of {measured['size'] / GIB:.2f} GiB, checksummed, on the disk"
-    yield Figure("saving", f"{what} / plain write + fsync", "GiB/s", measured["ours"], 0.85, measured["raw"], at_least=True)
-    yield Figure("saving", f"{what} / torch.save + fsync", "GiB/s", measured["ours"], 1.0, measured["torch"], at_least=True)
+    for where in (folder, Path("/dev/shm")):
+        if not where.is_dir():
+            continue
+        with tempfile.TemporaryDirectory(dir=where) as target:
+            measured = child("saving", options=model_options(scale, 8, 1024), folder=target, rounds=max(2, round(9 * scale)))
+        place = "on the disk" if where == folder else "in memory"
+        what = f"save of {measured['size'] / GIB:.2f} GiB, checksummed, {place}"
+        yield Figure("saving", f"{what} / plain write by one thread + fsync", "GiB/s", measured["ours"], 1.2, measured["raw"], at_least=True)
+        yield Figure("saving", f"{what} / torch.save + fsync", "GiB/s", measured["ours"], 2.0, measured["torch"], at_least=True)
+        yield Figure("saving", f"load of it, verified, the file cached, {place} / torch.load without verification", "GiB/s", measured["verified"], 1.2,
+                     measured["unverified"], at_least=True)
     yield Figure("saving", "peak extra memory of that save, of the state", "", [measured["extra"]], 0.05)
 
 
@@ -490,6 +512,9 @@ def periodic(scale: float, folder: Path) -> Iterator[Figure]:
     yield Figure("periodic", f"stall of the loop for a periodic save of {size} / one copy in memory", "s", measured["stalls"], 1.3, measured["copies"])
     yield Figure("periodic", "training with such a save every 50 steps / without", "tokens/s", measured["with"], 0.97, measured["without"], at_least=True)
     yield Figure("periodic", "memory of the saves, of the state", "", [measured["extra"]], 1.05)
+    measured = child("periodic", options=["--checkpoint-dir", folder / "default", "--keep", 1], every=1, rounds=max(2, round(60 * scale)))
+    yield Figure("periodic", "training of the default model with a save after every step / without", "tokens/s", measured["with"], 0.95,
+                 measured["without"], at_least=True)
 
 
 # ---- 6 resuming ------------------------------------------------------------------------------------------------------
@@ -669,7 +694,6 @@ def convergence(scale: float, folder: Path) -> Iterator[Figure]:
 
 
 def child_data(path: str, batches: int, steps: int) -> dict:
-    import torch
     import train_graceful as t
 
     started = time.perf_counter()
@@ -860,45 +884,56 @@ def child_agreement(folder: str, options: list, steps: int) -> dict:
 
 
 def child_sharded(folder: str, options: list, saves: int) -> dict:
-    """For bench_scaling.py: what rank 0 of a sharded run holds and saves, how long that takes, and how long ranks take to agree."""
+    """What rank 0 of a sharded run holds and writes, how long a save takes, beside one process that saves all of it, and an agreement."""
     import torch
     import torch.distributed as dist
     import train_graceful as t
 
-    screen, times = t.Screen(shown=False), {"write_part": [], "save": [], "agreement": []}
-    write_part, written = t.write_part, []
+    screen, times = t.Screen(shown=False), {"write_parts": [], "save": [], "whole": [], "agreement": []}
+    write_parts, sizes = t.write_parts, []
 
-    def timed(*arguments) -> object:
+    def timed(parts, path) -> list[int]:
         started = time.perf_counter()
-        written.append(write_part(*arguments))
-        times["write_part"].append(time.perf_counter() - started)
-        return written[-1]
+        checksums = write_parts(parts, path)
+        times["write_parts"].append(time.perf_counter() - started)
+        sizes.append(sum(len(part.data) for part in parts))
+        return checksums
 
     with t.ExitMonitor(screen, keyboard=False) as monitor:
-        processes = t.ShardedProcesses(t.ManyProcesses(monitor))
+        processes = t.ManyProcesses(monitor)
+        processes.shard()
         run = started_run(["--shard", *options, *ENDLESS, "--checkpoint-dir", folder], monitor, screen, processes)
         batches = run.data.batches(0, 0)
         for _ in range(3):
             run.batch_done(run.controller.training_step(next(batches)))
-            run.writer.submit(run.state_dict(None), {"periodic": "step_1"})
+            run.writer.submit(processes.rows(run.state_dict(None)), {"periodic": "step_1.pt"})
         run.writer.wait()
         peak = memory("VmHWM")
-        t.write_part = timed
+        state = processes.rows(run.state_dict("periodic"))
+        whole = t.mapped(state, lambda value: torch.zeros(value.shape, dtype=value.local.dtype) if isinstance(value, t.Rows) else value)
+        t.write_parts = timed
         for number in range(saves):
+            os.sync()
             dist.barrier()
             started = time.perf_counter()
-            run._save(run.state_dict("periodic"), f"step_{2 + number}")
+            run._save(state, f"step_{2 + number}.pt")
             times["save"].append(time.perf_counter() - started)
+            dist.barrier()
+            t.write_parts = write_parts
+            if processes.rank == 0:
+                times["whole"].append(our_save(whole, Path(folder, "whole.pt")))
+            t.write_parts = timed
+            dist.barrier()
         for _ in range(500):
             dist.barrier()
             started = time.perf_counter()
             dist.all_reduce(torch.zeros(2, dtype=torch.int64), dist.ReduceOp.MAX)
             times["agreement"].append(time.perf_counter() - started)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        _, results, _ = written[-1]
         run.close()
         processes.close()
-        return {**times, "peak": peak, "size": sum(result.size_in_bytes for result in results), "items": len(results), "parameters": parameters}
+        processes.wait_for_others()
+        return {**times, "peak": peak, "size": sizes[-1], "parameters": parameters}
 
 
 def many(scale: float, folder: Path) -> Iterator[Figure]:
@@ -906,30 +941,12 @@ def many(scale: float, folder: Path) -> Iterator[Figure]:
     for size in (2, 4):
         times = child("agreement", size, folder=folder / str(size), options=options, steps=max(5, round(100 * scale)))["times"]
         yield Figure("many", f"agreement of {size} processes on leaving, waited for in a step", "ms", times, 0.5)
+    measured = child("sharded", 2, folder=folder / "sharded", options=model_options(scale, 8, 1024), saves=max(2, round(7 * scale)))
+    yield Figure("many", f"save of {2 * measured['size'] / GIB:.2f} GiB by two processes, sharded / by one that has it whole", "s",
+                 measured["save"], 1.0, measured["whole"])
 
 
 # ---- 9 a GPU ---------------------------------------------------------------------------------------------------------
-
-
-def child_gpu_syncs(folder: str, mode: str) -> dict:
-    """Synchronizations that PyTorch reports in steps that write no row."""
-    import warnings
-
-    import torch
-    import train_graceful as t
-
-    screen = t.Screen()
-    with t.ExitMonitor(screen) as monitor, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run = started_run(["--device", "cuda", "--mode", mode, "--checkpoint-dir", folder, *ENDLESS, "--log-every", NEVER], monitor, screen)
-        batches = run.data.batches(0, 0, pin_memory=True)
-        for number in range(20):
-            if number == 10:
-                caught.clear()
-                torch.cuda.set_sync_debug_mode("warn")
-            run.batch_done(run.controller.training_step(next(batches)))
-        torch.cuda.set_sync_debug_mode("default")
-    return {"syncs": sum("synchroniz" in str(warning.message) for warning in caught) / 10}
 
 
 def child_gpu_saving(folder: str, gibibytes: float, rounds: int) -> dict:
@@ -964,9 +981,6 @@ def gpu(scale: float, folder: Path) -> Iterator[Figure]:
                          steps=round(400 * scale), block=max(2, round(40 * scale)))
         yield Figure("gpu", f"GPU: training in bfloat16 {' '.join(compiled)} / bare loop", "tokens/s", measured["ours"], 0.99, measured["bare"],
                      at_least=True)
-    for mode in ("standard", "geometric"):
-        syncs = child("gpu_syncs", folder=folder / f"syncs_{mode}", mode=mode)["syncs"]
-        yield Figure("gpu", f"GPU: synchronizations in a {mode} step that writes no row", "", [syncs], 0)
     saved = child("gpu_saving", folder=folder / "saving", gibibytes=10 * scale, rounds=3)
     yield Figure("gpu", f"GPU: save of {10 * scale:g} GiB from the device / copy + write + fsync", "GiB/s", saved["ours"], 1.0, saved["reference"],
                  at_least=True)

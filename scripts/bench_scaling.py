@@ -7,11 +7,14 @@ What is computed follows from what was measured and from the assumptions below, 
 """
 
 import argparse
-import pickle
+import functools
+import json
+import operator
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 from bench import GIB, MIB, ROOT, child
@@ -28,32 +31,14 @@ NETWORK_BANDWIDTH = GIB  # bytes a second that rank 0 receives
 PAPER_SIZES = (64, 256, 1024, 4096)
 
 
-def table_of_contents(ranks: int, tensors: int) -> tuple[float, float]:
-    """Seconds that rank 0 needs for what a rank says of a tensor (unpickled, planned, written), and its bytes, by measuring."""
-    import torch
-    import train_graceful as t
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-    from torch.distributed.checkpoint.storage import WriteResult
-
-    answers = []
-    for rank in range(ranks):
-        items, results = [], []
-        for number in range(tensors):
-            index = MetadataIndex(f"model_state_dict.blocks.{number}.experts.w_in.0", [4 * rank, 0])
-            chunk = ChunkStorageMetadata(torch.Size([4 * rank, 0]), torch.Size([4, 16]))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, TensorProperties(), torch.Size([4 * ranks, 16]))))
-            results.append(WriteResult(index, 100, _StorageInfo(f"__{rank}_0.distcp", 100 * number, 100)))
-        answers.append(pickle.dumps((SavePlan(items), results)))
-    with tempfile.TemporaryDirectory() as folder, t.garbage_collector_paused():
-        started = time.perf_counter()
-        plans, results = zip(*map(pickle.loads, answers))
-        _, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(list(plans))
-        FileSystemWriter(folder).finish(metadata, list(results))
-        seconds = time.perf_counter() - started
-    return seconds / (ranks * tensors), len(answers[0]) / tensors
+def exchange(ranks: int, tensors: int) -> tuple[float, float]:
+    """Seconds that rank 0 needs for the number that a rank says of a tensor (read, and joined with the others'), and its bytes."""
+    numbers = [zlib.crc32(b"%d" % number) for number in range(tensors)]
+    answers = [json.dumps([numbers, None]) for _ in range(ranks)]
+    started = time.perf_counter()
+    for shares in zip(*(json.loads(answer)[0] for answer in answers)):
+        functools.reduce(operator.xor, shares)
+    return (time.perf_counter() - started) / (ranks * tensors), len(answers[0]) / tensors
 
 
 def main() -> int:
@@ -71,7 +56,7 @@ def main() -> int:
                 where = Path(folder).absolute() / f"{mode}_{size}"
                 figures = child("sharded", size, folder=where / "model", options=[*model, "--mode", mode], saves=saves)
                 base = figures if arguments.quick else child("sharded", size, folder=where / "small", options=[*SMALL, "--mode", mode], saves=1)
-                own, save, agreement = (statistics.median(figures[key]) for key in ("write_part", "save", "agreement"))
+                own, save, agreement = (statistics.median(figures[key]) for key in ("write_parts", "save", "agreement"))
                 rates.append(size * figures["size"] / own)
                 print(f"| {size} | {mode} | {figures['peak'] / MIB:,.0f} MiB | {base['peak'] / MIB:,.0f} MiB | {figures['size'] / MIB:,.1f} MiB | {own:.2f} s | "
                       f"{save:.2f} s | {1e3 * agreement:.3f} ms |", flush=True)
@@ -79,11 +64,11 @@ def main() -> int:
     print(f"\nThe model has {parameters / 1e6:.1f} million parameters, its weights {4 * parameters / MIB:,.0f} MiB, its state "
           f"{state / MIB:,.0f} MiB (geometric). Together the processes wrote {min(rates) / GIB:.2f} to {max(rates) / GIB:.2f} GiB/s.")
 
-    seconds, said = table_of_contents(4, 10) if arguments.quick else table_of_contents(64, 300)
+    seconds, said = exchange(4, 10) if arguments.quick else exchange(256, TENSORS)
     print(f"\nOn paper: {PARAMETERS / 1e9:g} billion parameters in {TENSORS:,} tensors, AdamW; {RANKS_A_MACHINE} processes a machine, which writes "
           f"{MACHINE_BANDWIDTH / GIB:g} GiB/s to shared storage; a hop between machines {1e6 * HOP_SECONDS:g} us; rank 0 receives {NETWORK_BANDWIDTH / GIB:g} GiB/s.\n"
-          f"Measured: {1e6 * seconds:.0f} us of rank 0, and {said:.0f} bytes, for each tensor of each rank in the table of contents.\n")
-    print("| processes | agreement travels | in batches | size of each part | parts written in | table of contents | save as a whole |\n"
+          f"Measured: {1e9 * seconds:.0f} ns of rank 0, and {said:.0f} bytes, for the checksum of each tensor of each rank.\n")
+    print("| processes | agreement travels | in batches | size of each part | parts written in | checksums | save as a whole |\n"
           "|---:|---:|---:|---:|---:|---:|---:|")
     import train_graceful as t
 

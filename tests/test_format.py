@@ -219,7 +219,7 @@ def test_a_file_of_more_than_4_gib(tmp_path):
     state, path = {"zeros": torch.empty(size, dtype=torch.uint8), "small": torch.arange(5)}, tmp_path / "large.pt"
     shown, parts = t.laid_out(state, 0)
     t.write_without_data(shown, tmp_path / "new")
-    [nothing, small] = t.write_parts([parts[1]], tmp_path / "new")
+    [nothing, small] = t.write_parts([parts[0]._replace(data=parts[0].data[:0]), parts[1]], tmp_path / "new")
     zeros, left, behind, block = 0, size, 0, 1
     crc = zlib.crc32(b"\0")
     while left:  # the checksum of as many zeros, by doubling
@@ -262,7 +262,7 @@ def test_an_expanded_tensor_is_saved_with_all_its_elements(tmp_path):
     t.save_checkpoint({"a": expanded}, tmp_path / "a.pt")
     assert t.load_checkpoint(tmp_path / "a.pt")["a"].equal(expanded)
     torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "b.pt")
-    with pytest.raises(t.CheckpointError, match="does not fit record data/0"):
+    with pytest.raises(t.CheckpointError, match="a tensor does not fit its record"):
         t.load_checkpoint(tmp_path / "b.pt")
 
 

@@ -305,6 +305,38 @@ def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, data, tmp_path,
                     break
 
 
+@needs_strace
+def test_every_write_of_a_sharded_save_fails_on_one_rank(sharded, data, tmp_path, whole):  # noqa: F811
+    """All hear of it, nothing is left behind, and the run goes on to its end."""
+    options = new(data, "standard", "--keep", 1)
+    waits = [(Moment("_save", 3), None)]  # of step_6
+    errors = itertools.cycle(["ENOSPC", "EIO", "EDQUOT", "EROFS"])
+    with Campaign("ENOSPC, EIO, EDQUOT, EROFS at every open, write, fsync, rename of a rank in a sharded save") as campaign:
+        for rank in (0, 1):
+            calls = {"openat": 6, "pwrite64": 40, "fsync": 3, "rename": 1} if whole else {"pwrite64": 2, "fsync": 1}
+            for call, number in ((call, nth) for call, most in calls.items() for nth in range(1, most + 1)):
+                directory, error = tmp_path / f"{rank}-{call}-{number}", next(errors)
+
+                def failed() -> None:
+                    ranks = sharded(2, directory, *options, plans={rank: waits})
+                    strace = trace(ranks[rank].paused(), directory.with_suffix(".trace"), "-e", f"inject={call}:error={error}:when={number}")
+                    ranks[rank].go()
+                    texts, codes = finished(ranks)
+                    strace.communicate()
+                    assert codes == [0, 0], texts
+                    files = whole_files(directory)
+                    words = os.strerror(getattr(errno, error))
+                    injected = "(INJECTED)" in directory.with_suffix(".trace").read_text()
+                    if f"⚠️ step_6.pt not saved: {words}. Training goes on." in texts[0]:
+                        assert injected and "step_6.pt" not in files
+                    else:  # so few such calls, or one that a save may do without
+                        assert "step_6.pt" in files, texts
+                    assert files["final.pt"] == STEPS and not list(directory.rglob(".*.tmp"))
+
+                campaign.case(directory.name, failed)
+                shutil.rmtree(directory, ignore_errors=True)
+
+
 # ---- damage and strangers
 
 
