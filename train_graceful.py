@@ -1169,12 +1169,12 @@ class CheckpointWriter:
 class RunDirectory:
     """One run's hold on a checkpoint directory: the lock, the names that are free for it, and its old checkpoints.
 
-    The lock (fcntl.lockf, which no child inherits) is held until the process is gone. Raises UserError where the
-    directory cannot be written, is too full, or belongs to a run that is alive.
+    The lock (fcntl.lockf, which no child inherits) is held until the process is gone; where the file system has none,
+    report says so. Raises UserError where the directory cannot be written, is too full, or belongs to a run that is alive.
     """
 
-    def __init__(self, path: Path, run_id: str, needed_bytes: int) -> None:
-        self.path, self.run_id = path, run_id
+    def __init__(self, path: Path, run_id: str, needed_bytes: int, report: Callable[[str], None]) -> None:
+        self.path, self.run_id, self._report = path, run_id, report
         self._own: set[Path] = set()  # names known to hold this run's files
         try:
             self._take_hold()
@@ -1199,11 +1199,11 @@ class RunDirectory:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours until the process is gone
         except OSError as error:
-            pid, host, *_ = os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"]
-            os.close(file)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise UserError(f"{self.path} is in use by another run (pid {pid} on {host}); give this one its own --checkpoint-dir") from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                pid, host, *_ = os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"]
+                os.close(file)
+                raise UserError(f"{self.path} is in use by another run (pid {pid} on {host}); give this one its own --checkpoint-dir") from None
+            self._report(f"⚠️ {self.path}: no locks there ({error.strerror}); see to it that no other run uses it")
         self._lock_file = file
         self.write_outcome("")
 
@@ -2080,7 +2080,7 @@ class Run:
         self.screen.say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
     def _open_directory(self) -> None:
-        self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, needed_bytes=2 * state_bytes(self.model))
+        self.directory = RunDirectory(Path(self.config.checkpoint_dir), self.run_id, 2 * state_bytes(self.model), self.screen.say)
         try:
             path = self._metrics_path()
             self.metrics = Metrics(path, list(self.controller.optimizers), self.step)
@@ -2129,6 +2129,9 @@ class Run:
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * value if self.smooth_loss == self.smooth_loss else value
         # Where another rank has died this raises; by now the batch is complete.
         self.processes.agree()
+        if self.step == self._start[1] + 1 and self.processes.saves:
+            # What cannot be saved is said now, and what saving needs is imported now, not when somebody waits to leave.
+            laid_out(self.processes.rows(self.state_dict("")), self.processes.rank)
         self.finish_step()
 
     def seed_batch(self) -> None:
@@ -2416,7 +2419,9 @@ def outline(state: dict) -> dict[str, str]:
         if key not in ("config", "optimizer_state_dicts", "scheduler_state_dicts"):
             add(str(key), value)
     for name, optimizer in state.get("optimizer_state_dicts", {}).items():
-        found[f"optimizer {name}"] = f"{optimizer['class']} over {optimizer['param_names']}"
+        found[f"optimizer {name}"] = optimizer["class"]
+        for group, names in enumerate(optimizer["param_names"]):
+            found |= {f"parameter {number} of group {group} of optimizer {name}": names[number] for number in range(len(names))}
     for name in state.get("scheduler_state_dicts", {}):
         found[f"scheduler {name}"] = "there"
     return found
@@ -2530,9 +2535,9 @@ class ManyProcesses(Processes):
 
     Every rank holds the whole model, DistributedDataParallel averages the gradients, and rank 0 saves. If sharded, each
     has a part of every parameter, gradient and optimizer state (fully_shard, PyTorch's FSDP2), a block is put together
-    while it is computed, and each saves what it has. What they tell each other about a save goes through torchrun's store:
-    beside training, and after a failure, when no process group is of use. Raises UserError where there are more processes
-    than GPUs.
+    while it is computed, and each saves what it has. What they tell each other about a save goes through a store: beside
+    training, and after a failure, when no process group is of use. Raises UserError where there are more processes than
+    GPUs.
     """
 
     def __init__(self, monitor: ExitMonitor) -> None:
@@ -2551,15 +2556,13 @@ class ManyProcesses(Processes):
         self._save, self._exchanges, self._save_began = 0, itertools.count(), 0.0
         self._keys: tuple[list[str], list[str]] = ([], [])  # that rank 0 has seen in the save before and in this one
         self._signals_heard: int | None = None  # when the process group was broken off
-        self._gave_up = False  # waiting for another rank
+        self._gave_up = False  # waiting for a rank that has died
         super().__init__(AgreedMonitor(monitor))
 
     def shard(self) -> None:
-        """From now on each process has a part of the model.
-
-        What they tell each other goes through a store of their own, which rank 0 serves: torchrun's dies with torchrun.
-        """
+        """From now on each process has a part of the model."""
         self.sharded = True
+        # A store of their own, which rank 0 serves: torchrun's dies with torchrun.
         if self.rank == 0:
             self._answers = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
         port = self.on_first(lambda: self._answers.port)
@@ -2698,7 +2701,7 @@ class ManyProcesses(Processes):
 
     def begin_save(self) -> None:
         self._save, self._exchanges, self._save_began = self._save + 1, itertools.count(), time.monotonic()
-        for key in self._keys[0]:  # everybody is done with that save, or has given up
+        for key in self._keys[0]:  # of the save before the last: everybody is done with it, or has given up
             self._answers.delete_key(key)
         self._keys = self._keys[1], []
 
@@ -2732,7 +2735,7 @@ class ManyProcesses(Processes):
         while not self._answers.check([key]):
             waited = time.monotonic() - began
             if waited > patience or self._signals_heard is not None and self.monitor.own.signals_heard > self._signals_heard:
-                self._gave_up = True
+                self._gave_up = self._signals_heard is not None
                 raise RuntimeError(f"Rank {rank}, which has a part of the model, does not answer")
             time.sleep(min(0.1, 0.001 + waited / 8))  # waiting in the store would hear no signal, and print warnings
         if self.rank == 0:

@@ -3,8 +3,10 @@
 import argparse
 import collections
 import datetime
+import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from campaign import Moment
 from conftest import ENDLESS, ROOT, finish, refused, run, saved_path
 
 import train_graceful as t
@@ -392,3 +395,52 @@ def test_a_directory_that_was_deleted_and_is_another_runs_by_now_gets_no_file_of
     finish(second)
     child.sendline("q")
     assert saved_path(finish(child)).is_file() and child.exitstatus == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_path, code):
+    """Lustre without -o flock, NFS without lockd."""
+    def no_locks(frame) -> None:
+        def lockf(*arguments):
+            raise OSError(code, os.strerror(code))
+
+        frame.f_globals["fcntl"].lockf = lockf
+
+    child = fork(*options, "--steps", 4, plan=[(Moment("train"), no_locks)])
+    output = child.finish()
+    assert child.exitcode == 0 and output.count("no locks there") == 1 and f"({os.strerror(code)})" in output
+    assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
+
+
+def test_a_file_system_that_does_not_flush_directories_is_no_failed_save(fork, options, tmp_path):
+    def no_directories(frame) -> None:
+        def fsync(fd, fsync=os.fsync):
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            fsync(fd)
+
+        os.fsync = fsync
+
+    child = fork(*options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), no_directories)])
+    output = child.finish()
+    assert child.exitcode == 0 and "not saved" not in output
+    assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
+
+
+def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(finished, tmp_path):
+    """A newer one has added an option to AdamW's groups."""
+    path = altered(finished, tmp_path / "older.pt", lambda s: (
+        s["optimizer_state_dicts"]["adamw"]["param_groups"][0].pop("decoupled_weight_decay"), s.update(torch_version="2.6.0")))
+    result = run("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14")
+    assert result.returncode == 0 and "Completed Steps: 14" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda o: o.update({"class": "torch.optim.sgd.SGD"}), "optimizer adamw is torch.optim.sgd.SGD, but here torch.optim.adamw.AdamW"),
+    (lambda o: o["param_names"][0].reverse(), "parameter 0 of group 0 of optimizer adamw is head.weight, but here token.weight"),
+    (lambda o: o["param_names"][0].pop(), "of optimizer adamw is not there, but here head.weight"),
+])
+def test_an_optimizers_state_only_goes_to_the_same_optimizer_over_the_same_parameters(finished, tmp_path, change, words):
+    """PyTorch would take it, shapes and all, as long as there are as many."""
+    path = altered(finished, tmp_path / "other.pt", lambda s: change(s["optimizer_state_dicts"]["adamw"]))
+    assert_refused(refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), "does not fit this run", words)

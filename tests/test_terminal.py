@@ -3,7 +3,6 @@
 import fcntl
 import os
 import pty
-import re
 import signal
 import struct
 import subprocess
