@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import signal
 
-EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _early_signals: list[int] = []
 
 if __name__ == "__main__":
@@ -90,7 +90,6 @@ __all__ = [
 FORMAT_VERSION = 1
 BACKGROUND_PAUSE_SECONDS = 0.5  # how long unread typing is left to the foreground program before we look again
 STATUS_SECONDS = 0.1  # the status line is redrawn at most this often
-SLOW_SECONDS = 1.0  # what takes longer before training is named
 TYPING_COLUMNS = 6  # right of the status line, for a space, what is typed, and the last one, where a terminal would wrap
 OUTPUT_GRACE_SECONDS = 2.0  # how long the last lines wait for a terminal that was stopped with Ctrl-S
 BACKLOG_BYTES = 64 * 1024  # messages kept for a terminal or pipe that takes none right now
@@ -100,7 +99,8 @@ KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on, Ctrl-C tw
 TORCHRUN_KEYS = "Keys: q + Enter saves and leaves, s + Enter saves and goes on."  # a second Ctrl-C does not reach us
 HEAD_BYTES = 4096  # of a checkpoint: enough to hold the record's header and the first keys
 READ_BYTES = 65536
-FLOOD_PAUSE_SECONDS = 0.05  # after so many bytes at once, which no person types: training needs the processor more
+SAME_CTRL_C_SECONDS = 0.5  # two within this time are one
+PARENT_SECONDS = 0.5  # for which a child waits for its parent to hear a signal too
 LINE_BYTES = 4096  # a typed line longer than this is no command
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PIECE_BYTES = 4 * 2**20  # of a checkpoint that one thread reads or writes at a time
@@ -266,6 +266,30 @@ def typed_at_us(terminal: int) -> bool:
     return in_foreground(terminal)
 
 
+def from_the_background(function: Callable) -> Callable:
+    """A decorator: reading, writing or setting the terminal from the background is just an error, and does not stop the process.
+
+    The signals are blocked for this thread alone. Ignored, they would be so in every program that is executed, too.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*arguments, **keywords):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTIN, signal.SIGTTOU))
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    return wrapper
+
+
+@from_the_background
+def complain(text: str) -> None:
+    """On standard error, if anybody is there to read it."""
+    with contextlib.suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def descriptor(stream: typing.TextIO | None) -> int | None:
     """None for a stream that was closed by the parent or is no file, as in a notebook."""
     try:
@@ -280,23 +304,6 @@ def short_time(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def short_size(size: float) -> str:
-    """Of bytes, in decimal units, as ls and disks count."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
-
-
-def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """values as a row of bars, at most width of them, each the mean of its share."""
-    count = min(width, len(values))
-    means = [sum(share) / len(share) for share in (values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count))]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / (high - low)))] if high > low else "▁" for mean in means)
 
 
 class Screen:
@@ -345,14 +352,6 @@ class Screen:
                 self._write("\r" + text.ljust(min(self._status_width, columns - 1)), keep=False)
                 self._status_width = len(text)
 
-    @property
-    def draws_bars(self) -> bool:
-        """False where letters beyond ASCII come out as question marks."""
-        try:
-            return bool("█".encode(self._encoding))
-        except UnicodeEncodeError:
-            return False
-
     def clear(self, wait: float = 0.0) -> None:
         """Leaves no status line behind; for so many seconds a stopped terminal may take what it has not shown yet."""
         with self._lock:
@@ -363,6 +362,7 @@ class Screen:
         self._status_width = 0
         return erase
 
+    @from_the_background
     def _write(self, text: str, keep: bool = True, wait: float = 0.0) -> None:
         if self._fd is None:
             if self._shown and sys.stdout is not None:  # a notebook's
@@ -391,8 +391,12 @@ class ExitMonitor:
 
     `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was typed. The thread sleeps
     in select() on stdin, on the pipe to which the interpreter's C signal handler writes (signal.set_wakeup_fd), and on
-    its own stop pipe, so it hears a request while the main thread is inside a long torch operation. A second SIGINT
-    ends the process at once with code 130. On leaving the block, terminal and signal handlers are as before.
+    its own stop pipe, so it hears a request while the main thread is inside a long torch operation. A second SIGINT,
+    half a second or more after the first, ends the process at once with code 130. On leaving the block, terminal and
+    signal handlers are as before.
+
+    Child processes never reach it: a signal to the whole group is left to the parent by those that it has forked,
+    DataLoader workers among them (see SignalsOfChildren).
 
     The terminal's mode is never changed, only put back where something else changed it. Raises ValueError when entered
     outside the main thread.
@@ -408,7 +412,7 @@ class ExitMonitor:
         self._use_keyboard = keyboard
         self._requests: list[tuple[str, int]] = []  # (reason, exit code), oldest first
         self._lock = threading.Lock()
-        self.signals_heard = self._interrupts = 0
+        self.signals_heard, self._interrupted = 0, -math.inf  # how many; when SIGINT was last heard
         self._stdin: int | None = None
         self._listening = False  # until the end of input
         self._typed = b""  # the beginning of a line whose end has not come yet
@@ -420,12 +424,13 @@ class ExitMonitor:
             self._stop_pipe, self._stop = self._pipe()
             os.set_blocking(wakeup, False)
             self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False))
-            for signum in EXIT_SIGNALS:
-                if not (signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN):  # nohup's promise
-                    self._handle(signum, lambda signum, frame: None)  # the byte in the pipe is what counts
-            # Reading or setting the terminal from the background would stop the training; ignored, it is just an error.
-            self._handle(signal.SIGTTIN, signal.SIG_IGN)
-            self._handle(signal.SIGTTOU, signal.SIG_IGN)
+            self._pid, self._wakeup = os.getpid(), wakeup
+            before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in EXIT_SIGNALS}
+            if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup's promise
+                del before[signal.SIGHUP]
+            self._children = self._undo.enter_context(SignalsOfChildren(before))
+            for signum in before:
+                self._handle(signum, self._handler)
             if self._use_keyboard and descriptor(sys.stdin) is not None:
                 self._stdin = self._open_keyboard(sys.stdin.fileno())
                 self._undo.callback(os.close, self._stdin)
@@ -437,6 +442,8 @@ class ExitMonitor:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        if os.getpid() != self._pid:  # a forked child that leaves the block: all of this is its parent's
+            return
         os.write(self._stop, b"x")
         self._thread.join()
         self._restore_terminal()
@@ -453,15 +460,33 @@ class ExitMonitor:
             self._publish()
 
     def hear(self, signum: int) -> None:
-        """Turns a signal into a request; the second SIGINT ends the process."""
+        """Turns a signal into a request; the second SIGINT ends the process.
+
+        Wrappers such as timeout deliver a Ctrl-C twice: those within half a second are one.
+        """
         self.signals_heard += 1
-        self._interrupts += signum == signal.SIGINT
-        if self._interrupts > 1:
-            self._abandon()
-        if signum == signal.SIGINT and self.exit_requested:
-            self._screen.say("Leaving already. Ctrl-C once more leaves without saving.")
-        if signum in EXIT_SIGNALS:
-            self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
+        if signum not in EXIT_SIGNALS:
+            return
+        self._children.parent_heard(signum)
+        if signum == signal.SIGINT:
+            now, last = time.monotonic(), self._interrupted
+            self._interrupted = now
+            if last != -math.inf and now - last > SAME_CTRL_C_SECONDS:
+                self._abandon()
+            if last == -math.inf and self.exit_requested:
+                self._screen.say("Leaving already. Ctrl-C once more leaves without saving.")
+        self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
+
+    def _handler(self, signum: int, frame: object) -> None:
+        """In the main thread, when it comes to it. The byte in the pipe is what counts, unless another has taken its place.
+
+        An asyncio loop with signal handlers takes the wake-up descriptor, and puts none back when it is closed.
+        """
+        other = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        if other != self._wakeup:
+            os.write(self._wakeup, bytes([signum]))
+            if other != -1:
+                signal.set_wakeup_fd(other, warn_on_full_buffer=False)
 
     def withdraw(self, reason: str) -> None:
         """Takes a request back, for a save that failed; one that came after it stays."""
@@ -495,6 +520,7 @@ class ExitMonitor:
         previous = signal.signal(signum, handler)
         self._undo.callback(signal.signal, signum, signal.SIG_DFL if previous is None else previous)
 
+    @from_the_background
     def _watch(self) -> None:
         pause = None
         while True:
@@ -508,18 +534,18 @@ class ExitMonitor:
                 return
             if self._stdin in ready:
                 if typed_at_us(self._stdin):
-                    if select.select([self._stdin], [], [], 0)[0] and self._read_keyboard() == READ_BYTES:
-                        pause = FLOOD_PAUSE_SECONDS
+                    if select.select([self._stdin], [], [], 0)[0]:
+                        self._read_keyboard()
                 else:  # typed at somebody else, and not ours to read. fg sends no signal to a running job: look again
                     pause = BACKGROUND_PAUSE_SECONDS
 
-    def _read_keyboard(self) -> int:
-        """Hears what was typed; returns how many bytes that were."""
+    def _read_keyboard(self) -> None:
+        """Hears what was typed."""
         self._save_terminal()
         try:
             data = os.read(self._stdin, READ_BYTES)
         except BlockingIOError:
-            return 0
+            return
         except OSError:  # EIO: the terminal has gone, or was given to another job this very moment
             data = b""
         if not data:
@@ -528,7 +554,7 @@ class ExitMonitor:
                 termios.tcgetattr(self._stdin)  # a terminal that is still there: only Ctrl-D on an empty line
             except termios.error:
                 self._listening = False
-            return 0
+            return
         *lines, self._typed = (self._typed + data).split(b"\n")
         self._typed = self._typed[:LINE_BYTES]
         commands = [line.strip().lower() for line in lines]
@@ -541,7 +567,6 @@ class ExitMonitor:
             self._screen.say(TORCHRUN_KEYS if started_by_torchrun() else KEYS)
             if b"?" in commands and self.describe is not None:
                 self._screen.say(self.describe())
-        return len(data)
 
     def _abandon(self) -> typing.NoReturn:
         """Ends the process here and now: the main thread may be inside a write or a kernel that takes minutes."""
@@ -555,6 +580,7 @@ class ExitMonitor:
         if self._terminal_settings is None and os.isatty(self._stdin) and in_foreground(self._stdin):
             self._terminal_settings = termios.tcgetattr(self._stdin)
 
+    @from_the_background
     def _restore_terminal(self) -> None:
         if self._terminal_settings is None or not in_foreground(self._stdin):
             return
@@ -564,6 +590,86 @@ class ExitMonitor:
             termios.tcflush(self._stdin, termios.TCIFLUSH)  # a q typed too many is not for the shell
         except termios.error:  # hung up: no terminal left to restore
             pass
+
+
+class SignalsOfChildren:
+    """What signals do in the children of a process that an ExitMonitor watches; a context manager.
+
+    A terminal or a scheduler signals the whole group. A child leaves to its parent what the parent has heard too, within
+    a second; else it does what it would without a monitor, so that terminate() ends it. Its handlers are Python's, which
+    a program that it executes does not inherit (as it would an ignored or a blocked signal).
+    """
+
+    active: SignalsOfChildren | None = None
+
+    def __init__(self, before: dict[int, typing.Any]) -> None:
+        self._before = before  # the handlers of the time without a monitor, by signal
+        self._heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")  # shared: when the parent last heard each signal
+
+    def __enter__(self) -> SignalsOfChildren:
+        SignalsOfChildren.active = self
+        self._terminate = multiprocessing.process.BaseProcess.terminate
+
+        def terminate(process: multiprocessing.process.BaseProcess) -> None:
+            self._heard[signal.SIGTERM] = 0.0  # this one is meant for the child
+            self._terminate(process)
+
+        multiprocessing.process.BaseProcess.terminate = terminate
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        multiprocessing.process.BaseProcess.terminate = self._terminate
+        SignalsOfChildren.active = None
+
+    def parent_heard(self, signum: int) -> None:
+        self._heard[signum] = time.monotonic()
+
+    def in_child(self) -> None:
+        signal.set_wakeup_fd(-1)  # the parent's pipe
+        for signum in self._before:
+            signal.signal(signum, self._in_child)
+        if workers := sys.modules.get("torch.utils.data._utils.signal_handling"):
+            # A DataLoader worker takes a handler for SIGTERM that ends it whoever has sent it. Ours comes after that.
+            set_handlers = workers._set_worker_signal_handlers
+
+            def set_our_handler_too() -> None:
+                set_handlers()
+                signal.signal(signal.SIGTERM, self._in_child)
+
+            workers._set_worker_signal_handlers = set_our_handler_too
+
+    def _in_child(self, signum: int, frame: object) -> None:
+        deadline = time.monotonic() + PARENT_SECONDS
+        while time.monotonic() < deadline:
+            if time.monotonic() - self._heard[signum] < 1:
+                return
+            time.sleep(0.005)  # the parent's monitor may not have come to it yet, and nothing will tell
+        signal.signal(signum, self._before[signum])
+        signal.raise_signal(signum)
+
+
+_forking = threading.local()
+
+
+def before_fork() -> None:
+    """Until a child's handlers are there, its signals wait."""
+    if SignalsOfChildren.active is not None:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
+
+
+def after_fork() -> None:
+    mask = vars(_forking).pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def after_fork_in_child() -> None:
+    if SignalsOfChildren.active is not None:
+        SignalsOfChildren.active.in_child()
+    after_fork()
+
+
+os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
 
 
 def end_children() -> None:
@@ -632,6 +738,8 @@ def write_checkpoint(state: dict, path: Path, processes: Processes) -> None:
     Raises one of SAVE_ERRORS, the same in all of them.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, f"{path} is a directory, pipe or device, which a checkpoint must not replace")
     shown, parts = laid_out(state, processes.rank)
     try:
         processes.lead(write_without_data, shown, temporary)
@@ -1361,17 +1469,16 @@ class ByteDataset(torch.utils.data.Dataset):
         first = epoch * self.batches_per_epoch
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=range(first + start, first + self.batches_per_epoch), num_workers=self.workers,
-            worker_init_fn=ignore_exit_signals, pin_memory=pin_memory,
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: the default one is the dropout's, and resuming must not disturb it
         )
         if self.workers:
             multiprocessing.util.get_temp_dir()  # made here, it is the workers' too, and removed however they end
-        with exit_signals_blocked():
-            on_child = signal.getsignal(signal.SIGCHLD)
-            batches = iter(loader)
-            # torch's handler raises wherever the main thread is when a worker dies, in the middle of an optimizer step
-            # too; without it the loader says so at the next batch.
-            signal.signal(signal.SIGCHLD, on_child)
+        on_child = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        # torch's handler raises wherever the main thread is when a worker dies, in the middle of an optimizer step
+        # too; without it the loader says so at the next batch.
+        signal.signal(signal.SIGCHLD, on_child)
         yield from batches
 
     def validation_batches(self) -> Iterator[Tensor]:
@@ -1408,27 +1515,6 @@ class ByteDataset(torch.utils.data.Dataset):
                 start = i * (total - FINGERPRINT_SAMPLE_BYTES) // (FINGERPRINT_SAMPLES - 1)
                 digest.update(self.read(start, FINGERPRINT_SAMPLE_BYTES).numpy())
         return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def exit_signals_blocked() -> Iterator[None]:
-    """For forking: a child that a signal hits before it ignores them would report it through the parent's pipe.
-
-    The parent still hears them at once, in the monitor's thread.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ignore_exit_signals(worker: int) -> None:
-    """In a DataLoader worker: a terminal or scheduler signals the whole group, and only the parent may end the run."""
-    signal.set_wakeup_fd(-1)
-    for signum in EXIT_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_SIGNALS)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -1842,13 +1928,6 @@ class Metrics:
         self._append(b"")
         os.fsync(self._file)
 
-    def losses(self) -> list[float]:
-        """Of every row, in order; [] where the file cannot be read any more."""
-        try:
-            return [float(row.split(",")[2]) for row in os.pread(self._file, self._size, 0).decode().splitlines()[1:]]
-        except (OSError, ValueError):
-            return []
-
     def close(self) -> None:
         os.close(self._file)
 
@@ -1982,7 +2061,6 @@ class Run:
         self.saved: tuple[str, Path] | None = None  # what the summary names
         self._in_update = False
         self.tensorboard: typing.Any = None  # a SummaryWriter
-        self._losses: list[float] = []  # of all rows of metrics.csv, for the summary
         self._last_save: tuple[str, float] | None = None  # name, when
         for optimizer in controller.optimizers.values():
             optimizer.register_step_pre_hook(self._update_begins)
@@ -2355,7 +2433,6 @@ class Run:
         if self.processes.saves:
             self.writer.close()
         if self.processes.rank == 0:
-            self._losses = self.metrics.losses()
             self.metrics.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
@@ -2364,10 +2441,7 @@ class Run:
         """What the person reads last: how far it came, what was saved, and the command that goes on."""
         unknown = "" if self.best_loss < math.inf else f" (step {self.config.eval_every} has the first evaluation)"
         lines = ["📊 Training Summary:", f"   Completed Steps: {self.step}", f"   Epoch: {self.epoch}",
-                 f"   Best Loss: {self.best_loss:.4f}{unknown}",
-                 f"   Trained for: {datetime.timedelta(seconds=round(self.seconds))} in all"]
-        if len(self._losses) > 1 and self.screen.draws_bars:
-            lines.append(f"   Loss: {sparkline(self._losses)} {self._losses[0]:.4f} to {self._losses[-1]:.4f}")
+                 f"   Best Loss: {self.best_loss:.4f}{unknown}"]
         if self.saved is not None:
             label, path = self.saved
             lines.append(f"   {label}: {path}")
@@ -2482,7 +2556,6 @@ def controller_training_loop(run: Run, controller: TrainingController, data: Byt
 # ---- Many processes, which torchrun starts ---------------------------------------------------------------------------
 
 
-RANKS_A_BATCH = 512  # 2 x 512 hops of 50 us are a batch of 50 ms
 ANSWER_SECONDS = 30  # what a rank waits for another that may have died
 
 
@@ -2490,15 +2563,13 @@ class AgreedMonitor:
     """In an ExitMonitor's place: a request that the monitor of any rank has heard shows on all ranks after the same batch.
 
     The question travels while a batch is computed, so the answer is there when it is done and costs no waiting; a request
-    is honoured after the batch that follows the one it came in. gloo sends it round a ring: where it has to pass more than
-    RANKS_A_BATCH ranks it is given more batches.
+    is honoured after the batch that follows the one it came in.
     """
 
     REQUESTS = [(None, 0), (USER_REQUEST, 0), ("torchrun_died", 1), *((f"signal_{signum.name}", 128 + signum) for signum in EXIT_SIGNALS)]
 
     def __init__(self, own: ExitMonitor) -> None:
         self.own, self._torchrun = own, os.getppid()
-        self._patience = 1 + dist.get_world_size() // RANKS_A_BATCH  # batches
         self.save_requested = False
         self._ask()
 
@@ -2509,12 +2580,10 @@ class AgreedMonitor:
         save, self.own.save_requested = self.own.save_requested, False
         self._heard = torch.tensor([[reason for reason, _ in self.REQUESTS].index(self.own.reason), save])
         self._question = dist.all_reduce(self._heard, dist.ReduceOp.MAX, async_op=True)
-        self._batches_left = self._patience
 
     def agree(self) -> None:
         """Takes the answer to the last question and asks the next. Raises RuntimeError where a rank has died."""
-        self._batches_left -= 1
-        if self.exit_requested or self._batches_left > 0:
+        if self.exit_requested:
             return
         self._question.wait()
         request, save = self._heard.tolist()
@@ -2983,20 +3052,6 @@ def prepare(options: dict[str, object], resumed: tuple[Path, dict] | None, proce
     return run
 
 
-@contextlib.contextmanager
-def shown_if_slow(screen: Screen, text: str) -> Iterator[None]:
-    """Shows text in the status line while the block lasts, once it has lasted for SLOW_SECONDS."""
-    timer = threading.Timer(SLOW_SECONDS, screen.status, [[text]])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        screen.clear()
-
-
 def train(options: dict[str, object]) -> int:
     """Trains as the options say and returns the exit code. Raises UserError for mistakes found before training."""
     if options["resume"] == "latest":
@@ -3010,17 +3065,16 @@ def train(options: dict[str, object]) -> int:
         for signum in _early_signals:
             monitor.hear(signum)
         processes = Processes(monitor)
-        with shown_if_slow(screen, f"reading {options['resume']}" if options["resume"] else "preparing data and model"):
-            resumed = None
-            if started_by_torchrun():
-                processes = ManyProcesses(monitor)
-            if options["resume"] is not None:
-                directory = options.get("checkpoint_dir", Config.checkpoint_dir)
-                resumed = checkpoint_to_resume(options["resume"], directory, processes, screen.say)
-            if started_by_torchrun() and options.get("shard", resumed is not None and resumed[1]["config"]["shard"]):
-                processes.shard()
-                stack.callback(processes.wait_for_others)
-            run = processes.together(prepare, options, resumed, processes, screen)
+        resumed = None
+        if started_by_torchrun():
+            processes = ManyProcesses(monitor)
+        if options["resume"] is not None:
+            directory = options.get("checkpoint_dir", Config.checkpoint_dir)
+            resumed = checkpoint_to_resume(options["resume"], directory, processes, screen.say)
+        if started_by_torchrun() and options.get("shard", resumed is not None and resumed[1]["config"]["shard"]):
+            processes.shard()
+            stack.callback(processes.wait_for_others)
+        run = processes.together(prepare, options, resumed, processes, screen)
         if run.finished and (run.completed or run.step > run.total_steps):
             screen.say(f"✅ Nothing left to do: step {run.step} of {run.total_steps}. A larger --steps trains further.")
             return 0
@@ -3039,8 +3093,7 @@ def train(options: dict[str, object]) -> int:
             run.leave_after_exception(error)
     if run.error is not None:
         if processes.first_failure(run.error)[0] == processes.rank:  # no other rank can say more
-            with contextlib.suppress(OSError):  # stderr may have gone with the terminal
-                traceback.print_exception(run.error)
+            complain("".join(traceback.format_exception(run.error)))
     elif run.saved is not None:
         screen.say("🎉 All steps done!" if run.saved[0] == FINAL else "✨ Graceful exit completed!")
     summary = run.summary()
@@ -3060,14 +3113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for signum in (signal.SIGTTIN, signal.SIGTTOU):  # also for the summary, which is printed after the monitor's end
-        signal.signal(signum, signal.SIG_IGN)
     try:
         return train(parse_options(arguments))
     except UserError as error:
         if is_first_rank():
-            with contextlib.suppress(OSError):  # nobody may be there to read it
-                print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            complain(f"error: {' '.join(str(error).splitlines())}\n")
         return 2
     except SystemExit as end:  # of --help
         return end.code

@@ -68,15 +68,14 @@ def main() -> int:
     print(f"\nOn paper: {PARAMETERS / 1e9:g} billion parameters in {TENSORS:,} tensors, AdamW; {RANKS_A_MACHINE} processes a machine, which writes "
           f"{MACHINE_BANDWIDTH / GIB:g} GiB/s to shared storage; a hop between machines {1e6 * HOP_SECONDS:g} us; rank 0 receives {NETWORK_BANDWIDTH / GIB:g} GiB/s.\n"
           f"Measured: {1e9 * seconds:.0f} ns of rank 0, and {said:.0f} bytes, for the checksum of each tensor of each rank.\n")
-    print("| processes | agreement travels | in batches | size of each part | parts written in | checksums | save as a whole |\n"
-          "|---:|---:|---:|---:|---:|---:|---:|")
-    import train_graceful as t
+    print("| processes | agreement travels | size of each part | parts written in | checksums | save as a whole |\n"
+          "|---:|---:|---:|---:|---:|---:|")
 
     for size in PAPER_SIZES:
         part = 12 * PARAMETERS / size
         writing = part * RANKS_A_MACHINE / MACHINE_BANDWIDTH
         table = size * TENSORS * (seconds + said / NETWORK_BANDWIDTH)
-        print(f"| {size:,} | {2e3 * (size - 1) * HOP_SECONDS:.1f} ms | {1 + size // t.RANKS_A_BATCH} | {part / MIB:,.0f} MiB | {writing:.1f} s | "
+        print(f"| {size:,} | {2e3 * (size - 1) * HOP_SECONDS:.1f} ms | {part / MIB:,.0f} MiB | {writing:.1f} s | "
               f"{table:.1f} s | {writing + table:.1f} s |")
     return 0
 

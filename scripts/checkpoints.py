@@ -59,10 +59,19 @@ def list_checkpoints(directory: str) -> None:
         age = tg.short_time(max(0.0, time.time() - status.st_mtime))
         mark = latest if run else ""
         latest = "" if run else latest
-        row = columns(*numbers, age, tg.short_size(status.st_size), run, reason, os.path.relpath(path) + mark)
+        row = columns(*numbers, age, short_size(status.st_size), run, reason, os.path.relpath(path) + mark)
         print(printable(row), flush=True)
     for path in others:
         print(printable(columns("", "", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))
+
+
+def short_size(size: float) -> str:
+    """Of bytes, in decimal units, as ls and disks count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
 
 
 def figures_of(path: Path) -> tuple:

@@ -216,6 +216,16 @@ def test_another_runs_files_are_never_overwritten(options, tmp_path):
     assert saved_path(result.stdout).name == "final_2.pt"
 
 
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
+    """As root, saving to /dev/null would leave a machine without it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match="must not replace"):
+            t.save_checkpoint({"a": 1}, tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
 def test_save_checkpoint_keeps_the_old_file_when_a_write_fails(tmp_path):
     code = f"""
 import resource, torch, train_graceful as t

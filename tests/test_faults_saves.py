@@ -64,8 +64,9 @@ def system_calls(fork, options, directory, save: str) -> list[tuple[str, int]]:
     strace.communicate()
     calls = (directory / "trace").read_text().partition("/saved")[0].splitlines()[1:-1]  # the first is the wait's own read
     assert any("rename" in call for call in calls)
-    counts = collections.Counter({"read": 1})
+    counts: collections.Counter = collections.Counter()
     points = []
+    calls = [call for call in calls if not call.startswith(("lseek", "read", "pread64", "newfstatat", "fstat"))]  # these change nothing
     for call in calls:
         name = call.partition("(")[0]
         counts[name] += 1
@@ -241,6 +242,7 @@ def test_every_write_of_a_save_fails(fork, small, tmp_path, whole):
                                 ("best", lambda *args: fails_in_between(*args, "best"))]:
                 (tmp_path / "dry").mkdir()
                 points = [point for point in system_calls(fork, options, tmp_path / "dry", save) if point[0] in FAILING]
+                points = [(call, nth) for call, nth in points if call != "pwrite64" or nth % 20 == 1]  # one part is like the next
                 shutil.rmtree(tmp_path / "dry")
                 if check is fails_for_good_after_a_signal:
                     points = [("fsync", 1), ("fsync", 2), ("rename", 1), ("openat", 1)]

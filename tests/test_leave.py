@@ -1,17 +1,16 @@
 """Keys, signals, messages and exit codes: every way to stop, in a pseudo-terminal."""
 
-import datetime
 import os
 import signal
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 import torch
-from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path
+from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
 
-import train_graceful as t
 from train_graceful import load_checkpoint
 
 
@@ -19,8 +18,6 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
     lines = [line.strip("\r").rpartition("\r")[2].strip() for line in output.split("\n")]
     lines = [line for line in lines if line]
     start = lines.index("📝 Saving emergency checkpoint...")
-    rows = (path.parent.parent / "metrics.csv").read_text().splitlines()[1:]
-    losses = [float(row.split(",")[2]) for row in rows]
     unknown = "" if checkpoint["best_loss"] < float("inf") else f" (step {checkpoint['config']['eval_every']} has the first evaluation)"
     assert lines[start:-1] == [
         "📝 Saving emergency checkpoint...",
@@ -30,8 +27,6 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
         f"Completed Steps: {checkpoint['step']}",
         f"Epoch: {checkpoint['epoch']}",
         f"Best Loss: {checkpoint['best_loss']:.4f}{unknown}",
-        f"Trained for: {datetime.timedelta(seconds=round(checkpoint['metrics']['seconds']))} in all",
-        *([f"Loss: {t.sparkline(losses)} {losses[0]:.4f} to {losses[-1]:.4f}"] if len(losses) > 1 else []),
         f"Emergency checkpoint: {path}",
     ]
     assert f"--resume {path}" in lines[-1]
@@ -145,6 +140,8 @@ def test_second_ctrl_c_abandons_a_save_that_does_not_end(spawn, options, tmp_pat
     before = termios.tcgetattr(child.child_fd)
     child.sendintr()
     child.expect("stuck in the save")
+    heard = time.monotonic()
+    wait_until(lambda: time.monotonic() - heard > 0.6)  # two within half a second are one
     child.sendintr()
     child.expect("Second Ctrl-C")
     finish(child)

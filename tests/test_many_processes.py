@@ -138,15 +138,6 @@ def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, data, tmp_path, 
     assert_same_end(directory, tmp_path / "whole")
 
 
-def test_where_the_question_travels_longer_all_still_leave_at_the_same_step(group, data, tmp_path):
-    slow = (Moment("train"), lambda frame: frame.f_globals.update(RANKS_A_BATCH=1))  # 3 batches for 2 ranks
-    stop = (Moment("forward_backward", 4), lambda frame: os.kill(os.getpid(), signal.SIGTERM))
-    ranks = group(2, *OPTIONS, "--steps", 40, "--data", data, "--checkpoint-dir", tmp_path, plans={0: [slow], 1: [slow, stop]})
-    texts, codes = finished(ranks)
-    assert codes == [143, 143], texts
-    assert 5 <= t.load_checkpoint(saved_path(texts[0]))["step"] <= 9
-
-
 def test_a_run_goes_on_with_any_number_of_processes(group, float32_muon, data, tmp_path):
     finished(group(1, *OPTIONS, *MODES["geometric"], "--data", data, "--steps", 16, "--checkpoint-dir", tmp_path / "whole"))
     arguments = [*OPTIONS, *MODES["geometric"], "--data", data, "--steps", 16]

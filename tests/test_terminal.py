@@ -11,7 +11,6 @@ import termios
 import threading
 
 import pytest
-from campaign import Moment
 from conftest import ENDLESS, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
 
 import train_graceful as t
@@ -252,21 +251,6 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("?\n")
     child.terminal.expect("No checkpoint yet since the one that was resumed.")
-
-
-def test_what_takes_long_before_training_is_named(fork, options, tmp_path):
-    for what, arguments in {"preparing data and model": options, "reading latest": ["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"]}.items():
-        child = fork(*arguments, "--steps", 10**6, plan=[(Moment("__init__", where=lambda frame: "autocast" in frame.f_locals), None)])
-        child.terminal.expect(what)
-        child.go()
-        child.terminal.expect("Training started")
-        child.terminal.send("q\n")
-        assert what not in child.finish() and child.exitcode == 0
-
-
-def test_a_sparkline_has_a_bar_for_each_share_of_the_values():
-    assert t.sparkline([3, 2, 1, 0]) == "█▆▃▁" and t.sparkline([1, 1]) == "▁▁" and t.sparkline([]) == ""
-    assert t.sparkline(list(range(1000))) == t.sparkline(list(range(40))) and len(t.sparkline(list(range(1000)))) == 40
 
 
 @pytest.mark.parametrize("name", ["known", "unknown"])

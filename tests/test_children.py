@@ -1,0 +1,308 @@
+"""Signals and child processes: a signal to the whole group costs no batch, and a child is as if there were no monitor."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+import traceback
+from pathlib import Path
+
+import pexpect
+import pytest
+from conftest import ROOT, wait_until
+from pexpect.fdpexpect import fdspawn
+
+LOOP = """
+import multiprocessing, os, signal, subprocess, sys, threading, time
+import torch
+from train_graceful import ExitMonitor, save_checkpoint
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10**6
+    def __getitem__(self, index):
+        time.sleep(0.001)
+        return torch.ones(4)
+
+def rest():
+    time.sleep(1000)
+
+fork = multiprocessing.get_context("fork")
+"""
+
+
+@pytest.fixture
+def program():
+    """program(code) runs a person's program in a fork of this process, in a session and on a terminal of its own."""
+    started = []
+
+    def start(code: str) -> fdspawn:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            try:
+                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+                exec(compile(LOOP + code, "program", "exec"), {"__name__": "__main__"})
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(99)
+        child = fdspawn(terminal, encoding="utf-8", timeout=30)
+        child.pid = pid
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        child.close()
+
+
+def ended(child) -> int:
+    """The exit code, once the program has ended."""
+    child.expect(pexpect.EOF)
+    return os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+
+
+TRAINING = """
+step = 0
+with ExitMonitor() as monitor:
+    for batch in torch.utils.data.DataLoader(Data(), 4, num_workers=2):
+        step += 1
+        if step == 5:
+            print("@training")
+        if monitor.exit_requested:
+            break
+    save_checkpoint({"step": step}, PATH)
+sys.exit(monitor.exit_code)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_a_signal_to_the_group_costs_no_batch_of_a_loop_with_workers(program, tmp_path, signum):
+    child = program(f"PATH = {str(tmp_path / 'mine.pt')!r}" + TRAINING)
+    child.expect("@training")
+    os.killpg(child.pid, signum)
+    assert ended(child) == 128 + signum and (tmp_path / "mine.pt").exists()
+    assert "Traceback" not in child.before and "Second" not in child.before
+
+
+def test_one_ctrl_c_that_a_wrapper_delivers_twice_is_one(program, tmp_path):
+    child = program(f"PATH = {str(tmp_path / 'mine.pt')!r}" + TRAINING)
+    child.expect("@training")
+    child.send("\x03")
+    os.kill(child.pid, signal.SIGINT)
+    assert ended(child) == 130 and (tmp_path / "mine.pt").exists()
+
+
+STUCK = """
+with ExitMonitor() as monitor:
+    print("@stuck")
+    time.sleep(1000)
+"""
+
+
+def test_ctrl_c_again_later_leaves_at_once(program):
+    child = program(STUCK)
+    child.expect("@stuck")
+    os.kill(child.pid, signal.SIGINT)
+    child.expect("Exit requested")
+    heard = time.monotonic()
+    wait_until(lambda: time.monotonic() - heard > 0.6)  # the promise is about the time between them
+    os.kill(child.pid, signal.SIGINT)
+    child.expect("Second Ctrl-C")
+    assert ended(child) == 130
+
+
+CHILDREN = """
+with ExitMonitor() as monitor:
+    process = fork.Process(target=rest)
+    process.start()
+    print("@ready", process.pid)
+    while not monitor.exit_requested:
+        time.sleep(0.01)
+    print("@heard", monitor.reason)
+    HOW
+    process.join(10)
+    print("@child", process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("how, code", [("process.terminate()", -signal.SIGTERM), ("process.kill()", -signal.SIGKILL),
+                                       ("os.kill(process.pid, signal.SIGUSR1)", -signal.SIGUSR1)])
+@pytest.mark.parametrize("group", [True, False])
+def test_a_child_that_is_meant_ends_and_one_that_is_not_lives(program, how, code, group):
+    """Also right after the parent has been asked to leave."""
+    child = program(CHILDREN.replace("HOW", how))
+    child.expect("@ready ([0-9]+)")
+    worker = int(child.match[1])
+    (os.killpg if group else os.kill)(child.pid, signal.SIGTERM)
+    child.expect("@heard signal_SIGTERM")
+    child.expect("@child (-?[0-9]+|None)")
+    assert child.match[1] == str(code)
+    assert ended(child) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_child_that_alone_is_signalled_does_what_it_would_without_a_monitor(program):
+    child = program("""
+def patient():
+    signal.signal(signal.SIGUSR2, lambda *args: (print("@its own handler", flush=True), os._exit(7)))
+    print("@patient", flush=True)
+    time.sleep(1000)
+
+with ExitMonitor() as monitor:
+    for target, signum in [(patient, signal.SIGUSR2), (rest, signal.SIGHUP), (rest, signal.SIGINT)]:
+        process = fork.Process(target=target)
+        process.start()
+        time.sleep(0.2)
+        os.kill(process.pid, signum)
+        process.join(10)
+        print("@ended", process.exitcode)
+    print("@requested", monitor.exit_requested)
+""")
+    child.expect("@its own handler")
+    for code in (7, -signal.SIGHUP, 1):
+        child.expect(f"@ended {code}\r")
+    assert "KeyboardInterrupt" in child.before
+    child.expect("@requested False")
+    assert ended(child) == 0
+
+
+SIGNALS_OF_A_PROGRAM = """
+SHOW = "import re; print('@', *re.findall(r'Sig(?:Blk|Ign|Cgt):\\\\s*(\\\\w+)', open('/proc/self/status').read()))"
+
+def executed(how):
+    if how == "Popen":
+        subprocess.run([sys.executable, "-Sc", SHOW])
+    elif how == "preexec_fn":
+        subprocess.run([sys.executable, "-Sc", SHOW], preexec_fn=lambda: None)
+    elif how == "fork":
+        pid = os.fork()
+        if pid == 0:
+            os.execv(sys.executable, [sys.executable, "-Sc", SHOW])
+        os.waitpid(pid, 0)
+    else:
+        import pty
+        pty.spawn([sys.executable, "-Sc", SHOW])
+
+for how in ("Popen", "preexec_fn", "fork", "pty"):
+    executed(how)
+    with ExitMonitor() as monitor:
+        executed(how)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_what_a_child_executes_finds_its_signals_as_without_a_monitor(program):
+    """Nothing blocked, ignored or handled that would not be so anyway."""
+    child = program(SIGNALS_OF_A_PROGRAM)
+    assert ended(child) == 0, child.before
+    shown = re.findall(r"@ (\w+) (\w+) (\w+)", child.before)
+    assert len(shown) == 8 and len(set(shown)) == 1, shown
+
+
+def test_a_group_signal_at_any_moment_of_starting_children_is_heard_once(program):
+    """Children that come and go all the time, by fork and by Popen, and one Ctrl-C."""
+    for _ in range(5):
+        child = program("""
+def start(until):
+    while not until():
+        process = fork.Process(target=int)
+        process.start()
+        process.join()
+        subprocess.run(["true"])
+
+with ExitMonitor() as monitor:
+    threads = [threading.Thread(target=start, args=(lambda: monitor.exit_requested,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    print("@starting")
+    start(lambda: monitor.exit_requested)
+    for thread in threads:
+        thread.join()
+    print("@heard", monitor.signals_heard)
+sys.exit(monitor.exit_code)
+""")
+        child.expect("@starting")
+        os.killpg(child.pid, signal.SIGINT)
+        child.expect("@heard [1-9]")
+        assert ended(child) == 130, child.before
+
+
+def test_a_forked_child_that_leaves_the_block_does_not_take_the_monitor_with_it(program):
+    child = program("""
+with ExitMonitor() as monitor:
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        print("@waiting")
+        while not monitor.exit_requested:
+            time.sleep(0.01)
+sys.exit(monitor.exit_code if pid else 0)
+""")
+    child.expect("@waiting")
+    child.send("q\n")
+    child.expect("Exit requested")
+    assert ended(child) == 0
+
+
+ASYNCIO = """
+import asyncio
+
+async def report():
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGALRM, print)
+    if FOREVER:
+        print("@running")
+        while not monitor.exit_requested:
+            await asyncio.sleep(0.01)
+    loop.remove_signal_handler(signal.SIGALRM)
+
+with ExitMonitor() as monitor:
+    for number in range(2):
+        asyncio.run(report())
+    if not FOREVER:
+        print("@running")
+    while not monitor.exit_requested:
+        time.sleep(0.01)
+print("@left", monitor.reason, monitor.signals_heard)
+"""
+
+
+@pytest.mark.parametrize("forever", [False, True])
+def test_a_library_that_takes_the_wakeup_descriptor_makes_nobody_deaf(program, forever):
+    child = program(ASYNCIO.replace("FOREVER", str(forever)))
+    child.expect("@running")
+    child.send("\x03")
+    child.expect("@left signal_SIGINT 1\r")
+    assert ended(child) == 0
+
+
+def test_in_a_real_shell_a_second_program_is_no_part_of_it(tmp_path):
+    """The whole way, without forks of this process: bash, a person's loop with workers, Ctrl-C."""
+    (tmp_path / "mine.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + LOOP + f"PATH = {str(tmp_path / 'mine.pt')!r}" + TRAINING)
+    shell = pexpect.spawn("bash", ["--norc"], encoding="utf-8", timeout=60, env={**os.environ, "PS1": "READY> "})
+    shell.expect("READY> ")
+    settings = termios.tcgetattr(shell.child_fd)
+    shell.sendline(f"{sys.executable} {tmp_path}/mine.py")
+    shell.expect("@training")
+    shell.sendintr()
+    shell.expect("READY> ")
+    shell.sendline("echo code $?")
+    shell.expect("code 130\r")
+    shell.expect("READY> ")
+    assert termios.tcgetattr(shell.child_fd) == settings and (tmp_path / "mine.pt").exists()
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "mine.py")], capture_output=True, text=True)
+    assert left.stdout == ""
+    shell.close(force=True)
