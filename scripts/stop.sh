@@ -4,6 +4,7 @@
 # Asks the run that holds the checkpoint directory (default: checkpoints in the repository's root, where relative
 # paths start) to save and leave, waits until its process is gone and prints its summary.
 #
+# In a container where the run is pid 1 nothing outlives it: there this does not wait.
 # Exit code: 0 it saved and left; 1 it died without a word; 2 there is no run to stop here; else the run's own.
 # PYTHON=path chooses the interpreter (default: .venv/bin/python, else python3).
 
@@ -39,11 +40,13 @@ try:
     if answer[kind] == fcntl.F_UNLCK:
         leave(f"No run holds {sys.argv[1]}.", 2)
     pid, host = answer[pid], (lock.readline().split() + ["", "an unknown host"])[1]
-    if host != os.uname().nodename or pid < 2:
+    if host != os.uname().nodename or pid < 1:
         leave(f"The run that holds {sys.argv[1]} is on {host}: stop it there.", 2)
     with contextlib.suppress(ProcessLookupError):  # it may be leaving of its own accord
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)  # one that was stopped with Ctrl-Z has to wake up for it
+    if pid == 1:  # and this process does too
+        leave("Asked pid 1 to save and leave; the container ends with it, and with its exit code.", 0)
     print(f"Asked pid {pid} to save and leave; waiting for it.", flush=True)
     fcntl.lockf(lock, fcntl.LOCK_SH, 1)  # waits until its process is gone
 except FileNotFoundError:

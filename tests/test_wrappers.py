@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENDLESS, ROOT, finish, wait_until
+from conftest import ENDLESS, ROOT, SCRIPT, finish, wait_until
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 WRAPPERS = [ROOT / "scripts" / name for name in ("train_tmux.sh", "train_nohup.sh", "stop.sh")]
@@ -229,6 +229,7 @@ def test_stop_wakes_a_run_that_was_suspended(holder, tmp_path):
     with stopping(tmp_path) as stop:
         assert run.stdout.readline() == "asked\n"
         run.communicate("143\nsummary\n")
+        assert stop.communicate()[0].endswith("\nsummary\n")
     assert stop.returncode == 0
 
 
@@ -328,3 +329,18 @@ def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number)
         assert result.returncode == 1
     else:
         assert result.returncode == 2 and result.stderr == f"'{number}' is no number of processes: a number from 1 on, or auto\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"), reason="needs root, unshare and nsenter")
+def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path):
+    """What docker exec CONTAINER scripts/stop.sh does: nothing in the container outlives its pid 1."""
+    with open(tmp_path / "out", "w") as out:
+        container = subprocess.Popen(["unshare", "-pf", "--mount-proc", sys.executable, str(SCRIPT), *map(str, [*options, *ENDLESS]), "--no-keyboard"],
+                                     stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    wait_until(lambda: "step " in (tmp_path / "out").read_text(), container)
+    inside = subprocess.run(["pgrep", "-P", str(container.pid)], capture_output=True, text=True).stdout.strip()
+    asked = subprocess.run(["nsenter", "-t", inside, "-p", "-m", str(ROOT / "scripts" / "stop.sh"), str(tmp_path / "ck")],
+                           capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert asked.returncode == 0 and "Asked pid 1 to save and leave" in asked.stderr, asked
+    assert container.wait(60) == 143
+    assert len(list((tmp_path / "ck" / "emergency_exit").glob("*.pt"))) == 1
