@@ -607,7 +607,7 @@ class SignalsOfChildren:
         self._heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")  # shared: when the parent last heard each signal
 
     def __enter__(self) -> SignalsOfChildren:
-        SignalsOfChildren.active = self
+        self._outer, SignalsOfChildren.active = SignalsOfChildren.active, self
         self._terminate = multiprocessing.process.BaseProcess.terminate
 
         def terminate(process: multiprocessing.process.BaseProcess) -> None:
@@ -619,7 +619,7 @@ class SignalsOfChildren:
 
     def __exit__(self, *exc_info) -> None:
         multiprocessing.process.BaseProcess.terminate = self._terminate
-        SignalsOfChildren.active = None
+        SignalsOfChildren.active = self._outer
 
     def parent_heard(self, signum: int) -> None:
         self._heard[signum] = time.monotonic()
