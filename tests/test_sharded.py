@@ -273,7 +273,8 @@ def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, data, tmp_path,
     waits = [(Moment("_save", 3), None)]  # of step_6; step_3 and best are there
     calls = {"openat": (2,), "pwrite64": (1, 9), "fsync": (2,), "rename": (1,)}
     if whole:  # each of them, up to the last, and of the parts, which are alike, some
-        calls = {call: itertools.count(1) for call in ("openat", "write", "fsync", "rename", "unlink")} | {"pwrite64": itertools.count(1, 25)}
+        calls = {call: itertools.count(1) for call in ("openat", "fsync", "rename", "unlink")}
+        calls |= {call: itertools.count(1, 25) for call in ("write", "pwrite64")}
     with Campaign("SIGKILL of a rank at every system call of a sharded save, then resumed") as campaign:
         for call, numbers in calls.items():
             more = True
