@@ -104,6 +104,7 @@ PARENT_SECONDS = 0.5  # for which a child waits for its parent to hear a signal 
 LINE_BYTES = 4096  # a typed line longer than this is no command
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError)  # what a save may fail with: disk, device (in torch's words) or memory
 PIECE_BYTES = 4 * 2**20  # of a checkpoint that one thread reads or writes at a time
+CACHED_BYTES = 2**18  # what a processor's cache still holds when their checksum is computed
 THREADS = min(4, os.cpu_count() or 1)  # that read or write a checkpoint
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size}
@@ -903,14 +904,15 @@ def write_parts(parts: Sequence[Part], path: Path) -> list[int]:
             raise RuntimeError("torch.save has written other storages than those in the state")
 
         def write(part: Part) -> int:
-            data = left = part.data.cpu().numpy().data
-            start = records[part.record].start + part.start
-            while left:
-                left = left[os.pwrite(file.fileno(), left, start + len(data) - len(left)) :]
+            data = part.data.cpu().numpy().data
+            start, done, crc = records[part.record].start + part.start, 0, 0
+            while done < len(data):
+                count = os.pwrite(file.fileno(), data[done : done + CACHED_BYTES], start + done)
+                crc, done = zlib.crc32(data[done : done + count], crc), done + count
             if hasattr(os, "posix_fadvise"):
                 # On Linux this starts the write to the disk without waiting for it; dirty pages are not dropped.
                 os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
-            return zlib.crc32(data)
+            return crc
 
         checksums = moved(parts, write, records)
         flush_to_disk(file.fileno())
@@ -935,14 +937,21 @@ def moved(parts: Sequence[Part], move: Callable[[Part], int], records: Sequence[
 
     Returns what each record's CRC-32 owes to these parts: XORed over all parts of a record, it is the record's.
     """
-    pieces = [piece for part in parts for piece in part.divided()]
-    few = sum(len(piece.data) for piece in pieces) <= PIECE_BYTES  # not worth a thread
+    batches: list[list[Part]] = [[]]
+    room = PIECE_BYTES
+    for piece in itertools.chain.from_iterable(part.divided() for part in parts):
+        if len(piece.data) > room:
+            batches.append([])
+            room = PIECE_BYTES
+        batches[-1].append(piece)
+        room -= len(piece.data)
     checksums = [0] * len(records)
     with ThreadPoolExecutor(THREADS) as threads:
-        # After an error those that have not begun are dropped.
-        for piece, crc in zip(pieces, (map if few else threads.map)(move, pieces)):
-            behind = records[piece.record].size - piece.start - len(piece.data)
-            checksums[piece.record] ^= crc32_followed_by(behind, crc)
+        run = threads.map if len(batches) > 1 else map  # after an error those that have not begun are dropped
+        for batch, crcs in zip(batches, run(lambda batch: [move(piece) for piece in batch], batches)):
+            for piece, crc in zip(batch, crcs):
+                behind = records[piece.record].size - piece.start - len(piece.data)
+                checksums[piece.record] ^= crc32_followed_by(behind, crc)
     return checksums
 
 
@@ -1108,13 +1117,13 @@ class CheckpointReader:
 
     def _read(self, part: Part) -> int:
         data = torch.empty(len(part.data), dtype=torch.uint8) if part.data.is_meta else part.data
-        left, start = data.numpy().data, self.records[part.record].start + part.start
+        left, start, crc = data.numpy().data, self.records[part.record].start + part.start, 0
         while left:
-            count = os.preadv(self.file.fileno(), [left], start)
+            count = os.preadv(self.file.fileno(), [left[:CACHED_BYTES]], start)
             if not count:
                 raise ValueError("it has been cut")
-            left, start = left[count:], start + count
-        return zlib.crc32(data.numpy())
+            crc, left, start = zlib.crc32(left[:count], crc), left[count:], start + count
+        return crc
 
 
 def check_checksums(path: Path | str, records: Sequence[Record], checksums: Sequence[list[int]]) -> None:

@@ -941,7 +941,7 @@ def many(scale: float, folder: Path) -> Iterator[Figure]:
     for size in (2, 4):
         times = child("agreement", size, folder=folder / str(size), options=options, steps=max(5, round(100 * scale)))["times"]
         yield Figure("many", f"agreement of {size} processes on leaving, waited for in a step", "ms", times, 0.5)
-    measured = child("sharded", 2, folder=folder / "sharded", options=model_options(scale, 8, 1024), saves=max(2, round(7 * scale)))
+    measured = child("sharded", 2, folder=folder / "sharded", options=[*model_options(scale, 8, 1024), "--batch-size", 2], saves=max(2, round(7 * scale)))
     yield Figure("many", f"save of {2 * measured['size'] / GIB:.2f} GiB by two processes, sharded / by one that has it whole", "s",
                  measured["save"], 1.0, measured["whole"])
 

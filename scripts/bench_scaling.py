@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import operator
+import os
 import statistics
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def main() -> int:
     modes, sizes, model, saves = (("geometric",), (2,), SMALL, 1) if arguments.quick else (("standard", "geometric"), (1, 2, 4), MEASURED, 5)
     print("| processes | mode | peak memory of each | of it the program | size of its part | its part written in | save as a whole | agreement |\n"
           "|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # as train_torchrun.sh does
     rates = []
     with tempfile.TemporaryDirectory(prefix="bench_", dir=arguments.dir) as folder:
         for mode in modes:

@@ -50,6 +50,8 @@ except ChildFailedError as error:
 except SignalException as error:
     sys.exit(128 + error.sigval)
 '
+# glibc's heap would keep most of what a model frees when it is sharded, tensors below 32 MiB that is.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"

@@ -331,7 +331,8 @@ def test_every_write_of_a_sharded_save_fails_on_one_rank(sharded, data, tmp_path
                     words = os.strerror(getattr(errno, error))
                     injected = "(INJECTED)" in directory.with_suffix(".trace").read_text()
                     if f"⚠️ step_6.pt not saved: {words}. Training goes on." in texts[0]:
-                        assert injected and "step_6.pt" not in files
+                        # Where only its name could not be flushed it is there, and whole.
+                        assert injected and ("step_6.pt" not in files or call in ("openat", "fsync"))
                     else:  # so few such calls, or one that a save may do without
                         assert "step_6.pt" in files, texts
                     assert files["final.pt"] == STEPS and not list(directory.rglob(".*.tmp"))
