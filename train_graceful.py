@@ -108,9 +108,9 @@ CACHED_BYTES = 2**18  # what a processor's cache still holds when their checksum
 THREADS = min(4, os.cpu_count() or 1)  # that read or write a checkpoint
 PICKLE_OPCODES = 2**21  # a real checkpoint has about 30 a tensor; an empty list is one byte in the file and 64 in memory
 PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size}
-PLAIN_GLOBALS = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size"), ("torch", "device"), ("__builtin__", "complex"),
-                 ("__builtin__", "set"), ("torch.storage", "UntypedStorage"), ("torch._utils", "_rebuild_tensor_v2"),
-                 ("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_parameter")}
+PLAIN_GLOBALS = set("collections.OrderedDict collections.Counter torch.Size torch.device __builtin__.complex __builtin__.set "
+                    "torch.storage.UntypedStorage torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3 "
+                    "torch._utils._rebuild_parameter".split())
 VALIDATION_FRACTION = 0.05
 VALIDATION_BATCHES = 16
 FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
@@ -760,6 +760,7 @@ def laid_out(state: dict, rank: int) -> tuple[dict, list[Part]]:
     """
     parts: dict[int, Part] = {}  # by the identity of the storage
     stand_ins: dict[int, Tensor] = {}
+    mode = functools.cache(memory_free_mode)
 
     def add(tensor: Tensor, start: int, data: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()._cdata
@@ -772,14 +773,16 @@ def laid_out(state: dict, rank: int) -> tuple[dict, list[Part]]:
             row = math.prod(value.shape[1:]) * value.local.element_size()
             storage = add(value.local, value.first * row, lambda: value.local.contiguous().flatten().view(torch.uint8))
             if storage not in stand_ins:
-                stand_ins[storage] = without_data(value.shape.numel(), value.local.dtype).view(value.shape)
+                with mode():
+                    stand_ins[storage] = torch.empty(value.shape, dtype=value.local.dtype)
             return stand_ins[storage]
         value = savable(value)
         if isinstance(value, Tensor):
             storage = add(value, 0, lambda: storage_bytes(value)[: None if rank == 0 else 0])
             if not value.is_cpu:
                 if storage not in stand_ins:
-                    stand_ins[storage] = without_data(len(storage_bytes(value)) // value.element_size(), value.dtype)
+                    with mode():
+                        stand_ins[storage] = torch.empty(len(storage_bytes(value)) // value.element_size(), dtype=value.dtype)
                 return stand_ins[storage].as_strided(value.shape, value.stride(), value.storage_offset())
         return value
 
@@ -794,12 +797,11 @@ def storage_bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def without_data(numel: int, dtype: torch.dtype) -> Tensor:
-    """A tensor that torch.save takes for one on the CPU, though it has no memory."""
+def memory_free_mode() -> contextlib.AbstractContextManager:
+    """In it torch makes tensors that torch.save takes for ones on the CPU, though they have no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # its first use takes most of a second
 
-    with FakeTensorMode():
-        return torch.empty(numel, dtype=dtype)
+    return FakeTensorMode()
 
 
 def savable(value: object) -> object:
@@ -1052,7 +1054,7 @@ def check_records(file: typing.BinaryIO) -> None:
 
 def is_plain(module: str, name: str) -> bool:
     """True for what the pickle of a tensor or a plain value refers to, and nothing that takes a size."""
-    return (module, name) in PLAIN_GLOBALS or module == "torch" and (
+    return f"{module}.{name}" in PLAIN_GLOBALS or module == "torch" and (
         name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
 
 
@@ -1088,8 +1090,10 @@ class CheckpointReader:
             raise ValueError("a tensor does not fit its record")
         return number
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """For a tensor of state one on the CPU; those that share memory in the checkpoint share it here."""
+    def whole(self, tensor: object) -> object:
+        """For a tensor of state one on the CPU; those that share memory in the checkpoint share it here. Other leaves stay."""
+        if not isinstance(tensor, Tensor):
+            return tensor
         number = self._number(tensor)
         if number not in self._storages:
             self._storages[number] = torch.UntypedStorage(self.records[number].size)
@@ -1148,7 +1152,7 @@ def load_checkpoint(path: Path | str) -> dict:
     CheckpointError where the file cannot be read, is damaged or holds anything but tensors and plain values.
     """
     with opened_checkpoint(path) as checkpoint:
-        state = mapped(checkpoint.state, lambda value: checkpoint.whole(value) if isinstance(value, Tensor) else value)
+        state = mapped(checkpoint.state, checkpoint.whole)
         check_checksums(path, checkpoint.records, [checkpoint.read()])
         return state
 
@@ -2678,9 +2682,6 @@ class ManyProcesses(Processes):
                 first, last = self._share_of(len(parameter))
                 return Rows(checkpoint.rows(value, first, last), first, value.shape)
 
-            def loaded(value: object) -> object:
-                return checkpoint.whole(value) if isinstance(value, Tensor) else value
-
             def sharded(value: object) -> object:
                 if not isinstance(value, Rows):
                     return value
@@ -2697,7 +2698,7 @@ class ManyProcesses(Processes):
                 saved["state"] = {number: {key: rows(value, parameters[number]) for key, value in values.items()}
                                   for number, values in saved["state"].items()}
                 state["optimizer_state_dicts"][name] = saved
-            state = mapped(state, loaded)
+            state = mapped(state, checkpoint.whole)
             checkpoint.read()
             return mapped(state, sharded)
 
@@ -2885,18 +2886,13 @@ def on_whole_matrices(function: Callable[[Tensor], Tensor], rows: Tensor, parame
 def named_checkpoint(name: str, directory: str) -> Path:
     """The absolute path of a checkpoint that a person names, or for "latest" of the newest whole one in directory.
 
-    Raises UserError, with what there is instead, for a name without a file or of a directory of checkpoints.
+    Raises UserError for a name without a file or of a directory of checkpoints.
     """
     if name == "latest":
         return latest_checkpoint(os.path.abspath(directory))
-    path, instead = Path(os.path.abspath(name)), ""
+    path = Path(os.path.abspath(name))
     if not path.exists():
-        there = {other.stem: os.path.relpath(other) for other in reversed(checkpoints_in(path.parent) or checkpoints_in(directory))}
-        if close := difflib.get_close_matches(path.stem, ["latest", *there], 1, 0.7):
-            instead = f"; did you mean {there.get(close[0], 'latest')}?"
-        elif names := list(there.values())[::-1]:
-            instead = f"; there are {', '.join(names[:3])}{', ...' if names[3:] else ''}"
-        raise CheckpointError(f"{path}: No such file or directory{instead}")
+        raise CheckpointError(f"{path}: No such file or directory; scripts/checkpoints.py list shows what there is")
     if (path / ".metadata").exists():
         raise CheckpointError(f"{path}: a sharded checkpoint of the first edition, which this one does not read")
     if path.is_dir() and (inside := checkpoints_in(path)):
@@ -2980,9 +2976,8 @@ def check_origin(state: dict, path: Path) -> None:
     if type(state["format_version"]) is not int or state["format_version"] != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {reprlib.repr(state['format_version'])}, but this program reads format {FORMAT_VERSION}")
     check_config(state.get("config"), path)
-    for key in ("model_state_dict", "rng_state"):
-        if not isinstance(state.get(key), dict):
-            raise CheckpointError(f"{path}: not a checkpoint of this program ({key!r} is {type(state.get(key)).__name__})")
+    if not isinstance(state.get("model_state_dict"), dict):
+        raise CheckpointError(f"{path}: not a checkpoint of this program (it has no model_state_dict)")
 
 
 def check_config(stored: object, path: Path) -> None:

@@ -155,7 +155,7 @@ def test_mistakes(ask, trained, tmp_path):
     assert "no checkpoint there" in message("sample", "--checkpoint-dir", tmp_path)
     for nowhere in (("sample", "--checkpoint-dir", tmp_path / "nowhere"), ("list", tmp_path / "nowhere")):
         assert message(*nowhere) == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
-    assert message("show", "latst", "--checkpoint-dir", trained).endswith("No such file or directory; did you mean latest?\n")
+    assert message("show", "latst", "--checkpoint-dir", trained).endswith("No such file or directory; scripts/checkpoints.py list shows what there is\n")
     state = t.load_checkpoint(trained / "final.pt")
     for key, value in [("step", "12"), ("metrics", {}), ("exit_reason", None), ("config", {}), ("model_state_dict", {"a": 1}),
                        ("metrics", {"smooth_loss": 1.0, "seconds": float("inf")})]:
