@@ -911,12 +911,14 @@ def child_sharded(folder: str, options: list, saves: int) -> dict:
         peak = memory("VmHWM")
         state = processes.rows(run.state_dict("periodic"))
         whole = t.mapped(state, lambda value: torch.zeros(value.shape, dtype=value.local.dtype) if isinstance(value, t.Rows) else value)
-        t.write_parts = timed
-        for number in range(saves):
+        t.write_parts, shared = timed, Path(folder, "shared.pt")
+        for _ in range(saves):
+            shared.unlink(missing_ok=True)
             os.sync()
             dist.barrier()
             started = time.perf_counter()
-            run._save(state, f"step_{2 + number}.pt")
+            processes.begin_save()
+            t.write_checkpoint(state, shared, processes)
             times["save"].append(time.perf_counter() - started)
             dist.barrier()
             t.write_parts = write_parts
