@@ -45,7 +45,7 @@ def list_checkpoints(directory: str) -> None:
     others = sorted(named.difference(paths))
     if not paths and not others:
         raise tg.UserError(f"{directory}: {'no checkpoints' if folder.is_dir() else 'No such file or directory'}")
-    columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<12}  {:<28}  {}".format
+    columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<6}  {:<28}  {}".format
     print(columns("step", "epoch", "loss", "best", "age", "size", "run", "reason", "checkpoint"))
     latest = " <- latest"
     for path in paths:
@@ -59,7 +59,7 @@ def list_checkpoints(directory: str) -> None:
         age = tg.short_time(max(0.0, time.time() - status.st_mtime))
         mark = latest if run else ""
         latest = "" if run else latest
-        row = columns(*numbers, age, short_size(status.st_size), run, reason, os.path.relpath(path) + mark)
+        row = columns(*numbers, age, short_size(status.st_size), run[:6], reason, os.path.relpath(path) + mark)
         print(printable(row), flush=True)
     for path in others:
         print(printable(columns("", "", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))

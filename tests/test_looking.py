@@ -63,7 +63,7 @@ def test_list_names_every_checkpoint_and_its_run_the_newest_first_and_says_which
     by_name = {Path(row.removesuffix(" <- latest").split()[-1]).name: row for row in rows}
     assert list(by_name) == [path.name for path in t.checkpoints_in(trained)] and len(rows) == 6
     state = t.load_checkpoint(trained / "final.pt")
-    assert by_name["final.pt"].split()[0] == "12" and f" {state['run_id']}  completed " in by_name["final.pt"]
+    assert by_name["final.pt"].split()[0] == "12" and f" {state['run_id'][:6]}  completed " in by_name["final.pt"]
     assert " damaged " in by_name["step_10.pt"] and " of another program " in by_name["mine.pt"] and " damaged " in by_name["model.pt"]
     (tmp_path / "ck").mkdir()
     (tmp_path / "ck" / "gone.pt").symlink_to("nowhere")
