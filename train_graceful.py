@@ -116,7 +116,6 @@ VALIDATION_BATCHES = 16
 FULL_FINGERPRINT_BYTES = 64 * 2**20  # larger corpora are fingerprinted by samples
 FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 1024, 4096
 SOCKET_FOLDER_BYTES = 71  # a socket's path has at most 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own
-MAX_ETA_SECONDS = 10**9  # a run for ever is no reason to fail
 MAX_ANGLE = math.pi / 4  # radians, of one Givens rotation
 MUON_LR_FACTOR = 8.0  # Muon's learning rate relative to --lr, which is AdamW's
 
@@ -848,13 +847,11 @@ def mapped(state: object, change: Callable[[typing.Any], object]) -> typing.Any:
             opcodes += visit(vars(value))[1]
         if opcodes > PICKLE_OPCODES:
             raise TypeError(f" holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
-        made = value
-        if not same and is_dict:
+        made = value if same or is_dict else kind(new.values())
+        if is_dict and not same:
             made = copy.copy(value)
             made.clear()
             made.update(new)
-        elif not same:
-            made = kind(new.values())
         return known.setdefault(id(value), (made, opcodes))
 
     return visit(state)[0]
@@ -1318,7 +1315,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours until the process is gone
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)  # one starts at a time: who comes second reads the first one's pid
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)  # ours until the process is gone
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 pid, host, *_ = os.pread(file, 256, 0).decode(errors="replace").split() + ["unknown", "unknown"]
@@ -1327,6 +1325,8 @@ class RunDirectory:
             self._report(f"⚠️ {self.path}: no locks there ({error.strerror}); see to it that no other run uses it")
         self._lock_file = file
         self.write_outcome("")
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
 
     def keep_hold(self) -> None:
         """Makes a directory that somebody has deleted anew. Raises OSError where it is another run's by now."""
@@ -2333,7 +2333,7 @@ class Run:
         self._status_clock = now
         started, first_step = self._start
         seconds_per_step = max(1e-9, now - started) / max(1, self.step - first_step)
-        left = datetime.timedelta(seconds=min(round(seconds_per_step * (self.total_steps - self.step)), MAX_ETA_SECONDS))
+        left = datetime.timedelta(seconds=min(round(seconds_per_step * (self.total_steps - self.step)), 10**9))
         tokens_per_second = self.data.windows_per_batch * self.config.context / seconds_per_step
         best = [f"best {self.best_loss:.4f}"] if self.best_loss < math.inf else []
         parts = [f"step {self.step}/{self.total_steps}", f"loss {self.smooth_loss:.4f}", f"{left} left", *best,
