@@ -737,7 +737,9 @@ def write_checkpoint(state: dict, path: Path, processes: Processes) -> None:
 
     Raises one of SAVE_ERRORS, the same in all of them.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Of this save alone: others may write the same path at the same time.
+    token = processes.lead(lambda: uuid.uuid4().hex[:8])
+    temporary = path.with_name(f".{path.stem}.{token}{path.suffix}.tmp")
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, f"{path} is a directory, pipe or device, which a checkpoint must not replace")
     shown, parts = laid_out(state, processes.rank)
@@ -808,6 +810,8 @@ def savable(value: object) -> object:
     if isinstance(value, np.generic):
         value = value.item()
     kind = type(value)
+    if kind is int and value.bit_length() > 2000:
+        raise TypeError(" is an integer that torch.load(weights_only=True) would refuse: it has more than 2,000 bits")
     if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
         return value
     what = f"{kind.__module__}.{kind.__qualname__}"
@@ -843,8 +847,10 @@ def mapped(state: object, change: Callable[[typing.Any], object]) -> typing.Any:
                 raise TypeError(f"[{key!r}]{error}") from None
             same = same and place is key and new[place] is value[key]
             opcodes += more + 2
+        attributes = {}
         if kind is collections.OrderedDict and vars(value):  # _metadata, in a module's state_dict
-            opcodes += visit(vars(value))[1]
+            attributes, more = visit(vars(value))
+            same, opcodes = same and attributes is vars(value), opcodes + more
         if opcodes > PICKLE_OPCODES:
             raise TypeError(f" holds more values beside its tensors than the {PICKLE_OPCODES:,} that load_checkpoint reads")
         made = value if same or is_dict else kind(new.values())
@@ -852,6 +858,8 @@ def mapped(state: object, change: Callable[[typing.Any], object]) -> typing.Any:
             made = copy.copy(value)
             made.clear()
             made.update(new)
+            if attributes:
+                vars(made).update(attributes)
         return known.setdefault(id(value), (made, opcodes))
 
     return visit(state)[0]
@@ -864,7 +872,7 @@ def write_without_data(state: dict, path: Path) -> None:
     checksums_wanted = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        with open(path, "wb") as file, disk_errors(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        with open(path, "xb") as file, disk_errors(), torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(state, file)
     finally:
         torch.serialization.set_crc32_options(checksums_wanted)
@@ -2956,17 +2964,19 @@ def checkpoint_to_resume(resume: str, directory: str, processes: Processes, repo
 
     None, a fresh start, for latest where there is none and torchrun may restart us.
     """
+    def read(path: Path) -> dict:
+        state = processes.read(path)
+        check_origin(state, path)
+        return state
+
     if resume == "latest":
         directory = os.path.abspath(directory)
         paths = processes.on_first(checkpoints_in, directory)
         if not paths and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             return None
-        path, state = first_whole(paths, processes.read, directory, report)
-    else:
-        path = processes.together(named_checkpoint, resume, directory)
-        state = processes.read(path)
-    check_origin(state, path)
-    return path, state
+        return first_whole(paths, read, directory, report)
+    path = processes.together(named_checkpoint, resume, directory)
+    return path, read(path)
 
 
 def check_origin(state: dict, path: Path) -> None:

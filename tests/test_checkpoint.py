@@ -43,13 +43,13 @@ def assert_refused(message, *words):
 
 @pytest.mark.parametrize("value", [
     numpy.ones(2), Path("x"), b"x", bytearray(b"x"), {(1, 2)}, collections.defaultdict(int), argparse.Namespace(a=1),
-    datetime.datetime.now(), torch.eye(2).to_sparse(), {Path("x"): 1}, {b"x": 1}, torch.nn.Buffer(torch.ones(2)),
+    datetime.datetime.now(), 2**2039, torch.eye(2).to_sparse(), {Path("x"): 1}, {b"x": 1}, torch.nn.Buffer(torch.ones(2)),
     [0] * t.PICKLE_OPCODES, lambda: None, torch.ones(2, device="meta"), torch.nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     """Better a TypeError today than a checkpoint that is refused when it is needed."""
     path = tmp_path / "a.pt"
     t.save_checkpoint({"old": 1}, path)
-    with pytest.raises(TypeError, match="load_checkpoint"):
+    with pytest.raises(TypeError, match="would refuse|load_checkpoint"):
         t.save_checkpoint({"model": {"best": [1, value]}}, path)
     with pytest.raises(TypeError, match="not a dict"):
         t.save_checkpoint([value], path)
@@ -97,6 +97,14 @@ def test_latest_names_and_skips_damaged_ones(finished, tmp_path):
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path, "--steps", "14")
     assert result.returncode == 0
     assert "Skipped" in result.stdout and "emergency_step_13.pt" in result.stdout and "final.pt: damaged" in result.stdout
+    assert "Completed Steps: 14" in result.stdout
+
+
+def test_latest_names_and_skips_what_another_program_has_saved(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "ck")
+    t.save_checkpoint({"a": 1}, tmp_path / "ck" / "step_4444.pt")
+    result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", "14")
+    assert result.returncode == 0 and "step_4444.pt: not a checkpoint of this program" in result.stdout, result.stderr
     assert "Completed Steps: 14" in result.stdout
 
 

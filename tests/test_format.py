@@ -133,7 +133,9 @@ class Exchange(t.Processes):
         if self.rank == 0:
             self._shared["lead"] = function(*arguments)
         self._barrier.wait()
-        return self._shared["lead"]
+        answer = self._shared["lead"]
+        self._barrier.wait()
+        return answer
 
     def each(self, function, *arguments):
         self._shared[self.rank] = function(*arguments)
@@ -254,6 +256,44 @@ def test_numpys_scalars_are_saved_as_the_numbers_they_are(tmp_path):
     assert loaded == {"best": 0.375, 4: [1.5, (3,)], "done": False, "name": "x"}
     assert [type(value) for value in (loaded["best"], loaded[4][0], loaded["done"], loaded["name"])] == [float, float, bool, str]
     assert type(state["best"]) is np.float64
+
+
+def test_attributes_of_a_state_dict_are_saved_as_its_items_are(tmp_path):
+    state = torch.nn.Linear(2, 2).state_dict()
+    state.note, state.small = np.float64(1.5), torch.zeros(1).expand(4)
+    t.save_checkpoint({"model": state}, tmp_path / "a.pt")
+    loaded = t.load_checkpoint(tmp_path / "a.pt")["model"]
+    assert loaded.note == 1.5 and type(loaded.note) is float and loaded.small.tolist() == [0] * 4
+    assert loaded._metadata == state._metadata and type(state.note) is np.float64
+
+
+WRITER = """
+import sys, torch, train_graceful as t
+value = float(sys.argv[2])
+for _ in range(6):
+    t.save_checkpoint({"x": torch.full((3_000_000,), value), "i": value}, sys.argv[1])
+"""
+
+
+def assert_one_of_two(path) -> None:
+    state = t.load_checkpoint(path)
+    assert state["x"].eq(state["i"]).all() and state["i"] in (1, 2)
+
+
+def test_two_that_write_one_path_at_the_same_time_leave_the_file_of_one_of_them(tmp_path):
+    """A loop of one's own that was started twice; or every rank saves. Threads and processes."""
+    path = tmp_path / "mine.pt"
+    threads = [threading.Thread(target=t.save_checkpoint, args=({"x": torch.full((3_000_000,), i), "i": i}, path)) for i in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_one_of_two(path)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in (1, 2)]
+    assert [writer.communicate()[1] for writer in writers] == ["", ""]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert_one_of_two(path)
+    assert os.listdir(tmp_path) == ["mine.pt"]
 
 
 def test_an_expanded_tensor_is_saved_with_all_its_elements(tmp_path):
