@@ -1,7 +1,9 @@
 """A tiny corpus, tiny options, and the real script in a pseudo-terminal that is always reaped."""
 
+import csv
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,9 +107,64 @@ def refused(*args) -> str:
     import train_graceful as t
 
     with pytest.raises(t.UserError) as error:
-        t.train(t.parse_options([*map(str, args), "--no-keyboard"]))
+        t.trained(t.train, t.declared(t.OPTIONS), [*map(str, args), "--no-keyboard"])
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def session(*args, train=None, **options) -> int:
+    """One session of the program in this process, of the built-in one or of train(run); its exit code."""
+    import train_graceful as t
+
+    if train is None:
+        train, options = t.train, {**t.OPTIONS, **options}
+    return t.main(train, argv=["--no-keyboard", *map(str, args)], **options)
+
+
+def ask_to_leave(run) -> None:
+    """SIGTERM, and the run's monitor has heard it on return."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(lambda: run.own_monitor.exit_requested)
+
+
+def assert_same(left, right, where="checkpoint") -> None:
+    """Nested dicts, lists and tuples of tensors and plain values are the same, bit for bit."""
+    import torch
+
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and left.equal(right), where
+    elif isinstance(left, dict):
+        assert list(left) == list(right), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for number, pair in enumerate(zip(left, right)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert left == right, where
+
+
+STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "step", "best", "evaluation",
+              "data_fingerprint")
+
+
+def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
+    """The rows of metrics.csv, without what no two runs have in common."""
+    with open(directory / name) as file:
+        return [{key: value for key, value in row.items() if key not in ("samples_per_second", "seconds", "run")}
+                for row in csv.DictReader(file)]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Two directories hold the same finished run: weights, optimizers, schedulers, what else was kept, and metrics."""
+    import train_graceful as t
+
+    a, b = t.load_checkpoint(left / "final.pt"), t.load_checkpoint(right / "final.pt")
+    assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
+    assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
+    assert metrics_without_times(left) == metrics_without_times(right)
 
 
 def processes_in_session(session: int) -> list[str]:
