@@ -837,8 +837,8 @@ def end_children() -> None:
 # several processes, then put them in their places.
 
 
-# What a save may fail with: disk, device (in torch's words) or memory.
-SAVE_ERRORS = (OSError, RuntimeError, MemoryError)
+# What a save may fail with: disk, device (in torch's words), memory, what cannot be saved.
+SAVE_ERRORS = (OSError, RuntimeError, MemoryError, TypeError)
 # What one thread reads or writes at a time, and what a cache still holds for its checksum.
 PIECE_BYTES, CACHED_BYTES = 4 * 2**20, 2**18
 # Of the pickle, which holds what is no tensor: a list takes one byte there, and 64 in memory.
@@ -1970,6 +1970,9 @@ class Metrics:
                 os.fsync(file.fileno())
 
 
+METRICS_KEYS = ("sums", "counts", "smooth_loss", "seconds", "sessions", "done_step")
+
+
 @dataclasses.dataclass
 class Progress:
     """What follows from the batches so far; a checkpoint holds it beside what is kept."""
@@ -1979,6 +1982,8 @@ class Progress:
     best_step: int = 0
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluated_step: int = -1
+    # What was due up to this step is done.
+    done_step: int = 0
     # Of the values logged since the last row.
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -1987,12 +1992,11 @@ class Progress:
     sessions: int = 0
 
     def stored(self) -> dict:
-        keys = ("sums", "counts", "smooth_loss", "seconds", "sessions")
         return {
             "step": self.step,
             "best": {"value": self.best, "step": self.best_step},
             "evaluation": {"values": dict(self.evaluation), "step": self.evaluated_step},
-            "metrics": {key: copy.copy(getattr(self, key)) for key in keys},
+            "metrics": {key: copy.copy(getattr(self, key)) for key in METRICS_KEYS},
         }
 
     @classmethod
@@ -2007,7 +2011,7 @@ class Progress:
             "evaluated_step": evaluation["step"],
             **{
                 key: state["metrics"][key]
-                for key in ("sums", "counts", "smooth_loss", "seconds", "sessions")
+                for key in METRICS_KEYS
             },
         }
         made, kinds = cls(**values), {"best": float, "smooth_loss": float}
@@ -2031,8 +2035,8 @@ class Boundary:
     """The last point at which all of the state was of one step."""
 
     progress: Progress
-    # (where it is, a copy, its version when it was copied) of each buffer of the models.
-    buffers: list[tuple[Tensor, Tensor, int]] = dataclasses.field(default_factory=list)
+    # Each buffer of the models, and a copy.
+    buffers: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     # Schedulers and GradScalers, which an exception may leave one step ahead.
     small: list[tuple[typing.Any, dict]] = dataclasses.field(default_factory=list)
 
@@ -2310,8 +2314,9 @@ class Run:
             text = f"step {self.step} of {self.total_steps}. A larger --steps trains further"
             self.screen.say(f"✅ Nothing left to do: {text}.")
             return
-        if self._evaluation_due(self.step - 1):
-            self._at_boundary(self.step - 1)
+        if self.progress.done_step < self.step:
+            # A request cut an evaluation short.
+            self._at_boundary()
         while not self.finished:
             batch = self._next_batch()
             seed_generators(
@@ -2351,7 +2356,7 @@ class Run:
         self._status_clock, self._first_step, self._row_step = 0.0, self.step, self.step
         self._introduce()
         self.trains = True
-        if self._evaluate is not None and not self.finished:
+        if self._evaluate is not None:
             self._try_evaluation()
 
     def _check_optimizers(self) -> None:
@@ -2517,7 +2522,7 @@ class Run:
         """Counts the batch that the body has had, and does what is due."""
         if not math.isfinite(self.progress.sums.get("loss", 0.0)):
             raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
-        self._in_body, self.trained = False, True
+        self._in_body = False
         self.progress.step += 1
         now = time.monotonic()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
@@ -2527,31 +2532,28 @@ class Run:
         waited = self.step - before >= self.LONGEST_ACCUMULATION
         if self._stepped or waited or self.finished or not self._kept["optimizer_state_dicts"]:
             self._mark_boundary()
-            if before == self._first_step:
+            if not self.trained:
                 self._after_first_step()
-            self._at_boundary(before)
+            self.trained = True
+            self._at_boundary()
 
     def _mark_boundary(self) -> None:
-        old, self._stepped = self._boundary.buffers, False
+        self._stepped = False
+        kept = [copied for _, copied in self._boundary.buffers]
         buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
-        copies = []
-        for number, buffer in enumerate(buffers):
-            # Most (masks, tables) never change: their version tells.
-            same = (
-                number < len(old) and old[number][0] is buffer and old[number][2] == buffer._version
-            )
-            copies.append(
-                old[number] if same else (buffer, buffer.detach().clone(), buffer._version)
-            )
+        if len(kept) != len(buffers):
+            kept = [buffer.detach().clone() for buffer in buffers]
+        for copied, buffer in zip(kept, buffers):
+            copied.copy_(buffer)
         parts = [part for kind in self._kept.values() for part in kind.values()]
         small = [(p, copy.deepcopy(p.state_dict())) for p in parts if isinstance(p, SMALL_PARTS)]
-        self._boundary = Boundary(copy.deepcopy(self.progress), copies, small)
+        self._boundary = Boundary(copy.deepcopy(self.progress), list(zip(buffers, kept)), small)
 
     @torch.no_grad()
     def _back_to_boundary(self) -> None:
         """Undoes what batches have changed since the last boundary without an optimizer's step."""
-        for buffer, saved, _ in self._boundary.buffers:
-            buffer.copy_(saved)
+        for buffer, copied in self._boundary.buffers:
+            buffer.copy_(copied)
         for part, state in self._boundary.small:
             part.load_state_dict(state)
         self.progress = copy.deepcopy(self._boundary.progress)
@@ -2571,34 +2573,30 @@ class Run:
                 f" now one of {self.total_steps} steps"
             )
 
-    def _due(self, every: int, before: int) -> bool:
-        return self.step // every > before // every
+    def _due(self, every: int) -> bool:
+        return self.step // every > self.progress.done_step // every
 
-    def _evaluation_due(self, before: int) -> bool:
-        if self._evaluate is None or self.step in (0, self.progress.evaluated_step):
-            return False
-        return self._due(self.options.eval_every, before) or self.finished
-
-    def _at_boundary(self, before: int) -> None:
-        """Evaluates, logs and saves what is due since the boundary before.
+    def _at_boundary(self) -> None:
+        """Evaluates, logs and saves what is due since the last time.
 
         A request to leave cuts an evaluation short; all of this is then done on resume.
         """
         targets = {}
-        evaluated = self._evaluation_due(before)
+        evaluated = self._evaluate is not None and (self._due(self.options.eval_every) or self.finished)
         if evaluated:
             if not self._evaluated():
                 return
             if self.progress.best_step == self.step:
                 targets["best"] = "best.pt"
-        logged = evaluated or self.finished or self._due(self.options.log_every, before)
+        logged = evaluated or self.finished or self._due(self.options.log_every)
         if logged:
             self._log_row(evaluated)
-        if self.monitor.save_requested or self._due(self.options.save_every, before):
+        if self.monitor.save_requested or self._due(self.options.save_every):
             reason = "user_requested_save" if self.monitor.save_requested else "periodic"
             self.monitor.save_requested = False
             targets[reason] = f"step_{self.step}.pt"
         # What an evaluation has found is part of the state of this step.
+        self.progress.done_step = self.step
         self._boundary.progress = copy.deepcopy(self.progress)
         if targets and self._writer is not None:
             self._writer.submit(self.processes.rows(self.state_dict(None)), targets)
@@ -2858,10 +2856,10 @@ class Run:
 
     def _finish(self) -> None:
         """Ends a run whose steps are all done."""
-        while self._evaluation_due(self.step - 1):
-            # It was cut short by a request.
+        while self.progress.done_step < self.step:
+            # The evaluation was cut short by a request.
             self._leave()
-            self._at_boundary(self.step - 1)
+            self._at_boundary()
         self._save_last("Final checkpoint", "final.pt", "completed", True)
         self.completed = True
         self.own_monitor.nothing_to_save = "Everything is saved already."
@@ -3569,7 +3567,8 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
     except SystemExit as end:
         failure = end
         run.exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    if run.trained or run.trains and not isinstance(failure, UserError):
+    saved = run.completed or isinstance(failure, UserError) and not run.trained
+    if run.trains and not saved:
         run.leave_after_exception(failure)
     return failure
 
