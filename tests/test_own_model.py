@@ -221,11 +221,12 @@ def test_a_gradient_scaler_that_skips_steps(tmp_path):
     """It begins with a scale at which the gradient overflows, so that it skips the first steps."""
 
     def kept(run, module):
-        return run.keep(scaler=torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=3))
+        return run.keep(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3))
 
     def body(run, module, optimizer, planned, scaler, loss):
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        # Twice the loss is more than float32 has room for, as long as the scale is this large.
+        scaler.scale(4 * loss).backward()
         scaler.unscale_(optimizer)
         run.clip_gradients(1.0)
         scaler.step(optimizer)
@@ -235,7 +236,7 @@ def test_a_gradient_scaler_that_skips_steps(tmp_path):
     train = classification(kept=kept, body=body)
     assert_resumes(train, tmp_path, (1, 2, 3, 5, 8))
     scales = [float(row["scale"]) for row in metrics_without_times(tmp_path / "whole")]
-    assert scales[-1] < 2e38
+    assert scales[-1] < 2.0**127
 
 
 def test_accumulation_by_hand(tmp_path):
