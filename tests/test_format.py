@@ -13,8 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_resume import assert_same
+from conftest import ROOT, assert_same
 
 import train_graceful as t
 
@@ -67,7 +66,7 @@ def assert_as_torch_saves_it(path, state) -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_the_file_is_the_one_that_torch_save_writes(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(t, "THREADS", threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
     state, path = zoo(), tmp_path / "a.pt"
     t.save_checkpoint(state, path)
     assert_as_torch_saves_it(path, state)
