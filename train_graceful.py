@@ -3521,20 +3521,13 @@ def checkpoint_to_resume(
 
     def read(path: Path) -> dict:
         state = processes.read(path)
-        version = state.get("format_version")
-        if version == 1:
+        version, run_id = state.get("format_version"), state.get("run_id")
+        numbered = type(version) is int
+        if numbered and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        run_id = state.get("run_id")
-        ours = (
-            type(version) is int
-            and isinstance(run_id, str)
-            and re.fullmatch("[0-9a-f]{12}", run_id)
-        )
-        if (
-            not ours
-            or version != Run.FORMAT_VERSION
-            or not {"config", "exit_reason"} <= state.keys()
-        ):
+        named = isinstance(run_id, str) and re.fullmatch("[0-9a-f]{12}", run_id)
+        ours = numbered and version == Run.FORMAT_VERSION and named
+        if not ours or not {"config", "exit_reason"} <= state.keys():
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
 
