@@ -2828,6 +2828,8 @@ class Run:
         return path
 
     def _path_to_save(self, name: str) -> str:
+        # Somebody may have deleted it; without it the rows that wait could not be written.
+        self.directory.path.mkdir(parents=True, exist_ok=True)
         self.metrics.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
