@@ -142,12 +142,12 @@ class Option(typing.NamedTuple):
         try:
             # 1e3 is a whole number too.
             whole = kind is int and not re.fullmatch(r"[+-]?\d+", text) and float(text).is_integer()
-            value = kind(float(text) if whole else text)
+            value = text if kind is Path else kind(float(text) if whole else text)
         except (ValueError, OverflowError):
             word = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
         try:
-            return self.checked_item(os.path.abspath(text) if text and kind is Path else value)
+            return self.checked_item(os.path.abspath(value) if text and kind is Path else value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -3559,7 +3559,8 @@ def checkpoint_to_resume(
             return None
         return first_whole(directory, read, report, paths)
     path = Path(os.path.abspath(name))
-    if not path.exists():
+    # Path.exists() raises where a name is too long.
+    if not os.path.exists(path):
         raise CheckpointError(
             f"{path}: No such file or directory; scripts/checkpoints.py lists them"
         )
