@@ -239,7 +239,8 @@ def optimizer_in_words(state: object) -> str:
         groups = state["param_groups"]
         count = sum(len(group["params"]) for group in groups)
         rates = ", ".join(sorted({f"{float(group['lr']):.3g}" for group in groups}))
-        return f"{state['class'].rpartition('.')[2]}, {counted(count, 'tensor')}, learning rate {rates}"
+        kind = state["class"].rpartition(".")[2]
+        return f"{kind}, {counted(count, 'tensor')}, learning rate {rates}"
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return described(state)
 

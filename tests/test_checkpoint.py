@@ -18,7 +18,16 @@ import numpy
 import pytest
 import torch
 from campaign import Moment
-from conftest import ENDLESS, ROOT, finish, metrics_without_times, refused, run, saved_path, session
+from conftest import (
+    ENDLESS,
+    ROOT,
+    finish,
+    metrics_without_times,
+    refused,
+    run,
+    saved_path,
+    session,
+)
 
 import train_graceful as t
 
