@@ -100,7 +100,7 @@ def test_a_checkpoint_directory_that_cannot_be_written_is_named(mistake, tmp_pat
 
 def test_overriding_what_makes_the_run_names_the_option_and_both_values(corpus, tmp_path):
     directory = tmp_path / "ck"
-    assert run("--data", corpus, *TINY, "--checkpoint-dir", directory, "--steps", "2").returncode == 0
+    assert session("--data", corpus, *TINY, "--checkpoint-dir", directory, "--steps", "2") == 0
     other = tmp_path / "other.txt"
     other.write_text("quite different " * 1000)
     resume = ("--resume", "latest", "--checkpoint-dir", directory, "--steps", "3")
@@ -110,7 +110,7 @@ def test_overriding_what_makes_the_run_names_the_option_and_both_values(corpus, 
     assert "(added: other.txt; removed: corpus.txt)" in refused(*resume, "--data", other)
     moved = tmp_path / "moved.txt"
     moved.write_bytes(corpus.read_bytes())
-    assert run(*resume, "--data", moved, "--dim", "16").returncode == 0  # the same data elsewhere, the same width
+    assert session(*resume, "--data", moved, "--dim", "16") == 0  # the same data elsewhere, the same width
 
 
 def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_path):
@@ -268,7 +268,7 @@ def test_a_default_that_has_been_edited_since_changes_no_run_that_has_begun(mine
 
 
 def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tmp_path):
-    assert run("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1).returncode == 0
+    assert session("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1) == 0
     assert "final.pt: of another program, with --" in mine(2, "--resume", tmp_path / "ck" / "final.pt")
     mine(0)
     assert "of another program, with --" in refused("--resume", tmp_path / "mine" / "final.pt")
