@@ -142,12 +142,12 @@ class Option(typing.NamedTuple):
         try:
             # 1e3 is a whole number too.
             whole = kind is int and not re.fullmatch(r"[+-]?\d+", text) and float(text).is_integer()
-            value = kind(float(text) if whole else text)
+            value = text if kind is Path else kind(float(text) if whole else text)
         except (ValueError, OverflowError):
             word = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
         try:
-            return self.checked_item(os.path.abspath(text) if text and kind is Path else value)
+            return self.checked_item(os.path.abspath(value) if text and kind is Path else value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -1915,25 +1915,39 @@ class Metrics:
             if rows := self._rows(path):
                 self.columns = list(rows[0])
                 kept = [row for row in rows if int(row["step"]) <= step]
-                if path != self.path or len(kept) < len(rows):
-                    self._waiting = kept
-                    self._rewrite()
+                if path != self.path or len(kept) < len(rows) or is_torn(path):
+                    self._rewrite(kept)
                 break
 
     def _rows(self, path: Path) -> list[dict]:
         """The rows of this run; none where the file is another's, or a person has made it another."""
         try:
             with open(path, newline="", errors="surrogateescape") as file:
-                rows = list(csv.DictReader(file))
+                # Python 3.10 would stumble over a NUL.
+                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
         except (OSError, csv.Error):
             return []
         mine = [row for row in rows if row.get("run") == self.run_id and None not in row]
         return [row for row in mine if re.fullmatch("[0-9]{1,18}", row.get("step") or "")]
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, kept: list[dict]) -> None:
+        text = self._encoded(kept, header=True)
         with contextlib.suppress(OSError):
+            if self.path.exists() and self.path.read_bytes().startswith(text):
+                # It needs no room, and loses nothing whenever it is killed.
+                os.truncate(self.path, len(text))
+                return
             self.path.unlink(missing_ok=True)
+        self._waiting = kept
         self._append()
+
+    def _encoded(self, rows: list[dict], header: bool) -> bytes:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode(errors="surrogateescape")
 
     def row(self, values: dict[str, object]) -> None:
         self.columns = self.columns or [*values, "run"]
@@ -1945,14 +1959,8 @@ class Metrics:
         """Writes the rows that wait, all or none; False where the disk takes none."""
         try:
             with open(self.path, "ab", buffering=0) as file:
-                size, text = file.seek(0, os.SEEK_END), io.StringIO()
-                writer = csv.DictWriter(
-                    text, self.columns, extrasaction="ignore", lineterminator="\n"
-                )
-                if not size:
-                    writer.writeheader()
-                writer.writerows(self._waiting)
-                encoded = text.getvalue().encode(errors="surrogateescape")
+                size = file.seek(0, os.SEEK_END)
+                encoded = self._encoded(self._waiting, header=not size)
                 if file.write(encoded) < len(encoded):
                     file.truncate(size)
                     return False
@@ -1969,6 +1977,16 @@ class Metrics:
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
+
+
+def is_torn(path: Path) -> bool:
+    """True where the last line has no end, as a power cut may leave it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:
+        return False
 
 
 METRICS_KEYS = ("sums", "counts", "smooth_loss", "seconds", "sessions", "done_step")
@@ -2826,6 +2844,8 @@ class Run:
         return path
 
     def _path_to_save(self, name: str) -> str:
+        # Somebody may have deleted it; without it the rows that wait could not be written.
+        self.directory.path.mkdir(parents=True, exist_ok=True)
         self.metrics.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -3519,20 +3539,13 @@ def checkpoint_to_resume(
 
     def read(path: Path) -> dict:
         state = processes.read(path)
-        version = state.get("format_version")
-        if version == 1:
+        version, run_id = state.get("format_version"), state.get("run_id")
+        numbered = type(version) is int
+        if numbered and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        run_id = state.get("run_id")
-        ours = (
-            type(version) is int
-            and isinstance(run_id, str)
-            and re.fullmatch("[0-9a-f]{12}", run_id)
-        )
-        if (
-            not ours
-            or version != Run.FORMAT_VERSION
-            or not {"config", "exit_reason"} <= state.keys()
-        ):
+        named = isinstance(run_id, str) and re.fullmatch("[0-9a-f]{12}", run_id)
+        ours = numbered and version == Run.FORMAT_VERSION and named
+        if not ours or not {"config", "exit_reason"} <= state.keys():
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
 
@@ -3544,7 +3557,8 @@ def checkpoint_to_resume(
             return None
         return first_whole(directory, read, report, paths)
     path = Path(os.path.abspath(name))
-    if not path.exists():
+    # Path.exists() raises where a name is too long.
+    if not os.path.exists(path):
         raise CheckpointError(
             f"{path}: No such file or directory; scripts/checkpoints.py lists them"
         )

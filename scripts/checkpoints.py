@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
 """Looks at checkpoints, and changes nothing.
 
-    scripts/checkpoints.py list [DIR]       a line for each in a directory (default checkpoints), the newest first
-    scripts/checkpoints.py show [CKPT]      what one holds, and its configuration (default latest)
-    scripts/checkpoints.py sample [CKPT]    400 bytes that the built-in model of one writes (default latest)
+    scripts/checkpoints.py list [DIR]       those of a directory (default checkpoints), by run
+    scripts/checkpoints.py show [CKPT]      what one holds, whatever script has saved it
+    scripts/checkpoints.py sample [CKPT]    400 bytes that the built-in model of one writes
 
-CKPT is a path, or `latest`: the newest whole one of --checkpoint-dir, which `list` marks with an arrow.
+CKPT is a path, or `latest` (the default): the one of --checkpoint-dir that `list` marks with an
+arrow, from which --resume latest goes on.
 """
 
 import argparse
 import codecs
 import contextlib
-import dataclasses
 import datetime
 import io
-import math
 import os
 import re
 import shlex
 import signal
 import sys
-import time
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,37 +32,64 @@ SAMPLE_BYTES = 400
 
 
 def list_checkpoints(directory: str) -> None:
-    """Prints a line for every checkpoint of a directory, the newest first, and marks what `latest` would take.
+    """Prints a line for every checkpoint of a directory, and marks what `latest` would take.
 
-    What is called like a checkpoint but cannot be one (a dangling link, a pipe) is named below them. Raises UserError
-    where there is neither.
+    The run that has saved last comes first, and its furthest step; what belongs to no run comes
+    last, and what is called like a checkpoint but cannot be one (a dangling link, a pipe). Raises
+    UserError where there is nothing.
     """
     if os.path.isfile(directory):
-        raise tg.UserError(f"{directory} is a file; show {shlex.quote(directory)} prints what it holds")
+        command = f"show {shlex.quote(directory)}"
+        raise tg.UserError(f"{directory} is a file; {command} prints what it holds")
     folder = Path(os.path.abspath(directory))
-    paths = tg.checkpoints_in(folder)
-    named = {path for path in (*folder.glob("*.pt"), *folder.glob("emergency_exit/*.pt")) if path.name[0] != "."}
-    others = sorted(named.difference(paths))
-    if not paths and not others:
-        raise tg.UserError(f"{directory}: {'no checkpoints' if folder.is_dir() else 'No such file or directory'}")
-    columns = "{:>7}  {:>5}  {:>7}  {:>7}  {:>8}  {:>7}  {:<6}  {:<28}  {}".format
-    print(columns("step", "epoch", "loss", "best", "age", "size", "run", "reason", "checkpoint"))
-    latest = " <- latest"
-    for path in paths:
-        try:
-            status = path.stat()
-            figures = figures_of(path)
-        except FileNotFoundError:
-            # The run has just deleted it.
-            continue
-        numbers, run, reason = figures[:4], figures[4], figures[5]
-        age = tg.short_time(max(0.0, time.time() - status.st_mtime))
-        mark = latest if run else ""
-        latest = "" if run else latest
-        row = columns(*numbers, age, short_size(status.st_size), run[:6], reason, os.path.relpath(path) + mark)
-        print(printable(row), flush=True)
+    preferred = tg.find_checkpoints(folder, lambda skipped: None)
+    runs = list(dict.fromkeys(one.run_id for one in preferred))
+    found = sorted(preferred, key=lambda one: (runs.index(one.run_id), -one.step, one.path))
+    files = tg.checkpoint_files(folder)
+    others = [path for path in files if path not in {one.path for one in found}]
+    named = {*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")}
+    strange = sorted(named.difference(files))
+    if not files and not strange:
+        reason = "no checkpoints" if folder.is_dir() else "No such file or directory"
+        raise tg.UserError(f"{directory}: {reason}")
+    rows = {one.path: row_of(one.path) for one in found}
+    whole = [one.path for one in preferred if rows[one.path]["whole"]]
+    show_row("step", "loss", "best", "age", "size", "run", "reason", "checkpoint")
+    for one in found:
+        row, mark = rows[one.path], " <- latest" if whole and one.path == whole[0] else ""
+        figures = (row["loss"], row["best"], age_of(one.saved_at), row["size"], one.run_id[:6])
+        show_row(one.step, *figures, row["reason"], os.path.relpath(one.path) + mark)
     for path in others:
-        print(printable(columns("", "", "", "", "", "", "", "no checkpoint", os.path.relpath(path))))
+        row = row_of(path)
+        show_row("", "", "", "", row["size"], "", row["reason"], os.path.relpath(path))
+    for path in strange:
+        show_row("", "", "", "", "", "", "no checkpoint", os.path.relpath(path))
+
+
+def show_row(*columns: object) -> None:
+    line = "{:>7}  {:>8}  {:>8}  {:>8}  {:>7}  {:<6}  {:<28}  {}".format(*columns)
+    print(printable(line), flush=True)
+
+
+def row_of(path: Path) -> dict[str, typing.Any]:
+    """What `list` shows of a checkpoint beside step and run; `whole` is what `latest` takes."""
+    row = {"loss": "-", "best": "-", "size": "", "whole": False}
+    try:
+        row["size"] = short_size(path.stat().st_size)
+        state = tg.load_checkpoint(path)
+    except (OSError, tg.CheckpointError) as error:
+        cause = error.__cause__ or error
+        reason = "damaged"
+        if isinstance(cause, OSError):
+            # The run may have deleted it just now.
+            reason = "gone" if isinstance(cause, FileNotFoundError) else "unreadable"
+        return {**row, "reason": reason}
+    if not is_ours(state):
+        return {**row, "reason": "of another program"}
+    progress = tg.Progress.restored(state)
+    losses = {"loss": progress.smooth_loss, "best": progress.best}
+    row |= {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
+    return {**row, "reason": state["exit_reason"], "whole": True}
 
 
 def short_size(size: float) -> str:
@@ -74,90 +101,229 @@ def short_size(size: float) -> str:
     return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
 
 
-def figures_of(path: Path) -> tuple:
-    """(step, epoch, loss, best, run_id, reason) of a checkpoint; empty texts and why, of what is none of this program."""
-    nothing = ("", "", "", "", "")
+def age_of(saved_at: str) -> str:
     try:
-        state = tg.load_checkpoint(path)
-    except tg.CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise error.__cause__ from None
-        return *nothing, "unreadable" if isinstance(error.__cause__, OSError) else "damaged"
-    try:
-        check_program(state, path)
-    except tg.CheckpointError:
-        return *nothing, "of another program"
-    losses = (state["metrics"]["smooth_loss"], state["best_loss"])
-    shown = (f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in losses)
-    return state["step"], state["epoch"], *shown, state["run_id"], state["exit_reason"]
+        saved = datetime.datetime.fromisoformat(saved_at)
+        age = datetime.datetime.now(datetime.timezone.utc) - saved
+    except (ValueError, TypeError):
+        return "-"
+    return tg.short_time(max(0.0, age.total_seconds()))
 
 
-def check_program(state: dict, path: Path) -> None:
-    """Raises CheckpointError unless a checkpoint's values are of the types that a run of this program saves."""
-    tg.check_origin(state, path)
+def is_ours(state: dict) -> bool:
+    """True for what a run of this program, or of a script that imports it, has saved."""
     kinds = {
-        "step": int, "epoch": int, "batch_in_epoch": int, "best_loss": float, "exit_reason": str, "metrics": dict,
-        "run_id": str, "saved_at": str, "torch_version": str, "optimizer_state_dicts": dict,
-    }  # fmt: skip
-    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    if not wrong:
-        smooth, seconds = (state["metrics"].get(key) for key in ("smooth_loss", "seconds"))
-        if not isinstance(smooth, float) or not isinstance(seconds, float) or not 0 <= seconds < 1e12:
-            wrong.append("metrics")
-        if not all(isinstance(weight, torch.Tensor) for weight in state["model_state_dict"].values()):
-            wrong.append("model_state_dict")
-    if wrong:
-        raise tg.CheckpointError(f"{path}: not a checkpoint of this program ({', '.join(wrong)})")
+        "format_version": int,
+        "run_id": str,
+        "exit_reason": str,
+        "torch_version": str,
+        "saved_at": str,
+        "config": dict,
+        "model_state_dict": dict,
+        "optimizer_state_dicts": dict,
+        "scheduler_state_dicts": dict,
+        "state_dicts": dict,
+    }
+    if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        return False
+    try:
+        tg.Progress.restored(state)
+    except (LookupError, TypeError, ValueError):
+        return False
+    return state["format_version"] == tg.Run.FORMAT_VERSION
+
+
+def check_ours(path: Path) -> None:
+    if not is_ours(tg.load_checkpoint(path)):
+        raise tg.CheckpointError(f"{path}: not a checkpoint of this program")
 
 
 def show_checkpoint(path: Path) -> None:
-    """Prints what a checkpoint holds, and the command line that makes its configuration."""
+    """Prints what a checkpoint holds; of one that another program has saved, what stands where."""
     state = tg.load_checkpoint(path)
-    check_program(state, path)
-    config, weights, metrics = state["config"], state["model_state_dict"], state["metrics"]
-    best = f"{state['best_loss']:.4f} at best" if state["best_loss"] < math.inf else "not known yet"
-    rows = {
-        "Checkpoint": path,
-        "Saved": f"{state['saved_at']} ({state['exit_reason']})",
-        "Run": f"{state['run_id']}, PyTorch {state['torch_version']}",
-        "Step": f"{state['step']} (epoch {state['epoch']}, batch {state['batch_in_epoch']})",
-        "Trained for": datetime.timedelta(seconds=round(metrics["seconds"])),
-        "Loss": f"{metrics['smooth_loss']:.4f} nats a byte, on the validation data {best}",
-        "Parameters": f"{sum(weight.numel() for weight in weights.values()):,} in {len(weights)} tensors",
-        "Optimizers": ", ".join(map(str, state["optimizer_state_dicts"])),
-        "Metrics": metrics.get("file"),
-    }
-    for name, value in rows.items():
-        print(f"{name + ':':<13}{printable(str(value))}")
+    show("Checkpoint", path)
+    if not is_ours(state):
+        show("Saved", "by another program")
+        for key, value in state.items():
+            show(key, described(value))
+        return
+    progress = tg.Progress.restored(state)
+    show("Saved", f"{state['saved_at']} ({state['exit_reason']})")
+    show("Run", f"{state['run_id']}, session {progress.sessions}, PyTorch {state['torch_version']}")
+    show("Step", f"{progress.step:,}, after {tg.short_time(progress.seconds)} of training")
+    if progress.smooth_loss is not None:
+        show("Loss", f"{progress.smooth_loss:.4f} (of the last batches)")
+    if progress.best is not None:
+        show("Best", f"{best_name(progress)}{progress.best:.4f} at step {progress.best_step:,}")
+    for name, value in progress.evaluation.items():
+        show("Evaluation", f"{name} {value:.4f} at step {progress.evaluated_step:,}")
+    for name, value in models_of(state):
+        show("Model", f"{name}: {described(value)}")
+    for name, value in state["optimizer_state_dicts"].items():
+        show("Optimizer", f"{name}: {optimizer_in_words(value)}")
+    for name, value in state["scheduler_state_dicts"].items():
+        steps = value.get("last_epoch") if isinstance(value, dict) else None
+        show(
+            "Scheduler",
+            f"{name}: {described(value) if steps is None else f'at step {described(steps)}'}",
+        )
+    for name, value in state["state_dicts"].items():
+        if not is_module(value):
+            show("State", f"{name}: {described(value)}")
+    show_configuration(state["config"])
+
+
+def show(label: str, value: object) -> None:
+    print(f"{printable(str(label)) + ':':<13}{printable(str(value))}")
+
+
+def best_name(progress: tg.Progress) -> str:
+    """A checkpoint says what the best value is, not whose: known where it has just been found."""
+    if progress.best_step != progress.evaluated_step:
+        return ""
+    names = [name for name, value in progress.evaluation.items() if value == progress.best]
+    return f"{names[0]} " if len(names) == 1 else ""
+
+
+def is_module(value: object) -> bool:
+    """A module's state_dict has an attribute that no other has."""
+    return isinstance(value, dict) and hasattr(value, "_metadata")
+
+
+def models_of(state: dict) -> Iterator[tuple[str, dict]]:
+    if state["model_state_dict"]:
+        yield "model", state["model_state_dict"]
+    yield from ((name, one) for name, one in state["state_dicts"].items() if is_module(one))
+
+
+def described(value: object) -> str:
+    """How much is in a part of a checkpoint: tensors that share memory count once."""
+    if not isinstance(value, (dict, list, tuple, torch.Tensor)):
+        return str(value)[:200]
+    tensors: dict[object, int] = {}
+    others = 0
+    for leaf in leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            start = leaf.untyped_storage().data_ptr() if leaf.numel() else id(leaf)
+            tensors[start, leaf.storage_offset(), leaf.shape, leaf.stride()] = leaf.numel()
+        else:
+            others += 1
+    words = []
+    if tensors:
+        words.append(
+            f"{counted(sum(tensors.values()), 'number')} in {counted(len(tensors), 'tensor')}"
+        )
+    if others and not is_module(value):
+        words.append(counted(others, "other value"))
+    return " and ".join(words) or "empty"
+
+
+def leaves(value: object) -> Iterator[object]:
+    """What is no dict, list or tuple in value. A stranger's may hold one list again and again."""
+    left, seen = [value], set()
+    while left:
+        one = left.pop()
+        if not isinstance(one, (dict, list, tuple)):
+            yield one
+        elif id(one) not in seen:
+            seen.add(id(one))
+            left += one.values() if isinstance(one, dict) else one
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def optimizer_in_words(state: object) -> str:
+    try:
+        groups = state["param_groups"]
+        count = sum(len(group["params"]) for group in groups)
+        rates = ", ".join(sorted({f"{float(group['lr']):.3g}" for group in groups}))
+        kind = state["class"].rpartition(".")[2]
+        return f"{kind}, {counted(count, 'tensor')}, learning rate {rates}"
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        return described(state)
+
+
+def show_configuration(config: dict) -> None:
+    """As options; those of the built-in program with a word where they are the defaults."""
+    defaults = {}
+    if is_built_in(config):
+        defaults = {name: one.default for name, one in tg.declared(tg.OPTIONS).items()}
+        defaults["checkpoint_dir"] = os.path.abspath(defaults["checkpoint_dir"])
     print("Configuration:")
-    for field in dataclasses.fields(tg.Config):
-        value = config[field.name]
-        shown = "none" if value is None else str(value)
-        if isinstance(value, tuple):
-            shown = " ".join(value) or "Python's standard library"
-        default = "" if value != field.default else "  (default)"
-        print(f"   {'--' + field.name.replace('_', '-'):<18}{printable(shown)}{default}")
+    for name, value in config.items():
+        several = value if isinstance(value, tuple) else (value,)
+        shown = " ".join(map(described, several)) if value is not None and several else "none"
+        same = name in defaults and value == defaults[name]
+        print(
+            f"   {printable(f'--{tg.flag(str(name))}'):<18}{printable(shown)}{'  (default)' * same}"
+        )
 
 
-def sample(path: Path, prompt: str, device: torch.device, length: int = SAMPLE_BYTES, temperature: float = 0.8) -> None:
-    """Prints prompt and what the model of a checkpoint writes after it, byte by byte, always the same."""
+def is_built_in(config: object) -> bool:
+    return isinstance(config, dict) and config.keys() == tg.declared(tg.OPTIONS).keys()
+
+
+def built_in_model(path: Path) -> tuple[tg.ByteLM, argparse.Namespace]:
+    """The model of a checkpoint, and its configuration. Raises UserError where it is another."""
     state = tg.load_checkpoint(path)
-    tg.check_origin(state, path)
-    config = tg.Config.from_options({}, state["config"])
-    tg.check_model(config, state["model_state_dict"], path)
-    model = tg.ByteLM(config).to(device).eval()
-    model.load_state_dict(state["model_state_dict"])
+    other = tg.UserError(f"{path}: sample works for the built-in model alone, and this is another")
+    if not is_ours(state) or not is_built_in(state["config"]):
+        raise other
+    config = tg.configuration(tg.declared(tg.OPTIONS), {}, state["config"], path)
+    tg.check_model(config)
+    weights = state["model_state_dict"]
+    if config.layers * config.experts > len(weights):
+        raise other
+    try:
+        # Without memory: a stranger's configuration may say anything.
+        with torch.device("meta"):
+            sizes = (config.context, config.layers, config.heads, config.dim, config.experts)
+            model = tg.ByteLM(*sizes, 0.0, rotations=config.mode == "geometric")
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, AttributeError):
+        raise other from None
+    return model.eval(), config
+
+
+def sample(
+    path: Path,
+    prompt: str,
+    device: torch.device,
+    length: int = SAMPLE_BYTES,
+    temperature: float = 0.8,
+) -> None:
+    """Prints prompt and what the model of a checkpoint writes after it, always the same."""
+    model, config = built_in_model(path)
+    model.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     written = list(os.fsencode(prompt)) or [ord("\n")]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     print(printable(decoder.decode(bytes(written))), end="", flush=True)
     with torch.inference_mode():
         for _ in range(length):
-            logits, _ = model(torch.tensor([written[-config.context :]], device=device))
-            odds = (logits[0, -1] / temperature).softmax(dim=-1).cpu()
+            logits = model(torch.tensor([written[-config.context :]], device=device))
+            odds = (logits[0, -1].float() / temperature).softmax(dim=-1).cpu()
             written.append(int(torch.multinomial(odds, 1, generator=generator)))
             print(printable(decoder.decode(bytes(written[-1:]))), end="", flush=True)
     print(printable(decoder.decode(b"", final=True)))
+
+
+def named(name: str, directory: str) -> Path:
+    """The path that CKPT means. Raises UserError."""
+    if name == "latest":
+        # What is damaged is named where it does not get between the lines of a pipe.
+        return tg.first_whole(
+            directory, check_ours, lambda text: print(printable(text), file=sys.stderr)
+        )[0]
+    if os.path.isdir(name) and (found := tg.find_checkpoints(name, lambda skipped: None)):
+        newest = os.path.relpath(found[0].path)
+        raise tg.UserError(f"{name} is a directory of checkpoints; its latest is {newest}")
+    if not os.path.exists(name):
+        hint = "scripts/checkpoints.py list shows what there is"
+        raise tg.UserError(f"{name}: No such file or directory; {hint}")
+    return Path(name)
 
 
 def printable(text: str) -> str:
@@ -172,12 +338,26 @@ class OneLineParser(argparse.ArgumentParser):
 
 def look(arguments: list[str] | None) -> None:
     """Does what the command line says. Raises UserError."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("list", "show", "sample"))
     parser.add_argument("checkpoint", nargs="?", metavar="DIR_OR_CKPT")
-    parser.add_argument("--checkpoint-dir", default="checkpoints", metavar="DIR", help="where `latest` is looked for")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what a sample goes on from (default a new line)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to sample")
+    parser.add_argument(
+        "--checkpoint-dir",
+        default="checkpoints",
+        metavar="DIR",
+        help="where `latest` is looked for",
+    )
+    parser.add_argument(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="what a sample goes on from (default a new line)",
+    )
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to sample"
+    )
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that shows no symbols is no reason to fail.
@@ -185,7 +365,7 @@ def look(arguments: list[str] | None) -> None:
     if options.what == "list":
         list_checkpoints(options.checkpoint or options.checkpoint_dir)
     else:
-        path = tg.named_checkpoint(options.checkpoint or "latest", options.checkpoint_dir)
+        path = named(options.checkpoint or "latest", options.checkpoint_dir)
         if options.what == "show":
             show_checkpoint(path)
         else:

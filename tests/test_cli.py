@@ -1,10 +1,15 @@
 """Bad input: one line on stderr, exit code 2, nothing written or destroyed."""
 
+import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import MODES, TINY, refused, run
+from conftest import MODES, ROOT, TINY, refused, run, session
+from torch import nn
+from torch.nn import functional as F
 
 import train_graceful as t
 
@@ -24,32 +29,37 @@ def mistake(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--steps", "0"], ["--steps", "0", "must be 1 or more"]),
-    (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+    (["--steps", "0"], ["--steps", "0", "is not 1 or more"]),
+    (["--steps", "1.5"], ["--steps", "'1.5' is not a whole number"]),
     (["--steps", "inf"], ["--steps", "inf"]),
     (["--steps", "-5"], ["--steps", "-5"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--grad-accum", "0"], ["--grad-accum"]),
-    (["--dropout", "1"], ["--dropout", "must be below 1"]),
-    (["--lr", "nan"], ["--lr", "invalid float value: 'nan'"]),
+    (["--dropout", "1"], ["--dropout", "is not 0 or more and below 1"]),
+    (["--lr", "nan"], ["--lr", "nan is not"]),
     (["--lr", "0"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
     (["--keep", "0"], ["--keep"]),
     (["--workers", "-1"], ["--workers"]),
-    (["--mode", "spherical"], ["--mode", "spherical"]),
+    (["--mode", "spherical"], ["--mode", "'spherical' is not one of standard, geometric"]),
     (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
     (["--dim", "10", "--heads", "4"], ["--dim 10", "--heads 4"]),
     (["--experts", "1000", "--dim", "16"], ["--experts 1000"]),
     (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--mode geometric", "--dim"]),
     (["--no-such-option"], ["--no-such-option"]),
     (["--device", "tpu"], ["--device", "tpu"]),
-    (["--data", ""], ["--data", "empty path"]),
-    (["--checkpoint-dir", ""], ["--checkpoint-dir", "empty path"]),
-    (["--resume", ""], ["--resume", "empty path"]),
+    (["--data", ""], ["--data", "an empty text"]),
+    (["--checkpoint-dir", ""], ["--checkpoint-dir", "an empty text"]),
+    (["--resume", ""], ["--resume", "an empty text"]),
     (["--lr", "inf"], ["--lr", "inf", "below"]),
     (["--steps", "9" * 20], ["--steps", "below"]),
-    (["--dim", "100000000", "--heads", "1"], ["no memory"]),
+    (["--steps", "9" * 5000], ["--steps"]),
+    (["--steps", "1e400"], ["--steps"]),
+    (["--steps"], ["--steps", "expected one argument"]),
+    (["--compile=1"], ["--compile"]),
+    (["train"], ["train"]),
+    (["--dim", "1e14", "--heads", "1"], ["no memory"]),
     (["--context", "100000000"], ["standard library", "too few"]),
 ])
 def test_a_bad_option_is_named(mistake, arguments, words):
@@ -70,7 +80,7 @@ def test_bad_data_is_named(mistake, tmp_path, corpus):
     for name, word in {"missing": "No such file", "empty": "too few", "short": "too few", "folder": "empty folder", "fifo": "not a file"}.items():
         message = mistake("--data", tmp_path / name)
         assert str(tmp_path / name) in message and word in message
-    assert "too few" in mistake("--data", corpus, "--batch-size", "100000")
+    assert "are less than a batch of 100000" in mistake("--data", corpus, "--batch-size", "100000")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
@@ -88,25 +98,19 @@ def test_a_checkpoint_directory_that_cannot_be_written_is_named(mistake, tmp_pat
         assert f"--checkpoint-dir {bad}: " in message and "File exists" not in message
 
 
-def test_too_little_space_is_one_clear_line(mistake, tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(t.shutil, "disk_usage", lambda path: t.shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(t.UserError, match="0.00 MB free, checkpoints need"):
-        t.train(t.parse_options(["--data", str(corpus), *TINY, "--checkpoint-dir", str(tmp_path / "ck"), "--no-keyboard"]))
-
-
 def test_overriding_what_makes_the_run_names_the_option_and_both_values(corpus, tmp_path):
     directory = tmp_path / "ck"
-    assert run("--data", corpus, *TINY, "--checkpoint-dir", directory, "--steps", "2").returncode == 0
+    assert session("--data", corpus, *TINY, "--checkpoint-dir", directory, "--steps", "2") == 0
     other = tmp_path / "other.txt"
     other.write_text("quite different " * 1000)
     resume = ("--resume", "latest", "--checkpoint-dir", directory, "--steps", "3")
     for option, new, old in (("--dim", "32", "16"), ("--seed", "7", "0"), ("--batch-size", "8", "4"), ("--mode", "geometric", "standard")):
         message = refused(*resume, option, new)
         assert f"{option} {new}" in message and f"{option} {old}" in message
-    assert f"--data {other}" in refused(*resume, "--data", other)
+    assert "(added: other.txt; removed: corpus.txt)" in refused(*resume, "--data", other)
     moved = tmp_path / "moved.txt"
     moved.write_bytes(corpus.read_bytes())
-    assert run(*resume, "--data", moved, "--dim", "16").returncode == 0  # the same data elsewhere, the same width
+    assert session(*resume, "--data", moved, "--dim", "16") == 0  # the same data elsewhere, the same width
 
 
 def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_path):
@@ -118,8 +122,9 @@ def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_pat
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_defaults_parse(mode):
-    config = t.Config.from_options({key: value for key, value in t.parse_options(MODES[mode]).items() if key not in ("resume", "no_keyboard")})
-    assert config.steps > 0 and config.loop == ("standard" if mode == "standard" else "controller")
+    options = t.declared(t.OPTIONS)
+    config = t.configuration(options, t.parse_options(options, MODES[mode], None), None, None)
+    assert config.steps > 0 and config.mode in MODES[mode]
 
 
 def test_many_processes_leave_an_apple_gpu_alone(monkeypatch):
@@ -138,26 +143,174 @@ def test_an_option_that_is_nearly_one_is_answered_with_it(typed, meant):
 
 def test_a_checkpoint_that_is_not_there_is_answered_with_how_to_find_those_that_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = "No such file or directory; scripts/checkpoints.py list shows what there is"
+    message = "No such file or directory; scripts/checkpoints.py lists them"
     assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith(f"ck/final.pt: {message}")
     assert refused("--resume", "lates").endswith(f"lates: {message}")
-    t.save_checkpoint({"a": 1}, tmp_path / "ck" / "step_4.pt")
-    assert refused("--resume", "ck").endswith("is a directory of checkpoints; its newest is ck/step_4.pt")
+    t.save_checkpoint({"run_id": "a", "step": 4, "saved_at": "now", "metrics": {"sessions": 1}}, tmp_path / "ck" / "step_4.pt")
+    assert refused("--resume", "ck").endswith("is a directory of checkpoints; its latest is ck/step_4.pt")
 
 
 def test_a_whole_number_may_be_written_with_an_exponent():
-    options = t.parse_options(["--steps", "1e4", "--batch-size=2e0", "--lr", "1e-3"])
+    options = t.parse_options(t.declared(t.OPTIONS), ["--steps", "1e4", "--batch-size=2e0", "--lr", "1e-3"], None)
     assert (options["steps"], options["batch_size"], options["lr"]) == (10_000, 2, 0.001) and type(options["steps"]) is int
 
 
 def test_help_groups_the_options():
     text = run("--help").stdout
-    options = [f"--{field.name.replace('_', '-')}" for field in t.dataclasses.fields(t.Config)]
-    for words in [*t.OPTION_GROUPS.values(), "going on"]:
-        assert f"\n{words}:\n" in text
-    assert all(f"\n  {option}" in text for option in [*options, "--resume", "--no-keyboard"])
+    own, common = text.split("\nthis program:\n")[1].split("\ntraining:\n")
+    for group, names in ((common, [*t.COMMON_OPTIONS, *t.NOT_STORED]), (own, t.OPTIONS.keys() - t.COMMON_OPTIONS.keys())):
+        assert all(f"\n  --{t.flag(name)}" in f"\n{group}" for name in names)
 
 
-@pytest.mark.skipif(t.importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_tensorboard_without_its_package_is_answered_with_the_command(mistake, corpus):
-    assert mistake("--tensorboard", "--data", str(corpus), *TINY) == "--tensorboard needs the package tensorboard: pip install tensorboard"
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_without_its_package_is_answered_with_the_command(corpus, tmp_path):
+    message = refused("--tensorboard", "--data", str(corpus), *TINY, "--checkpoint-dir", tmp_path / "ck")
+    assert message == "--tensorboard needs its package: pip install tensorboard"
+
+
+# A person's own script: main(train, **options).
+
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.randn(4)
+
+
+SEEN = []
+
+
+def train_noise(run: t.Run) -> None:
+    """Fits noise."""
+    SEEN.append(run.options)
+    run.data(Noise())
+    model = run.model(nn.Linear(4, run.options.width))
+    optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), run.options.speed))
+    for batch in run.batches():
+        loss = F.mse_loss(model(batch).mean(1), batch.mean(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+
+
+OWN = {
+    "width": 3, "speed": 0.5, "deep": True, "note": "", "sizes": (1, 2),
+    "flavour": t.option("mild", "how it tastes: 100 % of it", choices=("mild", "hot")),
+    "verbose": t.option(False, "say more", fixed=False), "color": t.option("red", "of the picture", fixed=False),
+    "limit": t.option(None, "of something", kind=int, least=2, below=10),
+    "batch_size": 2, "steps": 2, "checkpoint_dir": "mine",
+}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch, capfd):
+    """mine(code, *args) is a session of the own script in tmp_path that ends with that exit code: its options, or its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def session_of_mine(code: int, *args, **changes):
+        SEEN.clear()
+        assert session(*args, train=train_noise, **{**OWN, **changes}) == code, capfd.readouterr()
+        output = capfd.readouterr()
+        if code == 0:
+            return SEEN[0]
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1
+        return output.err
+
+    return session_of_mine
+
+
+def test_own_options_are_in_help_with_their_defaults_and_choices(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import train_graceful as tg\ndef train(run):\n    'Trains something of mine.'\n"
+        "tg.main(train, width=3, speed=0.5, deep=True, flavour=tg.option('mild', 'how it tastes: 100 %', choices=('mild', 'hot')), batch_size=7)")
+    result = subprocess.run([sys.executable, script, "--help"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    about, own = result.stdout.split("\nthis program:\n")
+    own, common = own.split("\ntraining:\n")
+    assert "Trains something of mine." in about and "mine.py" in about
+    for words in ("--width N", "(default 3)", "--speed X", "(default 0.5)", "--deep, --no-deep", "--flavour {mild,hot}", "how it tastes: 100 % (default mild)"):
+        assert words in own
+    assert "--batch-size N" in common and "(default 7)" in common and "--batch-size" not in own
+
+
+def test_an_own_option_has_the_type_of_its_default(mine):
+    defaults = mine(0)
+    assert {name: vars(defaults)[name] for name in OWN if not isinstance(OWN[name], t.Option) and name != "checkpoint_dir"} == {
+        name: value for name, value in OWN.items() if not isinstance(value, t.Option) and name != "checkpoint_dir"}
+    assert (defaults.flavour, defaults.verbose, defaults.color, defaults.limit) == ("mild", False, "red", None)
+    given = mine(0, "--width", "1e3", "--speed", "1", "--no-deep", "--note", "a b", "--sizes", "4", "5", "6", "--flavour=hot", "--verbose",
+                 "--limit", "9", "--checkpoint-dir", "other")
+    assert (given.width, given.speed, given.deep, given.note, given.sizes) == (1000, 1.0, False, "a b", (4, 5, 6))
+    assert (type(given.width), type(given.speed)) == (int, float)
+    assert (given.flavour, given.verbose, given.limit) == ("hot", True, 9) and given.checkpoint_dir == os.path.abspath("other")
+
+
+def test_what_makes_an_own_run_is_kept_in_its_checkpoint_and_cannot_be_changed(mine, tmp_path):
+    mine(0, "--width", 5, "--sizes", 4, "--color", "blue", "--no-deep")
+    resume = ("--resume", "latest", "--steps", 4)
+    for name, new, old in (("width", 6, 5), ("speed", 0.25, 0.5), ("note", "x", ""), ("flavour", "hot", "mild"), ("batch-size", 4, 2), ("limit", 3, None)):
+        assert f"--{name} {new} does not fit the checkpoint, whose run has --{name} {old}" in mine(2, *resume, f"--{name}", new)
+    assert "--deep" in mine(2, *resume, "--deep") and "--sizes" in mine(2, *resume, "--sizes", 4, 5)
+    assert t.latest_checkpoint(tmp_path / "mine") == tmp_path / "mine" / "final.pt"
+    same = mine(0, *resume, "--width", "5e0", "--no-deep", "--sizes", 4, "--verbose", "--color", "green")
+    assert (same.width, same.sizes, same.deep, same.verbose, same.color) == (5, (4,), False, True, "green")
+
+
+def test_a_default_that_has_been_edited_since_changes_no_run_that_has_begun(mine):
+    mine(0)
+    options = mine(0, "--resume", "latest", "--steps", 4, width=7, speed=0.1, color="blue")
+    assert (options.width, options.speed, options.color) == (3, 0.5, "red")
+    assert mine(0, "--resume", "latest", "--steps", 6, another=4).another == 4, "one that was added has its default"
+
+
+def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tmp_path):
+    assert session("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1) == 0
+    assert "final.pt: of another program, with --" in mine(2, "--resume", tmp_path / "ck" / "final.pt")
+    mine(0)
+    assert "of another program, with --" in refused("--resume", tmp_path / "mine" / "final.pt")
+
+
+BAD = ["", "x", "-1", "nan", "inf", "1e400", "9" * 5000, "1.5", "0", "\ud800", "a\nb"]
+
+
+@pytest.mark.parametrize("name", [*{**t.OPTIONS, **OWN, **t.COMMON_OPTIONS, **t.NOT_STORED}])
+def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, monkeypatch, capfd):
+    """The value that is taken is of the option's type."""
+    monkeypatch.chdir(tmp_path)
+    options, seen = {**t.OPTIONS, **OWN}, []
+    for value in BAD:
+        seen.clear()
+        code = session(f"--{t.flag(name)}={value}", train=lambda run: seen.append(run.options), **options)
+        errors = capfd.readouterr().err
+        assert code == (0 if seen else 2), value
+        if seen and name not in t.NOT_STORED:
+            option = t.declared(options)[name]
+            taken = getattr(seen[0], name)
+            assert option.checked(taken) == taken, value
+        elif code:
+            assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) < 6000 and f"--{t.flag(name)}" in errors or name == "resume"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_own_option_that_is_nearly_one_is_answered_with_it(mine):
+    assert mine(2, "--widht", 3).endswith("(did you mean --width?)\n")
+    assert "expected one argument" in mine(2, "--width") and "unrecognized arguments: 7" in mine(2, "--width", 3, 7)
+
+
+def test_a_run_without_an_end_says_what_to_give(mine):
+    assert mine(2, steps=None) == "error: how long? Give --steps or --epochs, or main() one of them\n"
+    assert mine(0, "--epochs", 1, steps=None).epochs == 1
+
+
+def test_main_ends_the_process_with_the_exit_code_and_returns_it_in_a_notebook(tmp_path, capfd):
+    assert t.main(lambda run: None, argv=["--no-keyboard"]) == 0
+    assert t.main(lambda run: None, argv=["--steps", "x"]) == 2
+    assert t.main(lambda run: None, argv=["--help"]) == 0 and "--batch-size" in capfd.readouterr().out
+    code = "import train_graceful as tg; tg.main(lambda run: None); print('not reached')"
+    for arguments, expected in (((), 0), (("--steps", "x"), 2), (("--help",), 0)):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert result.returncode == expected and "not reached" not in result.stdout and "Traceback" not in result.stderr
