@@ -2338,10 +2338,8 @@ class Run:
             self.completed = True
             return
         self._rates_before = self._rates()
-        if self.rank == 0:
-            self._open_directory()
-        # Where rank 0 may not save, the others do not begin.
-        self.processes.first(lambda: None)
+        # Where rank 0 may not save, none begins.
+        self.processes.first(self._open_directory)
         if self.processes.sharded or self.rank == 0:
             self._writer = CheckpointWriter(self._save, self.screen.say)
         self.progress.sessions += 1
@@ -3113,7 +3111,7 @@ class Processes(OneWriter):
         return values
 
     def first(self, function: Callable, *arguments: object) -> typing.Any:
-        """A collective: what function returns on rank 0, or one of SAVE_ERRORS, is for all."""
+        """A collective: what function returns or raises on rank 0 is for all."""
         return function(*arguments)
 
     def share_buffers(self, roots: Sequence[nn.Module]) -> None:
@@ -3422,13 +3420,17 @@ def attempt(function: Callable, *arguments: object) -> tuple:
     """(result, error), one of them None, for another process."""
     try:
         return function(*arguments), None
+    except UserError as error:
+        return None, ("user", str(error))
     except SAVE_ERRORS as error:
         return None, (getattr(error, "errno", None), one_line(error))
 
 
 def answered(answer: tuple) -> typing.Any:
-    """The result of an attempt() elsewhere. Raises its error, one of SAVE_ERRORS."""
+    """The result of an attempt() elsewhere. Raises its error: a UserError, or one of SAVE_ERRORS."""
     result, error = answer
+    if error is not None and error[0] == "user":
+        raise UserError(error[1])
     if error is not None:
         raise OSError(*error) if error[0] else RuntimeError(error[1])
     return result
