@@ -2090,6 +2090,8 @@ class Run:
         # Has begun to train, and has completed a batch.
         self.trains = self.trained = False
         self._began = self._in_body = self._stepped = False
+        # {name: (sum, count)} of what the batch at hand has logged.
+        self._logged: dict[str, tuple[float, int]] = {}
         self._late_columns: set[str] = set()
         self._last_save: tuple[str, float] | None = None
         self._writer: CheckpointWriter | None = None
@@ -2274,13 +2276,8 @@ class Run:
         """
         for name, value in values.items():
             number = float(value.detach() if isinstance(value, Tensor) else value)
-            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + number
-            self.progress.counts[name] = self.progress.counts.get(name, 0) + 1
-            if name == "loss":
-                smooth = self.progress.smooth_loss
-                self.progress.smooth_loss = (
-                    number if smooth is None else 0.9 * smooth + 0.1 * number
-                )
+            total, count = self._logged.get(name, (0.0, 0))
+            self._logged[name] = total + number, count + 1
 
     def average(self, mean: Tensor) -> Tensor:
         """A mean over this process's part of a batch becomes that over all of it."""
@@ -2318,7 +2315,7 @@ class Run:
             seed_generators(
                 self.options.seed, "step", self.step, self.rank, device=self.device.type
             )
-            self._in_body = True
+            self._in_body, self._logged = True, {}
             yield batch
             self._complete()
         self._finish()
@@ -2514,21 +2511,38 @@ class Run:
 
     def _complete(self) -> None:
         """Counts the batch that the body has had, and does what is due."""
-        if not math.isfinite(self.progress.sums.get("loss", 0.0)):
-            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
+        self._add_logged()
         self._in_body, self.trained = False, True
         self.progress.step += 1
         now = time.monotonic()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
-        # Where another rank has died this raises; by now the batch is complete.
-        self.processes.agree()
         before = self._boundary.progress.step
         waited = self.step - before >= self.LONGEST_ACCUMULATION
-        if self._stepped or waited or self.finished or not self._kept["optimizer_state_dicts"]:
+        ends = self._stepped or waited or self.finished or not self._kept["optimizer_state_dicts"]
+        if ends:
             self._mark_boundary()
+        # Where another rank has died this raises; by now the batch is complete.
+        self.processes.agree()
+        if ends:
             if before == self._first_step:
                 self._after_first_step()
             self._at_boundary(before)
+
+    def _add_logged(self) -> None:
+        """Adds what all ranks have logged in this batch to what a checkpoint holds for the next row."""
+        progress, logged = self.progress, self._logged
+        both = [float(number) for pair in logged.values() for number in pair]
+        # Where another rank has died our own part is all there is; agree() will raise.
+        with contextlib.suppress(RuntimeError):
+            both = list(self.processes.sum(both))
+        for i, name in enumerate(logged):
+            progress.sums[name] = progress.sums.get(name, 0.0) + both[2 * i]
+            progress.counts[name] = progress.counts.get(name, 0) + int(both[2 * i + 1])
+            if name == "loss":
+                mean, smooth = both[2 * i] / both[2 * i + 1], progress.smooth_loss
+                progress.smooth_loss = mean if smooth is None else 0.9 * smooth + 0.1 * mean
+        if not math.isfinite(progress.sums.get("loss", 0.0)):
+            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
 
     def _mark_boundary(self) -> None:
         old, self._stepped = self._boundary.buffers, False
@@ -2689,9 +2703,7 @@ class Run:
 
     def _log_row(self, evaluated: bool) -> None:
         progress, now = self.progress, time.monotonic()
-        names = list(progress.sums)
-        both = self.processes.sum([*progress.sums.values(), *map(float, progress.counts.values())])
-        means = {name: both[i] / both[len(names) + i] for i, name in enumerate(names)}
+        means = {name: total / progress.counts[name] for name, total in progress.sums.items()}
         samples = (self.step - self._row_step) * self._ready_batches().batch_size
         values = {
             "step": self.step,
