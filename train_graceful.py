@@ -2849,6 +2849,8 @@ class Run:
         A person can make room then and type q again. After a signal there may be no second
         chance: the system's temporary directory is tried, and the exit code is 1 if that fails too.
         """
+        # Of torchrun's only process, what has interrupted its waiting may be new to it.
+        self.processes.agree()
         if self.step > self._boundary.progress.step:
             self._back_to_boundary()
         self.screen.say("📝 Saving emergency checkpoint...")
@@ -3176,15 +3178,17 @@ class AgreedMonitor:
         """Takes the answer and asks anew. Raises RuntimeError where a rank has died."""
         if self.exit_requested:
             return
-        self._question.wait()
-        number, save = self._heard.tolist()
-        self.save_requested |= bool(save)
-        if number:
-            self.exit_requested = True
-            self.reason, self.exit_code = self.REQUESTS[number]
-            # Whoever heard it, rank 0 says so.
-            self.own.request(self.reason, self.exit_code)
-        else:
+        # torchrun's only process has the answer to a new question at once.
+        for _ in range(2 if dist.get_world_size() == 1 else 1):
+            self._question.wait()
+            number, save = self._heard.tolist()
+            self.save_requested |= bool(save)
+            if number:
+                self.exit_requested = True
+                self.reason, self.exit_code = self.REQUESTS[number]
+                # Whoever heard it, rank 0 says so.
+                self.own.request(self.reason, self.exit_code)
+                return
             self._ask()
 
     def withdraw(self, reason: str) -> None:
