@@ -2032,8 +2032,8 @@ class Boundary:
     """The last point at which all of the state was of one step."""
 
     progress: Progress
-    # (where it is, a copy, its version when it was copied) of each buffer of the models.
-    buffers: list[tuple[Tensor, Tensor, int]] = dataclasses.field(default_factory=list)
+    # (where it is, a copy) of each buffer of the models.
+    buffers: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     # Schedulers and GradScalers, which an exception may leave one step ahead.
     small: list[tuple[typing.Any, dict]] = dataclasses.field(default_factory=list)
 
@@ -2545,17 +2545,10 @@ class Run:
             raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
 
     def _mark_boundary(self) -> None:
-        old, self._stepped = self._boundary.buffers, False
+        self._stepped = False
         buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
-        copies = []
-        for number, buffer in enumerate(buffers):
-            # Most (masks, tables) never change: their version tells.
-            same = (
-                number < len(old) and old[number][0] is buffer and old[number][2] == buffer._version
-            )
-            copies.append(
-                old[number] if same else (buffer, buffer.detach().clone(), buffer._version)
-            )
+        # All of them: BatchNorm changes its own without a new version.
+        copies = [(buffer, buffer.detach().clone()) for buffer in buffers]
         parts = [part for kind in self._kept.values() for part in kind.values()]
         small = [(p, copy.deepcopy(p.state_dict())) for p in parts if isinstance(p, SMALL_PARTS)]
         self._boundary = Boundary(copy.deepcopy(self.progress), copies, small)
@@ -2563,7 +2556,7 @@ class Run:
     @torch.no_grad()
     def _back_to_boundary(self) -> None:
         """Undoes what batches have changed since the last boundary without an optimizer's step."""
-        for buffer, saved, _ in self._boundary.buffers:
+        for buffer, saved in self._boundary.buffers:
             buffer.copy_(saved)
         for part, state in self._boundary.small:
             part.load_state_dict(state)
