@@ -76,7 +76,7 @@ def group(fork):
 
 @pytest.fixture(scope="session")
 def forty_windows(tmp_path_factory) -> Path:
-    """A corpus with 43 training windows of --context 16: five batches of eight, and some that fill none."""
+    """A corpus with 44 training windows of --context 16: five batches of eight, and some that fill none."""
     text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
     path = tmp_path_factory.mktemp("forty") / "corpus.txt"
     path.write_bytes(text[: int(43 * 16 / 0.95) + 20])
