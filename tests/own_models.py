@@ -38,12 +38,15 @@ class Images(torch.utils.data.Dataset):
 
 
 def cnn(dropout: float = 0.3) -> nn.Module:
-    """A plain one, with BatchNorm; 10 rows of weights cannot be shared out equally among four."""
+    """A plain one, with BatchNorm; 10 rows of weights cannot be shared out equally among four.
+
+    No bias comes before a BatchNorm: its gradient would be rounding errors, and Adam's step as long as any.
+    """
     return nn.Sequential(
         nn.Conv2d(3, 10, 3, padding=1, bias=False),
         nn.BatchNorm2d(10),
         nn.ReLU(),
-        nn.Conv2d(10, 8, 3),
+        nn.Conv2d(10, 8, 3, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Flatten(),
