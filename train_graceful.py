@@ -2052,6 +2052,8 @@ class Run:
     # Without a step of a kept optimizer for so many batches, each is a boundary.
     LONGEST_ACCUMULATION = 16
     STATUS_SECONDS = 0.1
+    # What the summary calls a checkpoint that is not of the last moment.
+    NEWEST = "Newest whole checkpoint"
 
     def __init__(
         self,
@@ -2922,7 +2924,7 @@ class Run:
             # Where there is none, the summary names none.
             with contextlib.suppress(CheckpointError, OSError):
                 newest = latest_checkpoint(self.directory.path, self.screen.say)
-                self.saved = ("Newest whole checkpoint", newest)
+                self.saved = (self.NEWEST, newest)
 
     def end(self) -> None:
         """After train() has returned: a loop that was left by break or return is completed."""
@@ -3591,14 +3593,15 @@ def last_words(run: Run, error: BaseException | None) -> int:
     screen, first = run.screen, is_first_rank()
     if isinstance(error, UserError) and not run.trained:
         raise error
-    if error is not None and run.processes.first_failure(type(error).__name__)[0] == run.rank:
+    if error is None:
+        if run.saved is not None and run.saved[0] != run.NEWEST:
+            screen.say("🎉 All steps done!" if run.completed else "✨ Graceful exit completed!")
+    elif run.processes.first_failure(type(error).__name__)[0] == run.rank:
         # No other rank can say more.
         if isinstance(error, UserError):
             complain(f"error: {' '.join(str(error).splitlines())}\n")
         elif not isinstance(error, SystemExit):
             complain("".join(traceback.format_exception(error)))
-    elif run.saved is not None:
-        screen.say("🎉 All steps done!" if run.completed else "✨ Graceful exit completed!")
     if run.trains:
         summary = run.summary()
         screen.say(summary)
