@@ -2533,15 +2533,14 @@ class Run:
     def _add_logged(self) -> None:
         """Adds what all ranks have logged in this batch to what a checkpoint holds for the next row."""
         progress, logged = self.progress, self._logged
-        both = [float(number) for pair in logged.values() for number in pair]
         # Where another rank has died our own part is all there is; agree() will raise.
         with contextlib.suppress(RuntimeError):
-            both = list(self.processes.sum(both))
-        for i, name in enumerate(logged):
-            progress.sums[name] = progress.sums.get(name, 0.0) + both[2 * i]
-            progress.counts[name] = progress.counts.get(name, 0) + int(both[2 * i + 1])
+            logged = self.processes.logged(logged)
+        for name, (total, count) in logged.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + total
+            progress.counts[name] = progress.counts.get(name, 0) + count
             if name == "loss":
-                mean, smooth = both[2 * i] / both[2 * i + 1], progress.smooth_loss
+                mean, smooth = total / count, progress.smooth_loss
                 progress.smooth_loss = mean if smooth is None else 0.9 * smooth + 0.1 * mean
         if not math.isfinite(progress.sums.get("loss", 0.0)):
             raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
@@ -3119,6 +3118,10 @@ class Processes(OneWriter):
     def sum(self, values: Sequence[float]) -> Sequence[float]:
         return values
 
+    def logged(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        """{name: (sum, count)} of what all have logged in a batch, which may be other names."""
+        return own
+
     def first(self, function: Callable, *arguments: object) -> typing.Any:
         """A collective: what function returns or raises on rank 0 is for all."""
         return function(*arguments)
@@ -3334,6 +3337,21 @@ class ManyProcesses(Processes):
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def logged(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        numbers = [float(number) for pair in own.values() for number in pair]
+        names = zlib.crc32(repr(list(own)).encode()) % 2**20
+        same, squares, *sums = self.sum([names, names**2, *numbers, *[0.0] * 60][:62])
+        if len(numbers) <= 60 and same**2 == self.world_size * squares:
+            # All have logged the same names, in the same order.
+            return {name: (sums[2 * i], int(sums[2 * i + 1])) for i, name in enumerate(own)}
+        parts: list[typing.Any] = [None] * self.world_size
+        dist.all_gather_object(parts, own)
+        total: dict[str, tuple[float, int]] = {}
+        for name, (part, count) in itertools.chain.from_iterable(one.items() for one in parts):
+            before = total.get(name, (0.0, 0))
+            total[name] = before[0] + part, before[1] + count
+        return total
 
     def first(self, function: Callable, *arguments: object) -> typing.Any:
         answer = [attempt(function, *arguments) if self.rank == 0 else None]
