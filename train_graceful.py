@@ -3250,18 +3250,18 @@ class ManyProcesses(Processes):
         if self._mesh is None:
             self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
         lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
-        units = [unit for one in reversed(lists) for unit in one if list(unit.parameters())]
-        owner: dict[Tensor, str] = {}
-        names = {one: name for name, one in module.named_modules()}
-        for unit in (*units, module):
-            for name, parameter in unit.named_parameters():
-                if not parameter.dim():
-                    raise UserError(f"--shard: {name} is a scalar, which cannot be shared out")
-        for unit in units:
-            for parameter in unit.parameters():
-                inside = owner.setdefault(parameter, names[unit])
-                if not inside.startswith(names[unit]) and not names[unit].startswith(inside):
-                    raise UserError(f"--shard: {inside} and {names[unit]} share a parameter")
+        found = (unit for one in reversed(lists) for unit in one if list(unit.parameters()))
+        units = list(dict.fromkeys(found))
+        modules = dict(module.named_modules(remove_duplicate=False))
+        owners: dict[Tensor, tuple[str, nn.Module]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not parameter.dim():
+                raise UserError(f"--shard: {name} is a scalar, which cannot be shared out")
+            above = (modules[name.rsplit(".", n)[0]] for n in range(1, name.count(".") + 1))
+            unit = next((one for one in above if one in units), module)
+            other, owner = owners.setdefault(parameter, (name, unit))
+            if owner is not unit:
+                raise UserError(f"--shard: {other} and {name} are one parameter in two units")
         for unit in (*units, module):
             try:
                 fully_shard(unit, mesh=self._mesh)
