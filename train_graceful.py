@@ -2565,11 +2565,12 @@ class Run:
 
     def _after_first_step(self) -> None:
         """What cannot be saved is said now, and what saving needs is imported now."""
-        if self._writer is not None:
-            try:
-                laid_out(self.processes.rows(self.state_dict("")))
-            except TypeError as error:
-                raise UserError(f"this run could not be saved: {error}") from None
+        try:
+            laid_out(self.processes.rows(self.state_dict("")))
+        except TypeError as error:
+            # Nor is there anything to save on leaving.
+            self._writer = None
+            raise UserError(f"this run could not be saved: {error}") from None
         rates = zip(self._rates_before, self._rates()) if self._stretched else ()
         if any(abs(now - before) > 0.1 * before for before, now in rates):
             before, now = self._rates_before[0], self._rates()[0]
@@ -3324,6 +3325,8 @@ class ManyProcesses(Processes):
         def own(value: typing.Any) -> typing.Any:
             if not is_sharded(value):
                 return value
+            if not value.dim() or not value.placements[0].is_shard(0):
+                raise TypeError(" is a tensor that is spread over processes, but not by its rows")
             return Rows(value.to_local().detach(), self._share_of(len(value))[0], value.shape)
 
         return mapped(state, own) if self.sharded else state
