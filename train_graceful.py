@@ -3600,13 +3600,26 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
         return None
     except Exception as error:
         failure: BaseException = error
-        run.exit_code = 2 if isinstance(error, UserError) else 1
+        if run.processes.sharded and not run.trained and (part := optimizer_in(error)):
+            text = f"PyTorch cannot share out what {part} does ({one_line(error)})"
+            failure = UserError(f"--shard: {text}")
+        run.exit_code = 2 if isinstance(failure, UserError) else 1
     except SystemExit as end:
         failure = end
         run.exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if run.trained or run.trains and not isinstance(failure, UserError):
         run.leave_after_exception(failure)
     return failure
+
+
+def optimizer_in(error: Exception) -> str | None:
+    """The class in torch.optim, of an optimizer or an average, in whose code an error came up."""
+    folder = os.path.dirname(torch.optim.__file__)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith(folder) and "self" in frame.f_locals:
+            no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            return None if no_room else type(frame.f_locals["self"]).__name__
+    return None
 
 
 def last_words(run: Run, error: BaseException | None) -> int:
