@@ -2439,7 +2439,9 @@ class Run:
     def _introduce(self) -> None:
         batches, say = self._ready_batches(), self.screen.say
         count = sum(parameter.numel() for parameter in self._parameter_names())
-        names = " and ".join(type(module).__name__ for module, _ in self._models.values())
+        # fully_shard has made a class of its own of it.
+        kinds = (type(module).__name__.removeprefix("FSDP") for module, _ in self._models.values())
+        names = " and ".join(kinds)
         where = (
             str(self.device) if self.world_size == 1 else f"{self.world_size} x {self.device.type}"
         )
