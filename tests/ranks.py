@@ -27,7 +27,7 @@ class Group:
         self._fork = fork
         self._stores: list[int] = []
 
-    def __call__(self, size: int, *options: object, plans: dict = {}, **settings) -> list:
+    def __call__(self, size: int, *options: object, plans: dict | None = None, **settings) -> list:
         """Starts so many ranks; plans are {rank: its plan}, the rest is for all (see campaign.Child)."""
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -35,7 +35,7 @@ class Group:
         return [
             self._fork(
                 *options,
-                plan=plans.get(rank, ()),
+                plan=(plans or {}).get(rank, ()),
                 **settings,
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),

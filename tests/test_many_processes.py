@@ -12,9 +12,30 @@ import time
 import pytest
 import torch
 from campaign import Moment, fail
-from conftest import ENDLESS, MODES, ROOT, SCRIPT, STATE_KEYS, assert_same, assert_same_run, finish, saved_path, wait_until
+from conftest import (
+    ENDLESS,
+    MODES,
+    ROOT,
+    SCRIPT,
+    STATE_KEYS,
+    assert_same,
+    assert_same_run,
+    finish,
+    metrics_without_times,
+    saved_path,
+    wait_until,
+)
 from own_models import Images, Residual, classify, cnn, program, train_gan
-from ranks import OPTIONS, STEPS, alive, assert_close_run, final, finished, torchrun, worker_pids
+from ranks import (
+    OPTIONS,
+    STEPS,
+    alive,
+    assert_close_run,
+    final,
+    finished,
+    torchrun,
+    worker_pids,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,6 +136,35 @@ def test_an_evaluation_has_rank_0s_buffers_and_each_rank_makes_as_many_passes(gr
         loss = F.cross_entropy(model(data.images), data.labels).item()
     assert state["evaluation"]["step"] == 8
     assert state["evaluation"]["values"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_rank_may_log_what_it_likes_and_the_rows_have_the_means(group, tmp_path):
+    """Many people log on rank 0 alone. Rows come every four batches, and a stop between them loses nothing."""
+
+    def train(run: t.Run) -> None:
+        run.data(Images(43, False))
+        model = run.model(Residual())
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), run.options.lr))
+        for images, labels in run.batches():
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            if run.rank == 0:
+                run.log(loss=1.0, alone=run.step)
+            run.log(each=10.0 * run.rank + run.step)
+            for number in range(40 if run.rank == 1 else 0):
+                run.log(**{f"of_one_{number}": number})
+
+    words, settings = ["--log-every", 4, "--checkpoint-dir", tmp_path], {"program": program(train)}
+    texts, codes = finished(group(2, *words, **settings, plans={1: leaves_after(1)}))
+    assert codes == [143, 143] and t.load_checkpoint(saved_path(texts[0]))["step"] < 4, texts
+    texts, codes = finished(group(2, "--resume", "latest", *words, **settings))
+    assert codes == [0, 0], texts
+    rows = metrics_without_times(tmp_path)
+    assert [row["step"] for row in rows] == ["4", "8"]
+    for row, mean in zip(rows, (1.5, 5.5)):
+        assert float(row["loss"]) == 1.0 and float(row["alone"]) == mean and float(row["each"]) == 5.0 + mean
+        assert float(row["of_one_39"]) == 39.0
 
 
 # ---- one departure for all
@@ -299,6 +349,7 @@ def test_an_exception_after_rank_0_has_stepped_saves_nothing_half_updated(group,
     texts, codes = finished(group(2, "--checkpoint-dir", tmp_path, plans=plans, program=program(classify(cnn))))
     assert codes == [1, 1] and "RuntimeError: injected" in texts[0], texts
     assert "nothing half-updated is saved" in texts[0] and not (tmp_path / "emergency_exit").exists()
+    assert "Graceful exit completed" not in texts[0]
     assert re.search(r"Newest whole checkpoint: \S+/(step_3|best).pt\r\n", texts[0]), texts
 
 

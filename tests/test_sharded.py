@@ -13,11 +13,30 @@ import pytest
 import torch
 from campaign import Campaign, Moment, fail, needs_strace, trace, whole_files
 from conftest import (
-    ENDLESS, MODES, SCRIPT, STATE_KEYS, assert_same, assert_same_run, finish, flip_a_weight, metrics_without_times, refused, saved_path,
-    wait_until)
-from own_models import Residual, classify, cnn, program, train_gan
-from ranks import OPTIONS, STEPS, alive, assert_close_run, final, finished, torchrun, worker_pids
+    ENDLESS,
+    MODES,
+    SCRIPT,
+    assert_same_run,
+    finish,
+    flip_a_weight,
+    metrics_without_times,
+    refused,
+    saved_path,
+    wait_until,
+)
+from own_models import Images, Residual, classify, cnn, program, train_gan
+from ranks import (
+    OPTIONS,
+    STEPS,
+    alive,
+    assert_close_run,
+    final,
+    finished,
+    torchrun,
+    worker_pids,
+)
 from torch import nn
+from torch.nn import functional as F
 
 import train_graceful as t
 
@@ -26,7 +45,7 @@ import train_graceful as t
 def sharded(group):
     """sharded(size, directory, *options) starts that many ranks."""
 
-    def start(size: int, directory, *options: object, plans: dict = {}, **settings):
+    def start(size: int, directory, *options: object, plans: dict | None = None, **settings):
         return group(size, "--checkpoint-dir", directory, *options, plans=plans, **settings)
 
     return start
@@ -51,6 +70,7 @@ def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float
     for size in (2, 4):
         directory = tmp_path / str(size)
         texts, codes = finished(sharded(size, directory, *new(forty_windows, mode)))
+        assert "🧠 ByteLM, 1" in texts[0] and f" parameters, on {size} x cpu: " in texts[0]
         assert codes == [0] * size and "All steps done" in texts[0] and texts[1:] == [""] * (size - 1), texts
         assert {path.name for path in directory.iterdir()} == {"best.pt", "final.pt", "metrics.csv", "run.lock", "step_3.pt", "step_6.pt"}
         assert_close_run(directory, tmp_path / "1")
@@ -190,12 +210,9 @@ def test_a_request_in_the_middle_of_a_save_or_an_evaluation(sharded, forty_windo
     assert whole_files(tmp_path) and not list(tmp_path.rglob(".*tmp"))
 
 
-@pytest.mark.parametrize("full", [0, 1])
-@pytest.mark.parametrize("function", ["write_without_data", "write_parts", "publish", "host_copy"])
+@pytest.mark.parametrize("function, full", [
+    ("write_without_data", 0), ("write_parts", 0), ("write_parts", 1), ("publish", 0), ("host_copy", 0), ("host_copy", 1)])
 def test_a_disk_or_memory_that_is_full_on_one_rank(sharded, forty_windows, tmp_path, function, full):
-    if function in ("write_without_data", "publish") and full == 1:
-        pytest.skip("rank 0 alone does that")
-
     def no_room(frame) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -260,6 +277,7 @@ def test_an_exception_in_the_middle_of_an_update_saves_nothing_half_updated(shar
     ranks = sharded(2, tmp_path, *new(forty_windows), plans={rank: [(Moment("_update_all", 14), fail)]})
     texts, codes = finished(ranks)
     assert codes == [1, 1] and "nothing half-updated is saved" in texts[0], texts
+    assert "Graceful exit completed" not in texts[0]
     assert re.search(r"Newest whole checkpoint: \S+/(step_3|best).pt\n", texts[0].replace("\r", "")) and not (tmp_path / "emergency_exit").exists()
 
 
@@ -429,27 +447,66 @@ def with_a_scalar() -> nn.Module:
     return model
 
 
-def with_shared_weights() -> nn.Module:
-    model = Residual()
-    model.layers[2].weight = model.layers[0].weight
+def with_one_weight_in_two_layers() -> nn.Module:
+    model = Residual(layers=12)
+    model.layers[10].weight = model.layers[1].weight
     return model
 
 
-def in_two_lists() -> nn.Module:
+def with_a_weight_of_a_layer_elsewhere() -> nn.Module:
     model = Residual()
-    model.others = nn.ModuleList([model.layers[1]])
+    model.extra = nn.Linear(24, 24)
+    model.extra.weight = model.layers[0].weight
     return model
 
 
-@pytest.mark.parametrize("make, message", [
-    (with_a_scalar, "--shard: temperature is a scalar, which cannot be shared out"),
-    (with_shared_weights, "--shard: layers.0 and layers.2 share a parameter"),
+def trained_by(make_optimizer):
+    def train(run: t.Run) -> None:
+        run.data(Images(43, False))
+        model = run.model(Residual())
+        optimizer = run.keep(optimizer=make_optimizer(model.parameters()))
+        for images, labels in run.batches():
+
+            def closure():
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                return loss
+
+            run.log(loss=optimizer.step(closure))
+
+    return train
+
+
+def averaged(run: t.Run) -> None:
+    run.data(Images(43, False))
+    run.keep(ema=torch.optim.swa_utils.AveragedModel(run.model(Residual())))
+    list(run.batches())
+
+
+@pytest.mark.parametrize("train, message", [
+    (classify(with_a_scalar), "--shard: temperature is a scalar, which cannot be shared out"),
+    (classify(with_one_weight_in_two_layers), "--shard: layers.1.weight and layers.10.weight are one parameter in two units"),
+    (classify(with_a_weight_of_a_layer_elsewhere), "--shard: layers.0.weight and extra.weight are one parameter in two units"),
+    (trained_by(torch.optim.Adafactor), "--shard: PyTorch cannot share out what Adafactor does"),
+    (trained_by(torch.optim.LBFGS), "this run could not be saved: .*'optimizer'.* is spread over processes, but not by its rows"),
+    (averaged, "--shard: PyTorch cannot share out what AveragedModel does"),
 ])
-def test_what_cannot_be_sharded_gets_a_line(group, tmp_path, make, message):
-    ranks = group(2, "--shard", "--checkpoint-dir", tmp_path, program=program(classify(make)))
-    texts, codes = finished(ranks)
-    assert codes == [2, 2] and texts == [f"error: {message}\r\n", ""], texts
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_sharded_gets_a_line(group, tmp_path, train, message):
+    texts, codes = finished(group(2, "--shard", "--checkpoint-dir", tmp_path, program=program(train)))
+    together = "".join(texts)  # after a batch, who has failed first says why
+    assert codes == [2, 2] and re.search(rf"(?m)^error: {message}", together), texts
+    assert together.count("error: ") == 1 and "Traceback" not in together and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_layer_that_is_in_two_lists_is_one_unit(group, tmp_path):
+    def twice() -> nn.Module:
+        model = Residual()
+        model.again = nn.ModuleList([model.layers[1]])
+        return model
+
+    texts, codes = finished(group(2, "--shard", "--checkpoint-dir", tmp_path, program=program(classify(twice))))
+    assert codes == [0, 0], texts
 
 
 def test_q_in_torchruns_terminal_and_on_from_there(spawn, forty_windows, tmp_path):
