@@ -2074,6 +2074,8 @@ class Run:
     # Without a step of a kept optimizer for so many batches, each is a boundary.
     LONGEST_ACCUMULATION = 16
     STATUS_SECONDS = 0.1
+    # What the summary calls a checkpoint that is not of the last moment.
+    NEWEST = "Newest whole checkpoint"
 
     def __init__(
         self,
@@ -2112,6 +2114,8 @@ class Run:
         # Has begun to train, and has completed a batch.
         self.trains = self.trained = False
         self._began = self._in_body = self._stepped = False
+        # {name: (sum, count)} of what the batch at hand has logged.
+        self._logged: dict[str, tuple[float, int]] = {}
         self._late_columns: set[str] = set()
         self._last_save: tuple[str, float] | None = None
         self._writer: CheckpointWriter | None = None
@@ -2296,13 +2300,8 @@ class Run:
         """
         for name, value in values.items():
             number = float(value.detach() if isinstance(value, Tensor) else value)
-            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + number
-            self.progress.counts[name] = self.progress.counts.get(name, 0) + 1
-            if name == "loss":
-                smooth = self.progress.smooth_loss
-                self.progress.smooth_loss = (
-                    number if smooth is None else 0.9 * smooth + 0.1 * number
-                )
+            total, count = self._logged.get(name, (0.0, 0))
+            self._logged[name] = total + number, count + 1
 
     def average(self, mean: Tensor) -> Tensor:
         """A mean over this process's part of a batch becomes that over all of it."""
@@ -2341,7 +2340,7 @@ class Run:
             seed_generators(
                 self.options.seed, "step", self.step, self.rank, device=self.device.type
             )
-            self._in_body = True
+            self._in_body, self._logged = True, {}
             yield batch
             self._complete()
         self._finish()
@@ -2361,10 +2360,8 @@ class Run:
             self.completed = True
             return
         self._rates_before = self._rates()
-        if self.rank == 0:
-            self._open_directory()
-        # Where rank 0 may not save, the others do not begin.
-        self.processes.first(lambda: None)
+        # Where rank 0 may not save, none begins.
+        self.processes.first(self._open_directory)
         if self.processes.sharded or self.rank == 0:
             self._writer = CheckpointWriter(self._save, self.screen.say)
         self.progress.sessions += 1
@@ -2465,7 +2462,9 @@ class Run:
     def _introduce(self) -> None:
         batches, say = self._ready_batches(), self.screen.say
         count = sum(parameter.numel() for parameter in self._parameter_names())
-        names = " and ".join(type(module).__name__ for module, _ in self._models.values())
+        # fully_shard has made a class of its own of it.
+        kinds = (type(module).__name__.removeprefix("FSDP") for module, _ in self._models.values())
+        names = " and ".join(kinds)
         where = (
             str(self.device) if self.world_size == 1 else f"{self.world_size} x {self.device.type}"
         )
@@ -2539,51 +2538,65 @@ class Run:
 
     def _complete(self) -> None:
         """Counts the batch that the body has had, and does what is due."""
-        if not math.isfinite(self.progress.sums.get("loss", 0.0)):
-            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
+        self._add_logged()
         self._in_body = False
         self.progress.step += 1
         now = time.monotonic()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
-        # Where another rank has died this raises; by now the batch is complete.
-        self.processes.agree()
         before = self._boundary.progress.step
         waited = self.step - before >= self.LONGEST_ACCUMULATION
-        if self._stepped or waited or self.finished or not self._kept["optimizer_state_dicts"]:
+        ends = self._stepped or waited or self.finished or not self._kept["optimizer_state_dicts"]
+        if ends:
             self._mark_boundary()
+        # Where another rank has died this raises; by now the batch is complete.
+        self.processes.agree()
+        if ends:
             if not self.trained:
                 self._after_first_step()
             self.trained = True
             self._at_boundary()
 
+    def _add_logged(self) -> None:
+        """Adds what all ranks have logged in this batch to what a checkpoint holds for the next row."""
+        progress, logged = self.progress, self._logged
+        # Where another rank has died our own part is all there is; agree() will raise.
+        with contextlib.suppress(RuntimeError):
+            logged = self.processes.logged(logged)
+        for name, (total, count) in logged.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + total
+            progress.counts[name] = progress.counts.get(name, 0) + count
+            if name == "loss":
+                mean, smooth = total / count, progress.smooth_loss
+                progress.smooth_loss = mean if smooth is None else 0.9 * smooth + 0.1 * mean
+        if not math.isfinite(progress.sums.get("loss", 0.0)):
+            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
+
     def _mark_boundary(self) -> None:
         self._stepped = False
-        kept = [copied for _, copied in self._boundary.buffers]
         buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
-        if len(kept) != len(buffers):
-            kept = [buffer.detach().clone() for buffer in buffers]
-        for copied, buffer in zip(kept, buffers):
-            copied.copy_(buffer)
+        # All of them: BatchNorm changes its own without a new version.
+        copies = [(buffer, buffer.detach().clone()) for buffer in buffers]
         parts = [part for kind in self._kept.values() for part in kind.values()]
         small = [(p, copy.deepcopy(p.state_dict())) for p in parts if isinstance(p, SMALL_PARTS)]
-        self._boundary = Boundary(copy.deepcopy(self.progress), list(zip(buffers, kept)), small)
+        self._boundary = Boundary(copy.deepcopy(self.progress), copies, small)
 
     @torch.no_grad()
     def _back_to_boundary(self) -> None:
         """Undoes what batches have changed since the last boundary without an optimizer's step."""
-        for buffer, copied in self._boundary.buffers:
-            buffer.copy_(copied)
+        for buffer, saved in self._boundary.buffers:
+            buffer.copy_(saved)
         for part, state in self._boundary.small:
             part.load_state_dict(state)
         self.progress = copy.deepcopy(self._boundary.progress)
 
     def _after_first_step(self) -> None:
         """What cannot be saved is said now, and what saving needs is imported now."""
-        if self._writer is not None:
-            try:
-                laid_out(self.processes.rows(self.state_dict("")))
-            except TypeError as error:
-                raise UserError(f"this run could not be saved: {error}") from None
+        try:
+            laid_out(self.processes.rows(self.state_dict("")))
+        except TypeError as error:
+            # Nor is there anything to save on leaving.
+            self._writer = None
+            raise UserError(f"this run could not be saved: {error}") from None
         rates = zip(self._rates_before, self._rates()) if self._stretched else ()
         if any(abs(now - before) > 0.1 * before for before, now in rates):
             before, now = self._rates_before[0], self._rates()[0]
@@ -2707,9 +2720,7 @@ class Run:
 
     def _log_row(self, evaluated: bool) -> None:
         progress, now = self.progress, time.monotonic()
-        names = list(progress.sums)
-        both = self.processes.sum([*progress.sums.values(), *map(float, progress.counts.values())])
-        means = {name: both[i] / both[len(names) + i] for i, name in enumerate(names)}
+        means = {name: total / progress.counts[name] for name, total in progress.sums.items()}
         samples = (self.step - self._row_step) * self._ready_batches().batch_size
         values = {
             "step": self.step,
@@ -2857,6 +2868,8 @@ class Run:
         A person can make room then and type q again. After a signal there may be no second
         chance: the system's temporary directory is tried, and the exit code is 1 if that fails too.
         """
+        # Of torchrun's only process, what has interrupted its waiting may be new to it.
+        self.processes.agree()
         if self.step > self._boundary.progress.step:
             self._back_to_boundary()
         self.screen.say("📝 Saving emergency checkpoint...")
@@ -2935,7 +2948,7 @@ class Run:
             # Where there is none, the summary names none.
             with contextlib.suppress(CheckpointError, OSError):
                 newest = latest_checkpoint(self.directory.path, self.screen.say)
-                self.saved = ("Newest whole checkpoint", newest)
+                self.saved = (self.NEWEST, newest)
 
     def end(self) -> None:
         """After train() has returned: a loop that was left by break or return is completed."""
@@ -3130,8 +3143,12 @@ class Processes(OneWriter):
     def sum(self, values: Sequence[float]) -> Sequence[float]:
         return values
 
+    def logged(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        """{name: (sum, count)} of what all have logged in a batch, which may be other names."""
+        return own
+
     def first(self, function: Callable, *arguments: object) -> typing.Any:
-        """A collective: what function returns on rank 0, or one of SAVE_ERRORS, is for all."""
+        """A collective: what function returns or raises on rank 0 is for all."""
         return function(*arguments)
 
     def share_buffers(self, roots: Sequence[nn.Module]) -> None:
@@ -3184,15 +3201,17 @@ class AgreedMonitor:
         """Takes the answer and asks anew. Raises RuntimeError where a rank has died."""
         if self.exit_requested:
             return
-        self._question.wait()
-        number, save = self._heard.tolist()
-        self.save_requested |= bool(save)
-        if number:
-            self.exit_requested = True
-            self.reason, self.exit_code = self.REQUESTS[number]
-            # Whoever heard it, rank 0 says so.
-            self.own.request(self.reason, self.exit_code)
-        else:
+        # torchrun's only process has the answer to a new question at once.
+        for _ in range(2 if dist.get_world_size() == 1 else 1):
+            self._question.wait()
+            number, save = self._heard.tolist()
+            self.save_requested |= bool(save)
+            if number:
+                self.exit_requested = True
+                self.reason, self.exit_code = self.REQUESTS[number]
+                # Whoever heard it, rank 0 says so.
+                self.own.request(self.reason, self.exit_code)
+                return
             self._ask()
 
     def withdraw(self, reason: str) -> None:
@@ -3256,18 +3275,18 @@ class ManyProcesses(Processes):
         if self._mesh is None:
             self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
         lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
-        units = [unit for one in reversed(lists) for unit in one if any(unit.parameters())]
-        owner: dict[Tensor, str] = {}
-        names = {one: name for name, one in module.named_modules()}
-        for unit in (*units, module):
-            for name, parameter in unit.named_parameters():
-                if not parameter.dim():
-                    raise UserError(f"--shard: {name} is a scalar, which cannot be shared out")
-        for unit in units:
-            for parameter in unit.parameters():
-                inside = owner.setdefault(parameter, names[unit])
-                if not inside.startswith(names[unit]) and not names[unit].startswith(inside):
-                    raise UserError(f"--shard: {inside} and {names[unit]} share a parameter")
+        found = (unit for one in reversed(lists) for unit in one if list(unit.parameters()))
+        units = list(dict.fromkeys(found))
+        modules = dict(module.named_modules(remove_duplicate=False))
+        owners: dict[Tensor, tuple[str, nn.Module]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not parameter.dim():
+                raise UserError(f"--shard: {name} is a scalar, which cannot be shared out")
+            above = (modules[name.rsplit(".", n)[0]] for n in range(1, name.count(".") + 1))
+            unit = next((one for one in above if one in units), module)
+            other, owner = owners.setdefault(parameter, (name, unit))
+            if owner is not unit:
+                raise UserError(f"--shard: {other} and {name} are one parameter in two units")
         for unit in (*units, module):
             try:
                 fully_shard(unit, mesh=self._mesh)
@@ -3330,6 +3349,8 @@ class ManyProcesses(Processes):
         def own(value: typing.Any) -> typing.Any:
             if not is_sharded(value):
                 return value
+            if not value.dim() or not value.placements[0].is_shard(0):
+                raise TypeError(" is a tensor that is spread over processes, but not by its rows")
             return Rows(value.to_local().detach(), self._share_of(len(value))[0], value.shape)
 
         return mapped(state, own) if self.sharded else state
@@ -3343,6 +3364,21 @@ class ManyProcesses(Processes):
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def logged(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        numbers = [float(number) for pair in own.values() for number in pair]
+        names = zlib.crc32(repr(list(own)).encode()) % 2**20
+        same, squares, *sums = self.sum([names, names**2, *numbers, *[0.0] * 60][:62])
+        if len(numbers) <= 60 and same**2 == self.world_size * squares:
+            # All have logged the same names, in the same order.
+            return {name: (sums[2 * i], int(sums[2 * i + 1])) for i, name in enumerate(own)}
+        parts: list[typing.Any] = [None] * self.world_size
+        dist.all_gather_object(parts, own)
+        total: dict[str, tuple[float, int]] = {}
+        for name, (part, count) in itertools.chain.from_iterable(one.items() for one in parts):
+            before = total.get(name, (0.0, 0))
+            total[name] = before[0] + part, before[1] + count
+        return total
 
     def first(self, function: Callable, *arguments: object) -> typing.Any:
         answer = [attempt(function, *arguments) if self.rank == 0 else None]
@@ -3440,13 +3476,17 @@ def attempt(function: Callable, *arguments: object) -> tuple:
     """(result, error), one of them None, for another process."""
     try:
         return function(*arguments), None
+    except UserError as error:
+        return None, ("user", str(error))
     except SAVE_ERRORS as error:
         return None, (getattr(error, "errno", None), one_line(error))
 
 
 def answered(answer: tuple) -> typing.Any:
-    """The result of an attempt() elsewhere. Raises its error, one of SAVE_ERRORS."""
+    """The result of an attempt() elsewhere. Raises its error: a UserError, or one of SAVE_ERRORS."""
     result, error = answer
+    if error is not None and error[0] == "user":
+        raise UserError(error[1])
     if error is not None:
         raise OSError(*error) if error[0] else RuntimeError(error[1])
     return result
@@ -3578,7 +3618,10 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
         return None
     except Exception as error:
         failure: BaseException = error
-        run.exit_code = 2 if isinstance(error, UserError) else 1
+        if run.processes.sharded and not run.trained and (part := optimizer_in(error)):
+            text = f"PyTorch cannot share out what {part} does ({one_line(error)})"
+            failure = UserError(f"--shard: {text}")
+        run.exit_code = 2 if isinstance(failure, UserError) else 1
     except SystemExit as end:
         failure = end
         run.exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -3588,19 +3631,30 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
     return failure
 
 
+def optimizer_in(error: Exception) -> str | None:
+    """The class in torch.optim, of an optimizer or an average, in whose code an error came up."""
+    folder = os.path.dirname(torch.optim.__file__)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith(folder) and "self" in frame.f_locals:
+            no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            return None if no_room else type(frame.f_locals["self"]).__name__
+    return None
+
+
 def last_words(run: Run, error: BaseException | None) -> int:
     """Prints how it ended, and leaves that in the lock file for stop.sh; returns the exit code."""
     screen, first = run.screen, is_first_rank()
     if isinstance(error, UserError) and not run.trained:
         raise error
-    if error is not None and run.processes.first_failure(type(error).__name__)[0] == run.rank:
+    if error is None:
+        if run.saved is not None and run.saved[0] != run.NEWEST:
+            screen.say("🎉 All steps done!" if run.completed else "✨ Graceful exit completed!")
+    elif run.processes.first_failure(type(error).__name__)[0] == run.rank:
         # No other rank can say more.
         if isinstance(error, UserError):
             complain(f"error: {' '.join(str(error).splitlines())}\n")
         elif not isinstance(error, SystemExit):
             complain("".join(traceback.format_exception(error)))
-    elif run.saved is not None:
-        screen.say("🎉 All steps done!" if run.completed else "✨ Graceful exit completed!")
     if run.trains:
         summary = run.summary()
         screen.say(summary)
@@ -3821,7 +3875,8 @@ class Experts(nn.Module):
     Every expert sees every token, weighted by its gate, so the mixture is two matrix products over
     all experts. With rotations, expert e sees its input through R_e with angles
     max_angle * tanh(theta_e), folded into its first weight: once a forward pass, at a cost that
-    does not grow with the batch. `gates` (..., experts) is then the routing of the last pass.
+    does not grow with the batch. `gates` (..., experts) and `rotated_by` (experts, dim // 2) are
+    then the routing and the angles of the last pass: theta itself may be spread over processes.
     """
 
     def __init__(self, dim: int, experts: int, rotations: bool = True) -> None:
@@ -3835,6 +3890,7 @@ class Experts(nn.Module):
         # Not zero: where all rotations are alike, the orthogonality loss has no slope.
         self.theta = nn.Parameter(0.1 * torch.randn(experts, dim // 2)) if rotations else None
         self.gates: Tensor | None = None
+        self.rotated_by: Tensor | None = None
 
     def angles(self) -> Tensor:
         """(experts, dim // 2), radians."""
@@ -3846,8 +3902,8 @@ class Experts(nn.Module):
         gates = self.router(x).softmax(dim=-1)
         w_in = torch.stack(list(self.w_in))
         if self.theta is not None:
-            self.gates = gates
-            w_in = rotate_columns(w_in, self.angles())
+            self.gates, self.rotated_by = gates, self.angles()
+            w_in = rotate_columns(w_in, self.rotated_by)
         hidden = F.gelu(F.linear(x, w_in.flatten(0, 1))).unflatten(-1, (len(self.w_in), -1))
         hidden = (hidden * gates.unsqueeze(-1)).flatten(-2)
         return F.linear(hidden, torch.cat(list(self.w_out), dim=1))
@@ -4189,7 +4245,8 @@ class GeometricTrainingController(TrainingController):
         loads = loads + (self.run.average(loads.detach()) - loads.detach())
         total = torch.zeros((), device=loads.device)
         for one, gates, load in zip(self.experts, routing, loads):
-            angles, one.gates = one.angles(), None
+            angles = typing.cast(Tensor, one.rotated_by)
+            one.gates = one.rotated_by = None
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
             total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
             total = total + self.SPECIALIZATION * specialization_loss(gates, load)

@@ -53,5 +53,7 @@ except SignalException as error:
 # glibc's heap would keep most of what a model frees when it is sharded, tensors below 32 MiB that is.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
+# DDP warns that no parameter is unused: which are, it has to find out in every batch.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"

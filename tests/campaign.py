@@ -8,7 +8,9 @@ import multiprocessing.util
 import os
 import pty
 import select
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import termios
@@ -18,6 +20,7 @@ import types
 from collections.abc import Callable, Sequence
 
 import pexpect
+import pytest
 import torch
 from conftest import SCRIPT
 from pexpect.fdpexpect import fdspawn
@@ -96,10 +99,11 @@ class Child:
     """The real script, run as __main__ by a fork of this process, in a session and on a terminal of its own.
 
     It is a process like any other: only the seconds that importing torch takes are saved. `plan` says at which moments
-    it does what; None is to wait for go().
+    it does what; None is to wait for go(). `program` is what a script of somebody's own would do: call train_graceful.main.
     """
 
-    def __init__(self, *args: object, plan: Sequence[tuple[Moment, Callable[[types.FrameType], None] | None]] = (), **environment: str) -> None:
+    def __init__(self, *args: object, plan: Sequence[tuple[Moment, Callable[[types.FrameType], None] | None]] = (),
+                 program: Callable[[], object] | None = None, **environment: str) -> None:
         code = warm()
         self._paused, notify = os.pipe()
         wait, self._go = os.pipe()
@@ -115,7 +119,7 @@ class Child:
                 self._become([str(SCRIPT), *map(str, args)], code, {notify, wait}, environment)
                 if plan:
                     watch([(moment, act or pause) for moment, act in plan])
-                exec(code, sys.modules["__main__"].__dict__)
+                program() if program else exec(code, sys.modules["__main__"].__dict__)
             except BaseException:
                 traceback.print_exc()
             os._exit(99)
@@ -180,3 +184,25 @@ class Child:
             os.close(self._paused)
             self._go = None
             self.terminal.close()
+
+
+def fail(frame) -> None:
+    raise RuntimeError("injected")
+
+
+def whole_files(directory) -> dict[str, int]:
+    """The step of every checkpoint under its final name, each of which passes its check."""
+    import train_graceful as t
+
+    return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing: apt install strace")
+
+
+def trace(thread: int, log, *options: str) -> subprocess.Popen:
+    """strace on one thread; returns when it has taken hold."""
+    strace = subprocess.Popen(["strace", "-p", str(thread), "-o", str(log), "-e", "trace=%file,%desc", *options],
+                              stderr=subprocess.PIPE, text=True)
+    assert "attached" in strace.stderr.readline()
+    return strace

@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pexpect
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as scripts/train_torchrun.sh sets it
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
@@ -60,6 +62,33 @@ def fork():
     yield start
     for child in children:
         child.close()
+
+
+@pytest.fixture
+def group(fork):
+    """group(size, *args, plans={rank: plan}) starts so many ranks of a run; see ranks.Group."""
+    from ranks import Group
+
+    ranks = Group(fork)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def forty_windows(tmp_path_factory) -> Path:
+    """A corpus with 44 training windows of --context 16: five batches of eight, and some that fill none."""
+    text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
+    path = tmp_path_factory.mktemp("forty") / "corpus.txt"
+    path.write_bytes(text[: int(43 * 16 / 0.95) + 20])
+    return path
+
+
+@pytest.fixture
+def float32_muon(monkeypatch):
+    """In bfloat16 Muon would make a rounding error of a gradient one of a hundredth."""
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -165,6 +194,19 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
     assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     assert metrics_without_times(left) == metrics_without_times(right)
+
+
+def flip_a_weight(path: Path, into: Path) -> None:
+    """One bit of the largest tensor in a checkpoint; torch.load does not notice."""
+    import torch
+
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        record = max(tensors, key=lambda info: info.file_size)
+    data[record.header_offset + 2000] ^= 1
+    into.write_bytes(data)
+    torch.load(into, weights_only=True)
 
 
 def processes_in_session(session: int) -> list[str]:
