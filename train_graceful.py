@@ -3366,12 +3366,6 @@ class ManyProcesses(Processes):
         return total.tolist()
 
     def logged(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-        numbers = [float(number) for pair in own.values() for number in pair]
-        names = zlib.crc32(repr(list(own)).encode()) % 2**20
-        same, squares, *sums = self.sum([names, names**2, *numbers, *[0.0] * 60][:62])
-        if len(numbers) <= 60 and same**2 == self.world_size * squares:
-            # All have logged the same names, in the same order.
-            return {name: (sums[2 * i], int(sums[2 * i + 1])) for i, name in enumerate(own)}
         parts: list[typing.Any] = [None] * self.world_size
         dist.all_gather_object(parts, own)
         total: dict[str, tuple[float, int]] = {}
