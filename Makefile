@@ -8,6 +8,12 @@ CKPT = latest
 SESSION = train
 DIR = checkpoints
 PYTHON ?= python3
+# A script of your own. What it prints as the command that resumes is for where make runs.
+SCRIPT =
+ifneq ($(SCRIPT),)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+export SCRIPT
 
 VENV_PYTHON = .venv/bin/python
 TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
@@ -18,14 +24,14 @@ need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
-train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500")
-	$(VENV_PYTHON) train_graceful.py $(TRAIN_ARGS)
+train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500", SCRIPT=mine.py)
+	$(VENV_PYTHON) $(or $(SCRIPT),train_graceful.py) $(TRAIN_ARGS)
 
 train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS)
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(VENV_PYTHON) train_graceful.py --resume "$(or $(CKPT),latest)" $(ARGS)
+	$(VENV_PYTHON) $(or $(SCRIPT),train_graceful.py) --resume "$(or $(CKPT),latest)" $(ARGS)
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)
@@ -75,9 +81,12 @@ bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the 
 bench-scaling: .venv/installed ## sharded training on 1, 2 and 4 processes, and what follows for up to 4,096
 	$(VENV_PYTHON) scripts/bench_scaling.py $(ARGS)
 
-lint: .venv/installed ## shellcheck, and byte-compile with warnings as errors
+lint: .venv/installed .venv-lint/installed ## ruff, mypy and shellcheck, in an environment of their own
 	$(call need,shellcheck)
 	shellcheck scripts/*.sh .ci/run
+	.venv-lint/bin/ruff check
+	.venv-lint/bin/ruff format --check train_graceful.py
+	.venv-lint/bin/mypy --python-executable $(VENV_PYTHON) train_graceful.py
 	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py
 
 install: .venv/installed ## create .venv and install requirements.txt (PYTHON=python3)
@@ -93,10 +102,15 @@ install: .venv/installed ## create .venv and install requirements.txt (PYTHON=py
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch .venv/installed
 
+.venv-lint/installed: Makefile
+	$(PYTHON) -m venv .venv-lint
+	.venv-lint/bin/python -m pip install --disable-pip-version-check ruff==0.17.6 mypy==2.4.1
+	@touch .venv-lint/installed
+
 .venv-peers/installed: requirements.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate tensorboard
 	@touch .venv-peers/installed
 
 clean: ## remove .venv and caches, never checkpoints
-	rm -rf .venv .venv-peers .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__
+	rm -rf .venv .venv-lint .venv-peers .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__

@@ -177,7 +177,9 @@ class Option(typing.NamedTuple):
     def add_to(self, parser: argparse._ArgumentGroup, name: str) -> None:
         default = "" if self.default in (None, (), False) else f" (default {self.default})"
         settings: dict[str, typing.Any] = {"help": (self.help + default).replace("%", "%%")}
-        if isinstance(self.default, bool):
+        if name.startswith("no_"):
+            settings["action"] = "store_true"
+        elif isinstance(self.default, bool):
             settings["action"] = argparse.BooleanOptionalAction
         else:
             letters = {int: "N", float: "X", Path: "PATH"}
@@ -244,7 +246,9 @@ def declared(options: dict[str, typing.Any]) -> dict[str, Option]:
             **{name: own.get(name, common) for name, common in COMMON_OPTIONS.items()}}  # fmt: skip
 
 
-def parse_options(options: dict[str, Option], argv: Sequence[str] | None, about: str | None):
+def parse_options(
+    options: dict[str, Option], argv: Sequence[str] | None, about: str | None
+) -> dict[str, typing.Any]:
     """The options that were given on the command line, by name. Raises UserError."""
     parser = OneLineParser(
         usage="%(prog)s [options]",
@@ -1652,6 +1656,14 @@ def shuffled(index: int, n: int, key: bytes) -> int:
             return index
 
 
+class Samples(typing.Protocol):
+    """A map-style dataset: a list, or any torch Dataset with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> typing.Any: ...
+
+
 Key = tuple[str, int]
 
 
@@ -2129,7 +2141,13 @@ class Run:
 
     # What train(run) uses before the loop.
 
-    def data(self, training, validation=None, collate=None, batch_size: int | None = None) -> None:
+    def data(
+        self,
+        training: Samples,
+        validation: Samples | None = None,
+        collate: Callable[[list], typing.Any] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         """Sets the datasets: map-style, with a length. `collate` makes a batch of a list of samples.
 
         batch_size is that of all processes (default --batch-size). Raises UserError for data that
@@ -3101,6 +3119,9 @@ def own_command() -> str:
             variable = "" if own else f"SCRIPT={words[1]} "
             return f"{variable}{shlex.quote(str(wrapper))} {count}"
         words[1:1] = ["-m torch.distributed.run", f"--nproc-per-node={count}"]
+    if not (script.parent / Path(__file__).name).exists():
+        # Started by one of the scripts, which have said where to import this file from.
+        words.insert(0, f"PYTHONPATH={shlex.quote(os.path.dirname(os.path.abspath(__file__)))}")
     return " ".join(words)
 
 
@@ -3489,7 +3510,9 @@ def answered(answer: tuple) -> typing.Any:
 # ---- main -------------------------------------------------------------------------------------
 
 
-def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **options) -> int:
+def main(
+    train: Callable[[Run], None], argv: Sequence[str] | None = None, **options: typing.Any
+) -> int:
     """Parses the command line, calls train(run), and ends the process with the run's exit code.
 
     Keyword arguments become options, or change the default of a common one; option(...) says more
@@ -3510,7 +3533,9 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     return code
 
 
-def trained(train: Callable[[Run], None], options: dict[str, Option], argv) -> int:
+def trained(
+    train: Callable[[Run], None], options: dict[str, Option], argv: Sequence[str] | None
+) -> int:
     """Parses, trains and says how it ended; returns the exit code. Raises UserError."""
     about = train.__doc__ or sys.modules["__main__"].__doc__
     given = parse_options(options, argv, about)

@@ -6,12 +6,8 @@
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
-    exit
-fi
-CDPATH='' cd -- "$(dirname -- "$0")/.."
-command -v tmux >/dev/null || { echo "tmux is missing: apt install tmux (macOS: brew install tmux)" >&2; exit 2; }
+. "$(dirname -- "$0")/common.sh"
+need tmux
 
 last=${1:-250}
 directory=$(mktemp -d)

@@ -6,18 +6,14 @@
 #
 # In a container where the run is pid 1 nothing outlives it: there this does not wait.
 # Exit code: 0 it saved and left; 1 it died without a word; 2 there is no run to stop here; else the run's own.
+# With SCRIPT set to a script of your own, relative paths start where you are.
 # PYTHON=path chooses the interpreter (default: .venv/bin/python, else python3).
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
-    exit
-fi
-CDPATH='' cd -- "$(dirname -- "$0")/.."
+. "$(dirname -- "$0")/common.sh"
 
-[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
-    { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
+find_python
 
 exec "$PYTHON" -I - "${1:-checkpoints}" <<'END'
 import contextlib, fcntl, os, signal, struct, sys

@@ -5,18 +5,14 @@
 # with the run's own output and exit code where it has ended before that. Relative paths start at the repository's root.
 #
 # LOG=path     where its output is appended (default: checkpoints/train.log)
+# SCRIPT=path  a script of your own instead of train_graceful.py; relative paths then start where you are
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
-    exit
-fi
-CDPATH='' cd -- "$(dirname -- "$0")/.."
+. "$(dirname -- "$0")/common.sh"
 
-[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
-    { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
+find_python
 
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 
@@ -33,7 +29,7 @@ mkdir -p "$(dirname "$log")"
 old_bytes=$(wc -c <"$log")
 new_lines() { tail -c "+$((old_bytes + 1))" "$log"; }
 
-nohup "$PYTHON" train_graceful.py "$@" --no-keyboard </dev/null >>"$log" 2>&1 &
+nohup "$PYTHON" "$program" "$@" --no-keyboard </dev/null >>"$log" 2>&1 &
 pid=$!
 while kill -0 "$pid" 2>/dev/null && ! new_lines | grep -q "Training started"; do
     sleep 1
@@ -50,6 +46,6 @@ echo "Training in the background, pid $pid"
 echo "  log:    $log"
 echo "  follow: tail -f \"$log\""
 case $(head -n 1 "$directory/run.lock" 2>/dev/null) in
-    "$pid "*) echo "  stop:   \"$PWD/scripts/stop.sh\" \"$directory\"" ;;
+    "$pid "*) echo "  stop:   \"$root/scripts/stop.sh\" \"$directory\"" ;;
     *) echo "  stop:   kill $pid" ;; # resumed into the directory that its checkpoint names
 esac

@@ -12,6 +12,7 @@
 # comes back it goes on from there, as often as it takes. All steps done or scancel ends it for good. A longer save needs an
 # earlier warning: sbatch --signal=USR1@600. It saves in --checkpoint-dir (default: checkpoints), also when it resumes.
 #
+# SCRIPT=path  a script of your own instead of train_graceful.py, from the repository's root
 # NPROC=n      processes (default: the GPUs of the job, else 1)
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
 

@@ -5,15 +5,12 @@
 # training goes on. When it has ended, its summary stays on the screen above a shell. Without a terminal the session
 # is started detached. Relative paths start at the repository's root.
 #
+# SCRIPT=path runs a script of your own instead of train_graceful.py; relative paths then start where you are.
 # PYTHON=path chooses the interpreter (default: .venv/bin/python, else python3).
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
-    exit
-fi
-CDPATH='' cd -- "$(dirname -- "$0")/.."
+. "$(dirname -- "$0")/common.sh"
 
 session=train
 case "${1:--}" in
@@ -24,14 +21,13 @@ case "${1:--}" in
         ;;
 esac
 
-command -v tmux >/dev/null || { echo "tmux is missing: apt install tmux (macOS: brew install tmux)" >&2; exit 2; }
+need tmux
 
 if tmux has-session -t "=$session" 2>/dev/null; then
     echo "The tmux session '$session' is already there; nothing new is started."
 else
-    [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
-        { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
-    set -- "$PYTHON" train_graceful.py "$@"
+    find_python
+    set -- env ${PYTHONPATH+PYTHONPATH="$PYTHONPATH"} "$PYTHON" "$program" "$@"
     # A tmux server that is already running passes on its own environment, not ours.
     [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || set -- env CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES" "$@"
     # The trap keeps the shell alive through the Ctrl-C that the run answers with a save.

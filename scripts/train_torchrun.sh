@@ -7,15 +7,12 @@
 #
 # RESTARTS=n   (default: 0; give --resume latest with it)
 # PATIENCE=s   seconds that torchrun leaves them for their last save before it kills them (default: 600)
+# SCRIPT=path  a script of your own instead of train_graceful.py; relative paths then start where you are
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '1d; /^$/q; s/^# \{0,1\}//p' "$0"
-    exit
-fi
-CDPATH='' cd -- "$(dirname -- "$0")/.."
+. "$(dirname -- "$0")/common.sh"
 
 processes=auto
 case "${1--}" in
@@ -33,8 +30,7 @@ case $processes in
         ;;
 esac
 
-[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=$(command -v python3) ||
-    { echo "python3 is missing: apt install python3 (macOS: brew install python)" >&2; exit 2; }
+find_python
 
 # torchrun itself would return 1 and a page of traceback, below which the program's last lines are lost.
 torchrun='
@@ -52,8 +48,10 @@ except SignalException as error:
 '
 # glibc's heap would keep most of what a model frees when it is sharded, tensors below 32 MiB that is.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
+# DDP would warn that all parameters take part in a batch, which is no trouble.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 # DDP warns that no parameter is unused: which are, it has to find out in every batch.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" train_graceful.py "$@"
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" "$program" "$@"

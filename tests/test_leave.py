@@ -18,15 +18,15 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
     lines = [line.strip("\r").rpartition("\r")[2].strip() for line in output.split("\n")]
     lines = [line for line in lines if line]
     start = lines.index("📝 Saving emergency checkpoint...")
-    unknown = "" if checkpoint["best_loss"] < float("inf") else f" (step {checkpoint['config']['eval_every']} has the first evaluation)"
+    best = checkpoint["best"]["value"]
     assert lines[start:-1] == [
         "📝 Saving emergency checkpoint...",
         f"✅ Emergency checkpoint saved: {path}",
         "✨ Graceful exit completed!",
         "📊 Training Summary:",
         f"Completed Steps: {checkpoint['step']}",
-        f"Epoch: {checkpoint['epoch']}",
-        f"Best Loss: {checkpoint['best_loss']:.4f}{unknown}",
+        "Epoch: 0",
+        f"Best Loss: {'none yet' if best is None else format(best, '.4f')}",
         f"Emergency checkpoint: {path}",
     ]
     assert f"--resume {path}" in lines[-1]
@@ -35,6 +35,7 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tmp_path, mode):
     child = spawn(*options, *ENDLESS, *MODES[mode])
+    child.expect("🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches an epoch; saves in .*/ck")
     child.expect("🔄 Training started. Press 'q' \\+ Enter to exit gracefully...")
     before = termios.tcgetattr(child.child_fd)
     child.expect("step [0-9]+/1000000")
@@ -47,8 +48,7 @@ def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tm
     checkpoint = load_checkpoint(path)
     assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{checkpoint['step']}.pt"
     assert checkpoint["exit_reason"] == "user_requested_graceful_exit"
-    assert checkpoint["step"] > 0 and checkpoint["mode"] == ("geometric" if mode == "geometric" else "standard")
-    assert checkpoint["loop"] == ("standard" if mode == "standard" else "controller")
+    assert checkpoint["step"] > 0 and checkpoint["config"]["mode"] == ("geometric" if mode == "geometric" else "standard")
     names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
     assert list(checkpoint["optimizer_state_dicts"]) == list(checkpoint["scheduler_state_dicts"]) == names
     assert_messages(output, path, checkpoint)
@@ -128,7 +128,7 @@ def stuck(state, path, processes):
     t.Screen().say("stuck in the save")
     threading.Event().wait()
 t.write_checkpoint = stuck
-sys.exit(t.main())
+t.main(t.train, **t.OPTIONS)
 """
 
 
@@ -168,16 +168,54 @@ def test_q_typed_twice_never_reaches_the_shell(spawn, options):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_torch_is_imported_is_honoured(options, name, tmp_path):
+def test_a_signal_while_torch_is_imported_ends_it_without_a_traceback(options, name, tmp_path):
+    """There is nothing to save yet."""
     process = subprocess.Popen([sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for line in process.stderr:  # importtime names each module as it is imported
         if "torch._" in line:
             break
     process.send_signal(signal.Signals[name])
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.Signals[name]
-    assert load_checkpoint(saved_path(output))["exit_reason"] == f"signal_{name}"
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.Signals[name] and "Traceback" not in errors
+    assert not (tmp_path / "ck").exists()
+
+
+OUTSIDE = """
+import sys, torch, train_graceful as tg
+
+def wait(where):
+    print("@" + where, flush=True)
+    while where == WHERE:
+        pass
+
+def train(run):
+    run.data(list(range(64)))
+    run.model(torch.nn.Linear(1, 1))
+    wait("before")
+    for batch in run.batches():
+        pass
+    wait("after")
+
+tg.main(train, steps=3)
+"""
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("means, code", [("q", 0), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_outside_of_the_loop_a_request_ends_the_process_at_once(spawn, tmp_path, where, means, code):
+    """Nothing can be lost there: all is saved, or nothing was trained."""
+    source = OUTSIDE.replace("WHERE", repr(where))
+    child = spawn(command=[sys.executable, "-c", source, "--checkpoint-dir", str(tmp_path)], cwd=ROOT)
+    child.expect("@" + where)
+    before = termios.tcgetattr(child.child_fd)
+    child.sendline("q") if means == "q" else child.kill(signal.Signals[means])
+    child.expect("Exit requested. (Training has not begun|Everything is saved already)")
+    finish(child)
+    assert child.exitstatus == code
+    assert termios.tcgetattr(child.child_fd) == before
+    assert (tmp_path / "final.pt").exists() == (where == "after")
 
 
 def test_no_worker_process_is_left(spawn, options):

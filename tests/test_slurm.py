@@ -9,7 +9,6 @@ import subprocess
 import pytest
 from conftest import ROOT, wait_until
 from test_faults_stops import assert_same_end
-from test_many_processes import data, group  # noqa: F401 (fixtures)
 
 import train_graceful as t
 

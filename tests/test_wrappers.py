@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENDLESS, ROOT, SCRIPT, finish, wait_until
 
-SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+SCRIPTS = sorted({*(ROOT / "scripts").glob("*.sh")} - {ROOT / "scripts" / "common.sh"})
 WRAPPERS = [ROOT / "scripts" / name for name in ("train_tmux.sh", "train_nohup.sh", "stop.sh")]
 # Holds a directory's run.lock as a run does, answers SIGTERM by saying so and by nothing else, and leaves when its
 # input ends: with the outcome that it read, if it read one.
@@ -275,6 +275,81 @@ def test_inside_tmux_the_client_is_switched_not_nested(tmux, spawn):
     wait_until(lambda: tmux.shows("exit code 1"))
 
 
+# ---- a script of one's own --------------------------------------------------------------------------------------------
+
+MINE = """
+import torch, train_graceful as tg
+
+def train(run):
+    run.data(list(range(640)))
+    model = run.model(torch.nn.Linear(1, 1))
+    optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), run.options.lr))
+    for batch in run.batches():
+        optimizer.zero_grad()
+        loss = model(batch[:, None].float() / 640).square().mean()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+
+if __name__ == "__main__":
+    tg.main(train, lr=0.1, steps=1000000)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    """A folder elsewhere with a script that imports train_graceful, and nothing else."""
+    folder = tmp_path / "a person's folder"
+    folder.mkdir()
+    (folder / "mine.py").write_text(MINE)
+    return folder
+
+
+def test_a_script_of_ones_own_in_the_background(mine):
+    environment = {**ENVIRONMENT, "SCRIPT": "mine.py"}
+    started = subprocess.run([str(ROOT / "scripts" / "train_nohup.sh"), "--lr", "0.2"], cwd=mine, env=environment, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    stopped = subprocess.run([str(ROOT / "scripts" / "stop.sh")], cwd=mine, env=environment, capture_output=True, text=True)
+    assert stopped.returncode == 0 and "Emergency checkpoint: " in stopped.stdout, stopped.stderr
+    assert list((mine / "checkpoints" / "emergency_exit").glob("*.pt"))
+    command = re.search("Resume with: (.*)", stopped.stdout)[1]
+    process = subprocess.Popen(["sh", "-c", f"exec {command}"], cwd=ROOT.parent, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert any("Resumed at step" in line for line in process.stdout)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+
+
+def test_a_script_of_ones_own_in_tmux(tmux, mine):
+    tmux.environment["SCRIPT"] = "mine.py"
+    subprocess.run([str(ROOT / "scripts" / "train_tmux.sh"), "train", "--lr", "0.2"], env=tmux.environment, cwd=mine, check=True, stdin=subprocess.DEVNULL)
+    wait_until(lambda: tmux.shows("Training started"))
+    tmux("send-keys", "-t", "=train:", "q", "Enter")
+    wait_until(lambda: tmux.shows("exit code 0"))
+    assert tmux.shows(f"Emergency checkpoint: {mine}/checkpoints/emergency_exit")
+
+
+def test_a_script_of_ones_own_with_several_processes(mine, spawn):
+    child = spawn(command=[str(ROOT / "scripts" / "train_torchrun.sh"), "2"], cwd=mine, env={**ENVIRONMENT, "SCRIPT": "mine.py"})
+    child.expect("on 2 x cpu")
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    output = finish(child)
+    assert child.exitstatus == 0 and re.search(r"Resume with: SCRIPT=\S*mine.py'? \S*scripts/train_torchrun.sh 2 --resume", output)
+
+
+def test_a_script_of_ones_own_by_make(mine, spawn):
+    make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed", f"SCRIPT={mine / 'mine.py'}"]
+    child = spawn(command=[*make, "train", f"ARGS=--lr 0.2 --checkpoint-dir '{mine}/ck'"], env=ENVIRONMENT)
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    finish(child)
+    assert child.exitstatus == 0 and list((mine / "ck" / "emergency_exit").glob("*.pt"))
+    result = subprocess.run([*make, "resume", f"CKPT={next((mine / 'ck' / 'emergency_exit').glob('*.pt'))}", "ARGS=--lr 0.3"],
+                            env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert "--lr 0.3 does not fit the checkpoint, whose run has --lr 0.2" in result.stderr
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -292,13 +367,14 @@ def test_a_missing_python_or_tmux_is_one_line_that_says_what_to_install(path, tm
     copy = tmp_path / "scripts" / path.name
     copy.parent.mkdir()
     shutil.copy(path, copy)
+    shutil.copy(ROOT / "scripts" / "common.sh", copy.parent)
     result = script(path.name, root=tmp_path, PATH=str(tmp_path), PYTHON="")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "apt install" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_finds_nothing():
-    result = subprocess.run(["shellcheck", *SCRIPTS, ROOT / ".ci" / "run"], capture_output=True, text=True)
+    result = subprocess.run(["shellcheck", *SCRIPTS, ROOT / "scripts" / "common.sh", ROOT / ".ci" / "run"], capture_output=True, text=True)
     assert result.stdout == ""
 
 

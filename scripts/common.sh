@@ -1,0 +1,33 @@
+# shellcheck shell=sh
+# Sourced by the other scripts: what is run, and where.
+#
+# SCRIPT=path runs a script of your own, which can import train_graceful, instead of train_graceful.py. Relative paths then
+# start where you are, else at the repository's root. PYTHON=path chooses the interpreter (default: .venv/bin/python in the
+# repository's root, else python3).
+
+if [ "${1:-}" = --help ]; then
+    sed -n '1d; /^#SBATCH/d; /^$/q; s/^# \{0,1\}//p' "$0"
+    exit
+fi
+root=${root:-$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)}
+# shellcheck disable=SC2034 # by those that source this file
+program=train_graceful.py
+if [ -n "${SCRIPT:-}" ]; then
+    # shellcheck disable=SC2034
+    program=$SCRIPT
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+else
+    cd "$root" || exit
+fi
+
+# need TOOL: one line that says what to install where the tool is missing
+need() {
+    command -v "$1" >/dev/null || { echo "$1 is missing: apt install $1 (macOS: brew install ${2:-$1})" >&2; exit 2; }
+}
+
+# find_python sets PYTHON
+find_python() {
+    [ -z "${PYTHON:-}" ] || return 0
+    PYTHON=$root/.venv/bin/python
+    [ -x "$PYTHON" ] || { need python3 python; PYTHON=$(command -v python3); }
+}
