@@ -1,93 +1,78 @@
 """A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
-import csv
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODES, TINY, finish, run, saved_path
+from conftest import (
+    MODES,
+    STATE_KEYS,
+    TINY,
+    ask_to_leave,
+    assert_same,
+    assert_same_run,
+    finish,
+    metrics_without_times,
+    refused,
+    run,
+    saved_path,
+    session,
+)
 
 import train_graceful as t
 
 STEPS = 14
-# 5 batches an epoch, an evaluation every 4 steps, a row every 3: stops fall on every kind of boundary.
-SCHEDULE = ["--steps", str(STEPS), "--eval-every", "4", "--log-every", "3", "--save-every", "6", "--warmup-steps", "3"]
+# 5 batches an epoch, an evaluation every 4 steps, a row every 3: stops fall on every kind of
+# boundary.
+SCHEDULE = ["--steps", str(STEPS), "--eval-every", "4", "--log-every", "3", "--save-every", "6"]
+SCHEDULE += ["--warmup-steps", "3"]
 
 
 def corpus_of(path: Path, windows: int) -> Path:
+    """A text of which so many windows of 16 bytes are training data."""
     text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
     path.write_bytes(text[: int(windows * 16 / 0.95) + 20])
     return path
 
 
 def train(directory: Path | None, *args, stop=None) -> t.Run:
-    """One session of the program in this process. stop is (what, step): a request made at that very moment."""
-    runs = []
-    with pytest.MonkeyPatch.context() as patch:
-        def remember(run, *run_args, init=t.Run.__init__):
-            init(run, *run_args)
-            runs.append(run)
+    """One session of the program in this process.
 
-        def batch_done(run, loss, original=t.Run.batch_done):
-            if stop == ("batch", run.step + 1):
-                run.monitor.hear(15)
-            original(run, loss)
+    stop is when SIGTERM comes: ("start", step) once the loop has begun, before its first batch;
+    ("batch", step) in the batch that makes it so many; ("evaluation", step) in that evaluation.
+    """
+    runs: list[t.Run] = []
 
-        def begin(run, original=t.Run.begin):
-            if stop == ("batch", 0):
-                run.monitor.hear(15)
-            original(run)
+    def stopped(run: t.Run) -> None:
+        runs.append(run)
+        original, first_step = run.batches, run.step
 
-        def validation_batches(data, original=t.ByteDataset.validation_batches):
-            for batch in original(data):
-                if stop == ("evaluation", runs[-1].step):
-                    runs[-1].monitor.hear(15)
+        def batches(evaluate, **keywords):
+            def stopped_evaluate(batch):
+                # A loop begins by trying evaluate on a batch.
+                what = "start" if run.step == first_step else "evaluation"
+                if stop == (what, run.step):
+                    ask_to_leave(run)
+                return evaluate(batch)
+
+            for batch in original(stopped_evaluate, **keywords):
+                if stop == ("batch", run.step + 1):
+                    ask_to_leave(run)
                 yield batch
 
-        patch.setattr(t.Run, "__init__", remember)
-        patch.setattr(t.Run, "batch_done", batch_done)
-        patch.setattr(t.Run, "begin", begin)
-        patch.setattr(t.ByteDataset, "validation_batches", validation_batches)
-        where = [] if directory is None else ["--checkpoint-dir", str(directory)]
-        t.train(t.parse_options([*where, "--no-keyboard", *map(str, args)]))
-    assert runs[-1].error is None
-    return runs[-1]
+        run.batches = batches
+        t.train(run)
+
+    where = [] if directory is None else ["--checkpoint-dir", directory]
+    code = session(*where, *args, train=stopped, **t.OPTIONS)
+    assert code == (0 if stop is None else 143)
+    return runs[0]
 
 
-def metrics_without_times(directory: Path) -> list[dict]:
-    with open(directory / "metrics.csv") as file:
-        return [{key: value for key, value in row.items() if key not in ("tokens_per_second", "seconds")}
-                for row in csv.DictReader(file)]
-
-
-def assert_same(left, right, where="checkpoint") -> None:
-    assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and left.equal(right), where
-    elif isinstance(left, dict):
-        assert list(left) == list(right), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}[{key!r}]")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for i, pair in enumerate(zip(left, right)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert left == right, where
-
-
-STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "rng_state", "best_loss", "step", "epoch",
-              "batch_in_epoch", "data_fingerprint", "mode", "loop")
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    a, b = t.load_checkpoint(left / "final.pt"), t.load_checkpoint(right / "final.pt")
-    assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
-    assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
-    rows = metrics_without_times(left)
-    assert rows == metrics_without_times(right)
-    assert [int(row["step"]) for row in rows] == [3, 4, 6, 8, 9, 12, 14]
+def steps_of_rows(directory: Path, name="metrics.csv") -> list[int]:
+    return [int(row["step"]) for row in metrics_without_times(directory, name)]
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +80,32 @@ def uninterrupted(tmp_path_factory):
     """(options, directory) of the run that was never stopped, made once for each configuration."""
     made = {}
 
-    def get(mode: str, grad_accum: int):
+    def get(mode: str, grad_accum: int = 1):
         if (mode, grad_accum) not in made:
             folder = tmp_path_factory.mktemp("reference")
             data = corpus_of(folder / "corpus.txt", windows=5 * 4 * grad_accum + 2)
-            options = ["--data", str(data), *TINY, *SCHEDULE, *MODES[mode], "--grad-accum", str(grad_accum)]
+            options = ["--data", str(data), *TINY, *SCHEDULE, *MODES[mode]]
+            options += ["--grad-accum", str(grad_accum)]
             whole = train(folder / "ck", *options)
-            assert whole.data.batches_per_epoch == 5 and whole.step == STEPS
+            assert whole.step == STEPS and whole.epoch == STEPS // 5
+            assert steps_of_rows(folder / "ck") == [3, 4, 6, 8, 9, 12, 14]
             made[mode, grad_accum] = options, folder / "ck"
         return made[mode, grad_accum]
 
     return get
 
 
-STOPS = [("batch", 0), ("batch", 1), ("batch", 5), ("batch", 6), ("batch", 8), ("evaluation", 8), ("batch", 13), ("batch", 14),
-         ("evaluation", 14)]
+STOPS = [
+    ("start", 0),
+    ("batch", 1),
+    ("batch", 5),
+    ("batch", 6),
+    ("batch", 8),
+    ("evaluation", 8),
+    ("batch", 13),
+    ("batch", 14),
+    ("evaluation", 14),
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -117,15 +113,18 @@ STOPS = [("batch", 0), ("batch", 1), ("batch", 5), ("batch", 6), ("batch", 8), (
 def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop):
     options, reference = uninterrupted(mode, grad_accum=3)
     stopped = train(tmp_path, *options, "--workers", 2, stop=stop)
-    assert stopped.saved[0] == "Emergency checkpoint" and stopped.step == stop[1]
-    train(tmp_path, "--resume", stopped.saved[1])
+    label, path = stopped.saved
+    assert label == "Emergency checkpoint" and path.name == f"emergency_step_{stop[1]}.pt"
+    assert t.load_checkpoint(path)["step"] == stopped.step == stop[1]
+    train(tmp_path, "--resume", path)
     assert_same_run(tmp_path, reference)
 
 
 def test_stopped_many_times_is_the_same_run(uninterrupted, tmp_path):
-    options, reference = uninterrupted("geometric", 1)
-    train(tmp_path, *options, stop=("batch", 0))
-    for stop in [("batch", 2), ("batch", 4), ("evaluation", 4), ("evaluation", 4), ("batch", 5), ("batch", 11), ("evaluation", 12)]:
+    options, reference = uninterrupted("geometric")
+    train(tmp_path, *options, stop=("start", 0))
+    stops = [("batch", 2), ("batch", 4), ("start", 4), ("batch", 5), ("batch", 11)]
+    for stop in [*stops, ("evaluation", 12), ("start", 12)]:
         stopped = train(tmp_path, "--resume", "latest", stop=stop)
         assert stopped.step == stop[1]
     train(tmp_path, "--resume", "latest")
@@ -133,39 +132,67 @@ def test_stopped_many_times_is_the_same_run(uninterrupted, tmp_path):
 
 
 def test_standard_loop_and_standard_controller_reach_the_same_bits(uninterrupted):
-    (_, standard), (_, controller) = uninterrupted("standard", 1), uninterrupted("controller", 1)
-    a, b = t.load_checkpoint(standard / "final.pt"), t.load_checkpoint(controller / "final.pt")
-    for key in ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "best_loss", "rng_state"):
-        assert_same(a[key], b[key], key)
+    (_, standard), (_, controller) = uninterrupted("standard"), uninterrupted("controller")
+    assert_same_run(standard, controller)
 
 
-def test_resuming_from_an_older_periodic_checkpoint_cuts_the_rows_after_it(uninterrupted, tmp_path):
-    options, reference = uninterrupted("standard", 1)
-    stopped = train(tmp_path, *options, stop=("batch", 9))
-    assert stopped.step == 9
+def test_resuming_from_an_older_checkpoint_cuts_the_rows_after_it(uninterrupted, tmp_path):
+    options, reference = uninterrupted("standard")
+    train(tmp_path, *options, stop=("batch", 9))
+    assert steps_of_rows(tmp_path) == [3, 4, 6, 8, 9]
+    resumed = train(tmp_path, "--resume", tmp_path / "step_6.pt", stop=("start", 6))
+    assert resumed.step == 6 and steps_of_rows(tmp_path) == [3, 4, 6]
     train(tmp_path, "--resume", tmp_path / "step_6.pt")
     assert_same_run(tmp_path, reference)
 
 
+def test_latest_prefers_what_was_saved_after_going_back(uninterrupted, tmp_path):
+    options, reference = uninterrupted("standard")
+    furthest = train(tmp_path, *options, stop=("batch", 9)).saved[1]
+    assert t.latest_checkpoint(tmp_path) == furthest
+    back = train(tmp_path, "--resume", tmp_path / "step_6.pt", stop=("batch", 7)).saved[1]
+    assert t.latest_checkpoint(tmp_path) == back
+    train(tmp_path, "--resume", "latest")
+    assert_same_run(tmp_path, reference)
+
+
+def test_latest_is_the_furthest_of_the_run_that_saved_last_whatever_the_files_times(
+    uninterrupted, tmp_path
+):
+    options, _ = uninterrupted("standard")
+    train(tmp_path, *options, stop=("batch", 13))
+    newer = train(tmp_path, *options, "--seed", 7, "--save-every", 2, stop=("batch", 9)).saved[1]
+    files = sorted(tmp_path.rglob("*.pt"))
+    assert len(files) > 6
+    for order in (files, files[::-1]):
+        for hours, file in enumerate(order):
+            os.utime(file, (3600 * hours, 3600 * hours))
+        assert t.latest_checkpoint(tmp_path) == newer
+
+
 def test_resuming_in_another_directory_takes_the_metrics_along(uninterrupted, tmp_path):
-    options, reference = uninterrupted("standard", 1)
+    options, reference = uninterrupted("standard")
     stopped = train(tmp_path / "old", *options, stop=("batch", 7))
+    before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*.*")}
     train(tmp_path / "new", "--resume", stopped.saved[1])
     assert_same_run(tmp_path / "new", reference)
-    assert not (tmp_path / "old" / "final.pt").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*.*")} == before
 
 
-@pytest.mark.parametrize("how, resume", [
-    (how, resume) for how in ("moved", "copied", "replaced") for resume in ("checkpoints/emergency_exit/emergency_step_7.pt", "latest")])
-def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, monkeypatch, how, resume):
-    options, reference = uninterrupted("standard", 1)
+@pytest.mark.parametrize("resume", ["checkpoints/emergency_exit/emergency_step_7.pt", "latest"])
+@pytest.mark.parametrize("how", ["moved", "copied", "replaced"])
+def test_a_run_that_was_moved_goes_on_where_it_is_now(
+    uninterrupted, tmp_path, monkeypatch, how, resume
+):
+    options, reference = uninterrupted("standard")
     old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
     train(old, *options, stop=("batch", 7))
     shutil.copytree(old.parent, new.parent)
     if how != "copied":
         shutil.rmtree(old.parent)
     if how == "replaced":
-        train(old, *options[:-2], "--seed", 7, stop=("batch", 9))  # another run in its old place
+        # Another run in its old place.
+        train(old, *options[:-2], "--seed", 7, stop=("batch", 9))
     there = {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")}
     monkeypatch.chdir(new.parent)
     train(None, "--resume", resume)
@@ -173,69 +200,223 @@ def test_a_run_that_was_moved_goes_on_where_it_is_now(uninterrupted, tmp_path, m
     assert {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")} == there
 
 
-@pytest.mark.parametrize("step", [2, 7])  # before the first row, and after some
-def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(uninterrupted, tmp_path, step):
-    options, reference = uninterrupted("standard", 1)
+@pytest.mark.parametrize("linked", ["checkpoint", "emergency_exit", "checkpoints"])
+def test_a_linked_checkpoint_goes_on_where_it_really_lies(
+    uninterrupted, tmp_path, monkeypatch, linked
+):
+    options, reference = uninterrupted("standard")
+    path = train(tmp_path / "real", *options, stop=("batch", 7)).saved[1]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    target, resume = {
+        "checkpoint": (path, "link"),
+        "emergency_exit": (path.parent, f"link/{path.name}"),
+        "checkpoints": (tmp_path / "real", f"link/emergency_exit/{path.name}"),
+    }[linked]
+    Path("link").symlink_to(target)
+    train(None, "--resume", resume)
+    assert_same_run(tmp_path / "real", reference)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["link"]
+
+
+def test_a_linked_directory_of_checkpoints_has_a_latest(uninterrupted, tmp_path, monkeypatch):
+    options, reference = uninterrupted("standard")
+    train(tmp_path / "real", *options, stop=("batch", 7))
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").symlink_to(tmp_path / "real")
+    train(None, "--resume", "latest")
+    assert_same_run(tmp_path / "real", reference)
+
+
+# Before the first row, and after some.
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(
+    uninterrupted, tmp_path, step
+):
+    options, reference = uninterrupted("standard")
     stopped = train(tmp_path / "mine", *options, stop=("batch", step))
-    train(tmp_path / "other", *options, "--seed", 7)
-    rows = (tmp_path / "other" / "metrics.csv").read_bytes()
-    shutil.copy(stopped.saved[1], tmp_path / "other" / "mine.pt")
-    train(None, "--resume", tmp_path / "other" / "mine.pt")
-    assert (tmp_path / "other" / "metrics.csv").read_bytes() == rows
-    (tmp_path / "other" / "metrics.csv").unlink()
-    (tmp_path / "other" / "metrics_2.csv").rename(tmp_path / "other" / "metrics.csv")
-    assert metrics_without_times(tmp_path / "other") == metrics_without_times(reference)
+    other = tmp_path / "other"
+    train(other, *options, "--seed", 7)
+    before = {path: path.read_bytes() for path in other.rglob("*.*") if path.name != "run.lock"}
+    shutil.copy(stopped.saved[1], other / "mine.pt")
+    train(None, "--resume", other / "mine.pt")
+    assert {path: path.read_bytes() for path in before} == before
+    final = t.load_checkpoint(other / "final_2.pt")
+    expected = t.load_checkpoint(reference / "final.pt")
+    assert_same({k: final[k] for k in STATE_KEYS}, {k: expected[k] for k in STATE_KEYS})
+    rows = metrics_without_times(reference)
+    if step == 2:
+        assert metrics_without_times(other, "metrics_2.csv") == rows
+    else:
+        # Those before lie beside the run's other checkpoints, and nobody has copied them.
+        assert metrics_without_times(other, "metrics_2.csv") == rows[-4:]
 
 
 def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd):
-    options, reference = uninterrupted("standard", 1)
-    train(tmp_path, *options, stop=("batch", 1))
-    assert "another run" not in capfd.readouterr().out
-    train(tmp_path, *options, stop=("batch", 2))
-    assert f"{tmp_path} holds another run, with which --resume {tmp_path}/emergency_exit/emergency_step_1.pt goes on. This is a new one; its figures are in metrics_2.csv" in capfd.readouterr().out
+    options, _ = uninterrupted("standard")
+    train(tmp_path, *options, stop=("batch", 3))
+    assert "Another run" not in capfd.readouterr().out
+    train(tmp_path, *options, stop=("batch", 4))
+    line = "📂 Another run has saved here before; the figures of this one are in metrics_2.csv\n"
+    assert line in capfd.readouterr().out
+    assert steps_of_rows(tmp_path) == [3] and steps_of_rows(tmp_path, "metrics_2.csv") == [3]
 
 
-def test_resume_reads_no_batch_before_the_one_it_goes_on_with(uninterrupted, tmp_path, monkeypatch):
-    data = corpus_of(tmp_path / "long.txt", windows=1000)
-    options = ["--data", str(data), *TINY, "--batch-size", "1", "--steps", "700", "--eval-every", "10000", "--layers", "1"]
-    train(tmp_path / "ck", *options, stop=("batch", 695))
-    read = []
-    monkeypatch.setattr(t.ByteDataset, "__getitem__", lambda data, index, get=t.ByteDataset.__getitem__: (read.append(index), get(data, index))[1])
-    train(tmp_path / "ck", "--resume", "latest")
-    assert read[0] == 695 and len(read) == 5
+class Noted(torch.utils.data.Dataset):
+    """Samples are their indices; notes which ones were read."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.read = length, []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.read.append(index)
+        return torch.tensor([float(index)])
 
 
-def test_every_optimizer_and_scheduler_is_restored(uninterrupted, tmp_path):
-    options, _ = uninterrupted("geometric", 1)
-    stopped = train(tmp_path, *options, stop=("batch", 7))
-    saved = t.load_checkpoint(stopped.saved[1])
-    resumed = train(tmp_path, "--resume", stopped.saved[1], stop=("batch", 7))  # asked to leave before its first batch
-    resumed = train(tmp_path, "--resume", stopped.saved[1], stop=("batch", 8))
-    assert resumed.step == 8
-    for name in ("rotation", "expert", "embedding"):
-        assert saved["optimizer_state_dicts"][name]["state"]
-        assert resumed.controller.schedulers[name].last_epoch == 8
+def test_resume_reads_no_batch_before_the_one_it_goes_on_with(tmp_path):
+    def one_session(*args, stop=None):
+        data = Noted(1000)
+
+        def train(run):
+            run.data(data)
+            model = run.model(torch.nn.Linear(1, 1))
+            optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 1e-9))
+            for batch in run.batches():
+                model(batch).mean().backward()
+                optimizer.step()
+                if run.step + 1 == stop:
+                    ask_to_leave(run)
+
+        where = ["--checkpoint-dir", tmp_path / "ck", *args]
+        assert session(*where, train=train, batch_size=2, steps=700) == (143 if stop else 0)
+        return data.read
+
+    whole = one_session()
+    assert len(whole) == 1400 and sorted(whole[:1000]) == list(range(1000))
+    assert one_session(stop=695) == whole[:1390]
+    assert one_session("--resume", "latest") == whole[1390:]
 
 
-def test_a_longer_run_goes_on_from_final_and_a_finished_one_says_so(uninterrupted, tmp_path):
-    options, _ = uninterrupted("standard", 1)
+@pytest.mark.parametrize("mode", ["standard", "geometric"])
+def test_every_optimizer_and_scheduler_is_restored(uninterrupted, tmp_path, mode):
+    options, _ = uninterrupted(mode)
+    path = train(tmp_path, *options, stop=("batch", 7)).saved[1]
+    saved = t.load_checkpoint(path)
+    names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
+    assert list(saved["optimizer_state_dicts"]) == list(saved["scheduler_state_dicts"]) == names
+    assert all(one["state"] for one in saved["optimizer_state_dicts"].values())
+    # Asked to leave before its first batch, it saves what it has restored.
+    again = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("start", 7)).saved[1])
+    assert again["metrics"]["sessions"] == 2
+    assert_same({k: again[k] for k in STATE_KEYS}, {k: saved[k] for k in STATE_KEYS})
+    last = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("batch", 8)).saved[1])
+    assert [one["last_epoch"] for one in last["scheduler_state_dicts"].values()] == [8] * len(names)
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_nothing(
+    uninterrupted, tmp_path
+):
+    options, _ = uninterrupted("standard")
     train(tmp_path, *options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = run("--resume", "latest", "--checkpoint-dir", tmp_path)
-    assert again.returncode == 0 and "Nothing left to do" in again.stdout
+    assert again.returncode == 0 and again.stderr == ""
+    line = "✅ Nothing left to do: step 14 of 14. A larger --steps trains further.\n"
+    assert line in again.stdout and "Training started" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("mode", ["standard", "geometric"])
+def test_a_longer_run_goes_on_from_final_and_says_what_becomes_of_the_learning_rate(
+    uninterrupted, tmp_path, capfd, mode
+):
+    options, _ = uninterrupted(mode)
+    train(tmp_path, *options)
+    assert "learning rate" not in capfd.readouterr().out
+    finished = t.load_checkpoint(tmp_path / "final.pt")
     longer = train(tmp_path, "--resume", tmp_path / "final.pt", "--steps", 18)
-    assert longer.step == 18 and t.load_checkpoint(tmp_path / "final.pt")["step"] == 18
+    assert longer.step == 18
+    final = t.load_checkpoint(tmp_path / "final.pt")
+    assert final["step"] == 18 and final["run_id"] == finished["run_id"]
+    assert steps_of_rows(tmp_path) == [3, 4, 6, 8, 9, 12, 14, 15, 16, 18]
+    output = capfd.readouterr().out
+    assert output.count("📈") == 1
+    name = "rotation" if mode == "geometric" else "adamw"
+    before = finished["optimizer_state_dicts"][name]["param_groups"][0]["lr"]
+    # What a run of 18 steps has after 15 of them.
+    decay = t.cubic if mode == "geometric" else t.cosine
+    after = (1e-2 if mode == "geometric" else 3e-3) * decay((15 - 3) / (18 - 3))
+    line = f"📈 The learning rate goes on at {after:.2e}, after {before:.2e}: its schedule is now"
+    assert f"{line} one of 18 steps\n" in output
 
 
-def test_other_data_is_named_as_such(uninterrupted, tmp_path):
-    options, _ = uninterrupted("standard", 1)
-    stopped = train(tmp_path, *options, stop=("batch", 7))
-    longer = corpus_of(tmp_path / "longer.txt", windows=40)
-    with pytest.raises(t.CheckpointError, match="longer.txt is not the data that the run of"):
-        train(tmp_path, "--resume", stopped.saved[1], "--data", longer)
+def test_a_stopped_run_that_is_made_longer_says_what_becomes_of_the_learning_rate(
+    uninterrupted, tmp_path, capfd
+):
+    options, _ = uninterrupted("standard")
+    train(tmp_path, *options, stop=("batch", 12))
+    train(tmp_path, "--resume", "latest", "--steps", 28)
+    assert capfd.readouterr().out.count("its schedule is now one of 28 steps\n") == 1
+    train(tmp_path, *options, "--seed", 7, stop=("batch", 12))
+    train(tmp_path, "--resume", "latest")
+    assert "learning rate" not in capfd.readouterr().out
+
+
+def test_more_steps_than_a_scheduler_can_take_are_refused(tmp_path, capfd):
+    def train(run):
+        run.data(Noted(20))
+        model = run.model(torch.nn.Linear(1, 1))
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 1e-9))
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-9, total_steps=run.total_steps)
+        run.keep(scheduler=one_cycle)
+        for batch in run.batches():
+            model(batch).mean().backward()
+            optimizer.step()
+            one_cycle.step()
+
+    where = ["--checkpoint-dir", tmp_path]
+    assert session(*where, train=train, steps=5) == 0
+    assert session(*where, "--resume", "latest", "--steps", 9, train=train, steps=5) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "OneCycleLR was made for 5 steps, not for 9" in error
+    assert t.load_checkpoint(tmp_path / "final.pt")["step"] == 5
+
+
+def test_other_data_is_refused_with_what_was_added_removed_and_changed(
+    uninterrupted, tmp_path, capfd
+):
+    options, _ = uninterrupted("standard")
+    data, ck = tmp_path / "data", tmp_path / "ck"
+    data.mkdir()
+    for name in "abcde":
+        corpus_of(data / f"{name}.txt", windows=8)
+    options = ["--data", str(data), *options[2:]]
+    path = train(ck, *options, stop=("batch", 7)).saved[1]
+    (data / "b.txt").rename(tmp_path / "b.txt")
+    (data / "c.txt").write_bytes((data / "c.txt").read_bytes().replace(b"squared", b"SQUARED"))
+    shutil.copy(data / "e.txt", data / "f.txt")
+    before = sorted(tmp_path.rglob("*"))
+    message = refused("--resume", path)
+    assert message.endswith("(added: f.txt; removed: b.txt; changed: c.txt)")
+    assert str(path) in message and sorted(tmp_path.rglob("*")) == before
+    other = corpus_of(tmp_path / "other.txt", windows=40)
+    message = refused("--resume", path, "--data", other)
+    assert "added: other.txt; removed: a.txt, b.txt, c.txt, ..." in message
+
+
+def test_the_same_data_may_lie_elsewhere(uninterrupted, tmp_path):
+    options, reference = uninterrupted("standard")
+    copied = shutil.copy(options[1], tmp_path / "renamed.txt")
+    train(tmp_path, *options, stop=("batch", 7))
+    train(tmp_path, "--resume", "latest", "--data", copied)
+    assert_same_run(tmp_path, reference)
 
 
 def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, tmp_path):
-    options, _ = uninterrupted("standard", 1)
+    options, _ = uninterrupted("standard")
     train(tmp_path, *options, stop=("batch", 9))
     before = sorted(tmp_path.rglob("*"))
     again = run("--resume", "latest", "--checkpoint-dir", tmp_path, "--steps", "7")
@@ -244,32 +425,44 @@ def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, 
 
 
 def test_a_run_killed_in_its_final_save_is_completed_by_resuming(uninterrupted, tmp_path):
-    options, reference = uninterrupted("standard", 1)
+    options, reference = uninterrupted("standard")
     train(tmp_path, *options, "--save-every", 7)
     (tmp_path / "final.pt").unlink()
     train(tmp_path, "--resume", tmp_path / "step_14.pt")
     assert_same_run(tmp_path, reference)
 
 
-def test_a_fresh_start_that_was_stopped_at_once_does_not_hide_a_trained_run(uninterrupted, tmp_path):
-    options, _ = uninterrupted("standard", 1)
-    first = train(tmp_path, *options, stop=("batch", 0))
-    assert t.latest_checkpoint(tmp_path) == first.saved[1]  # the only one there is
+def test_a_fresh_start_that_was_stopped_at_once_does_not_hide_a_trained_run(
+    uninterrupted, tmp_path
+):
+    options, _ = uninterrupted("standard")
+    first = train(tmp_path, *options, stop=("start", 0))
+    # The only one there is.
+    assert t.latest_checkpoint(tmp_path) == first.saved[1]
     trained = train(tmp_path, *options, stop=("batch", 5))
-    stopped = train(tmp_path, *options, stop=("batch", 0))
+    stopped = train(tmp_path, *options, stop=("start", 0))
     assert stopped.step == 0 and t.latest_checkpoint(tmp_path) == trained.saved[1]
 
 
 def test_epochs_end_the_run_and_the_schedule(uninterrupted, tmp_path):
-    options, _ = uninterrupted("standard", 1)
+    options, _ = uninterrupted("standard")
     done = train(tmp_path, *options, "--epochs", 2)
-    assert done.step == 10 and done.epoch == 2 and done.batch_in_epoch == 0
-    assert done.controller.optimizers["adamw"].param_groups[0]["lr"] == pytest.approx(0.1 * 3e-3)
+    assert done.step == done.total_steps == 10 and done.epoch == 2
+    optimizer = t.load_checkpoint(tmp_path / "final.pt")["optimizer_state_dicts"]["adamw"]
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.1 * 3e-3)
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[] if mode == "geometric" else pytest.mark.campaign) for mode in MODES])
-def test_q_typed_and_resumed_by_the_printed_command_in_real_processes(spawn, corpus, tmp_path, mode):
-    options = ["--data", str(corpus), *TINY, "--steps", "150", "--eval-every", "40", *MODES[mode], "--workers", "1"]
+CAMPAIGN = pytest.mark.campaign
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[] if mode == "geometric" else CAMPAIGN) for mode in MODES]
+)
+def test_q_typed_and_resumed_by_the_printed_command_in_real_processes(
+    spawn, corpus, tmp_path, mode
+):
+    options = ["--data", str(corpus), *TINY, "--steps", "150", "--eval-every", "40", *MODES[mode]]
+    options += ["--workers", "1"]
     assert run(*options, "--checkpoint-dir", tmp_path / "whole").returncode == 0
     child = spawn(*options, "--checkpoint-dir", tmp_path / "stopped")
     child.expect("step [0-9]+/150")
@@ -280,41 +473,42 @@ def test_q_typed_and_resumed_by_the_printed_command_in_real_processes(spawn, cor
     child = spawn(command=["sh", "-c", output.rpartition("Resume with: ")[2].strip()])
     finish(child)
     assert child.exitstatus == 0
-    a, b = (t.load_checkpoint(tmp_path / name / "final.pt") for name in ("whole", "stopped"))
-    assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
-    assert metrics_without_times(tmp_path / "whole") == metrics_without_times(tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_the_run_is_the_same_with_and_without_a_person_asking_for_saves(uninterrupted, tmp_path):
-    options, reference = uninterrupted("geometric", 1)
+def test_the_run_is_the_same_with_and_without_saves(uninterrupted, tmp_path):
+    options, reference = uninterrupted("geometric")
     train(tmp_path, *options, "--save-every", 1, "--keep", 2)
     assert_same_run(tmp_path, reference)
-    assert sorted(path.name for path in tmp_path.glob("step_*.pt")) == ["step_13.pt", "step_14.pt"]
+    periodic = sorted(path.name for path in tmp_path.glob("step_*.pt"))
+    assert periodic == ["step_13.pt", "step_14.pt"]
     assert t.load_checkpoint(tmp_path / "best.pt")["exit_reason"] == "best"
-
-
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
 @pytest.mark.parametrize("bad", [4, 5, 6])
-def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, monkeypatch, mode, bad):
-    options, reference = uninterrupted(mode, 1)
-    expected = t.load_checkpoint(train(tmp_path / "expected", *options, stop=("batch", bad - 1)).saved[1])
-    runs = []
+def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, mode, bad):
+    options, reference = uninterrupted(mode)
+    stopped = train(tmp_path / "expected", *options, stop=("batch", bad - 1))
+    expected = t.load_checkpoint(stopped.saved[1])
 
-    def poisoned(model, max_norm, original=t.clip_gradients):
-        runs.append(model)
-        if len(runs) == bad:
-            model.head.weight.grad.fill_(float("nan"))
-        original(model, max_norm)
+    def poisoned(run):
+        original = run.clip_gradients
 
-    with monkeypatch.context() as patch:
-        patch.setattr(t, "clip_gradients", poisoned)
-        assert t.train(t.parse_options(["--checkpoint-dir", str(tmp_path / "ck"), "--no-keyboard", *options])) == 1
-    assert len(runs) == bad
-    saved = t.load_checkpoint(tmp_path / f"ck/emergency_exit/emergency_step_{bad - 1}.pt")
+        def clip_gradients(max_norm):
+            if run.step == bad - 1:
+                run.module.head.weight.grad.fill_(float("nan"))
+            return original(max_norm)
+
+        run.clip_gradients = clip_gradients
+        t.train(run)
+
+    ck = tmp_path / "ck"
+    assert session("--checkpoint-dir", ck, *options, train=poisoned, **t.OPTIONS) == 1
+    saved = t.load_checkpoint(ck / f"emergency_exit/emergency_step_{bad - 1}.pt")
     assert saved["exit_reason"] == "exception_FloatingPointError"
-    same = [key for key in STATE_KEYS if key != "best_loss"]  # the stop before the fourth step's evaluation had none
+    # A stop in the fourth batch comes before its evaluation.
+    same = [key for key in STATE_KEYS if bad != 5 or key not in ("best", "evaluation")]
     assert_same({key: saved[key] for key in same}, {key: expected[key] for key in same})
-    train(tmp_path / "ck", "--resume", "latest")
-    assert_same_run(tmp_path / "ck", reference)
+    train(ck, "--resume", "latest")
+    assert_same_run(ck, reference)
