@@ -2624,6 +2624,7 @@ class Run:
                 for name, total in self._values(batch, counted, number).items():
                     totals[name] = totals.get(name, 0.0) + total
                 self.processes.agree()
+        self._value_names = list(totals)
         *sums, all_samples = self.processes.sum([*totals.values(), float(count)])
         progress = self.progress
         progress.evaluation = {name: total / all_samples for name, total in zip(totals, sums)}
