@@ -3482,7 +3482,8 @@ def trained(train: Callable[[Run], None], options: dict[str, Option], argv) -> i
         monitor.nothing_to_save = None
         if error is None:
             processes.close()
-    code = last_words(run, error)
+        # A signal or a q that comes only now takes away neither the last words nor the exit code.
+        code = last_words(run, error)
     if argv is not None and run.rank == 0 and run.trains:
         # At the end of a process the lock goes with it, and not before.
         run.directory.close()
