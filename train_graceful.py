@@ -2671,6 +2671,7 @@ class Run:
                 for name, total in self._values(batch, counted, number).items():
                     totals[name] = totals.get(name, 0.0) + total
                 self.processes.agree()
+        self._value_names = list(totals)
         *sums, all_samples = self.processes.sum([*totals.values(), float(count)])
         progress = self.progress
         progress.evaluation = {name: total / all_samples for name, total in zip(totals, sums)}
@@ -3558,7 +3559,8 @@ def trained(
         monitor.nothing_to_save = None
         if error is None:
             processes.close()
-    code = last_words(run, error)
+        # A signal or a q that comes only now takes away neither the last words nor the exit code.
+        code = last_words(run, error)
     if argv is not None and run.rank == 0 and run.trains:
         # At the end of a process the lock goes with it, and not before.
         run.directory.close()

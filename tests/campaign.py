@@ -1,6 +1,7 @@
 """What the fault campaigns share: the script in forks of this process, stopped at chosen moments, and a count of cases."""
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -18,6 +19,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -88,11 +90,28 @@ def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
     sys.setprofile(profile)
 
 
+def batch_complete(nth: int) -> Moment:
+    """The body of the loop has come back for the next batch."""
+    return Moment("_complete", nth)
+
+
+def saving(name: str) -> Moment:
+    """A checkpoint of this name is about to be written."""
+    return Moment("write_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
+
+
 def ask_to_leave(frame: types.FrameType) -> None:
     """For a method of Run: SIGTERM, and the monitor has heard it before the method goes on."""
     os.kill(os.getpid(), signal.SIGTERM)
     while not frame.f_locals["self"].monitor.exit_requested:
         pass
+
+
+def corpus_of(path: Path, windows: int, context: int) -> Path:
+    """Text of which so many windows are training data."""
+    text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
+    path.write_bytes(text[: int(windows * context / 0.95) + 20])
+    return path
 
 
 class Child:
@@ -153,7 +172,8 @@ class Child:
         return int(os.read(self._paused, 20))
 
     def go(self) -> None:
-        os.write(self._go, b"!")
+        with contextlib.suppress(BrokenPipeError):  # a request may have ended it at its moment
+            os.write(self._go, b"!")
 
     def kill(self, signum: int) -> None:
         os.kill(self.pid, signum)

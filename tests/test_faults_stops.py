@@ -9,10 +9,9 @@ import termios
 from pathlib import Path
 
 import pytest
-from campaign import Campaign, Child, Moment, ask_to_leave
-from conftest import MODES, processes_in_session, wait_until
+from campaign import Campaign, Child, Moment, ask_to_leave, batch_complete, corpus_of, saving
+from conftest import MODES, STATE_KEYS, assert_same, assert_same_run, processes_in_session, wait_until
 from test_faults_saves import SMALL
-from test_resume import STATE_KEYS, assert_same, corpus_of, metrics_without_times
 
 import train_graceful as t
 
@@ -28,13 +27,13 @@ MEANS = {"q": (0, "user_requested_graceful_exit"), "SIGINT": (130, "signal_SIGIN
 def short_run(tmp_path_factory):
     """(options, directory of the uninterrupted run) by mode."""
     folder = tmp_path_factory.mktemp("stops")
-    corpus = corpus_of(folder / "corpus.txt", windows=5 * 2 * ACCUM + 2)
+    corpus = corpus_of(folder / "corpus.txt", windows=5 * 2 * ACCUM + 2, context=16)
     made = {}
     for mode in MODES:
         made[mode] = ["--data", corpus, *SMALL, "--context", 16, "--grad-accum", ACCUM, *SCHEDULE, *MODES[mode]], folder / mode
         child = Child(*made[mode][0], "--checkpoint-dir", folder / mode)
-        child.finish()
-        assert child.exitcode == 0 and t.load_checkpoint(folder / mode / "final.pt")["epoch"] == 2
+        output = child.finish()
+        assert child.exitcode == 0 and "5 batches an epoch" in output and "Epoch: 2" in output
     return made
 
 
@@ -45,14 +44,16 @@ def stop(child: Child, means: str) -> None:
         child.kill(signal.Signals[means])
 
 
-def assert_same_end(directory: Path, reference: Path) -> None:
-    a, b = t.load_checkpoint(directory / "final.pt"), t.load_checkpoint(reference / "final.pt")
-    assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
-    assert metrics_without_times(directory) == metrics_without_times(reference)
+def muon_step(nth: int) -> Moment:
+    return Moment("step", nth, where=lambda frame: type(frame.f_locals["self"]).__name__ == "BatchedMuon")
 
 
-def saving(name: str) -> Moment:
-    return Moment("write_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
+def loading(number: int, split: str = "training", nth: int = 1) -> Moment:
+    """The batch after so many is being made."""
+    return Moment("__getitem__", nth, where=lambda frame: frame.f_locals.get("key") == (split, number))
+
+
+START_UP = {"start-up before the monitor": "parse_options", "start-up after it": "fingerprint"}
 
 
 def phases(mode: str) -> dict[str, tuple[Moment, range]]:
@@ -60,20 +61,20 @@ def phases(mode: str) -> dict[str, tuple[Moment, range]]:
     schedulers = 3 if mode == "geometric" else 1
     optimizers = {"optimizer": Moment("step", 5, file="adam.py")}
     if mode == "geometric":
-        optimizers = {"rotation optimizer": Moment("step", 9, file="adam.py"), "expert optimizer": Moment("step", 5, file="_muon.py"),
+        optimizers = {"rotation optimizer": Moment("step", 9, file="adam.py"), "expert optimizer": muon_step(5),
                       "embedding optimizer": Moment("step", 10, file="adam.py")}
     return {
-        "start-up before the monitor": (Moment("parse_options"), range(1)),
-        "start-up after it": (Moment("fingerprint"), range(1)),
         "first batch": (Moment("forward_backward"), range(1, 2)),
-        "forward": (Moment("task_loss", 4 * ACCUM + 3, where=lambda frame: frame.f_back.f_code.co_name == "forward_backward"), range(5, 6)),
+        "forward": (Moment("loss", 4 * ACCUM + 3), range(5, 6)),
         "backward": (Moment("backward", 4 * ACCUM + 3, file="_tensor.py"), range(5, 6)),
         **{name: (moment, range(5, 6)) for name, moment in optimizers.items()},
         # each scheduler takes a step when it is made
         "scheduler": (Moment("step", 5 * schedulers + 1, file="lr_scheduler.py"), range(5, 6)),
-        "evaluation": (Moment("task_loss", 2, where=lambda frame: frame.f_back.f_code.co_name == "evaluate"), range(4, 5)),
+        # once before training
+        "evaluation": (Moment("evaluate", 2), range(4, 5)),
+        "loading validation data": (loading(0, "validation", 2), range(4, 5)),
         "periodic save in flight": (saving("step_4.pt"), range(4, 7)),
-        "epoch boundary": (Moment("batches", where=lambda frame: frame.f_locals["epoch"] == 1), range(5, 6)),
+        "epoch boundary": (loading(5), range(5, 6)),
         "last step": (Moment("forward_backward", STEPS), range(STEPS, STEPS + 1)),
         "final save": (saving("final.pt"), range(0)),
         "teardown": (Moment("close", where=lambda frame: type(frame.f_locals["self"]).__name__ == "Run"), range(0)),
@@ -81,13 +82,12 @@ def phases(mode: str) -> dict[str, tuple[Moment, range]]:
     }
 
 
-def stopped_and_resumed(fork, options, reference, directory, moment: Moment, steps: range, phase: str, means: str) -> None:
+def stopped_and_resumed(fork, options, reference, directory, moment: Moment, steps: range, means: str) -> None:
     child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, None)])
     child.paused()
     settings = termios.tcgetattr(child.terminal.fileno())
     stop(child, means)
-    if phase not in ("start-up before the monitor", "last words"):  # nobody listens there: what comes early is heard later
-        child.terminal.expect("Exit requested!")
+    child.terminal.expect("Exit requested!")
     output = child.terminal.before or ""
     child.go()
     output += child.finish(settings)
@@ -100,7 +100,28 @@ def stopped_and_resumed(fork, options, reference, directory, moment: Moment, ste
         child = fork("--resume", "latest", "--checkpoint-dir", directory)
         output = child.finish()
         assert child.exitcode == 0 and f"Resumed at step {saved['step']} of" in output, output
-    assert_same_end(directory, reference)
+    assert_same_run(directory, reference)
+
+
+def stopped_before_training(fork, options, reference, directory, moment: Moment, means: str) -> None:
+    """It ends at once, and says so once it listens; there is nothing to save, and the same command starts the run."""
+    child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, None)])
+    child.paused()
+    settings = termios.tcgetattr(child.terminal.fileno())
+    stop(child, means)
+    if moment.function == "parse_options":
+        child.go()
+    output = child.finish(settings)
+    if "Exit requested" in output:
+        assert "🛑 Exit requested. Training has not begun: there is nothing to save." in output
+        assert child.exitcode == MEANS[means][0], output
+    else:
+        assert moment.function == "parse_options" and child.exitcode == -signal.Signals[means], output
+    assert "Traceback" not in output and not list(directory.rglob("*"))
+    child = fork(*options, "--checkpoint-dir", directory)
+    child.finish()
+    assert child.exitcode == 0
+    assert_same_run(directory, reference)
 
 
 def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
@@ -108,13 +129,16 @@ def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
         turn = 0
         for mode in MODES:
             options, reference = short_run[mode]
-            for phase in phases(mode):
+            for phase in [*START_UP, *phases(mode)]:
                 for means in MEANS:
                     turn += 1
                     if whole or turn % 11 == 0:  # every phase, every means and every mode come up
-                        moment, steps = phases(mode)[phase]
                         directory = tmp_path / f"{mode}-{phase}-{means}".replace(" ", "-")
-                        campaign.case(directory.name, stopped_and_resumed, fork, options, reference, directory, moment, steps, phase, means)
+                        if phase in START_UP:
+                            check, planned = stopped_before_training, (Moment(START_UP[phase]),)
+                        else:
+                            check, planned = stopped_and_resumed, phases(mode)[phase]
+                        campaign.case(directory.name, check, fork, options, reference, directory, *planned, means)
 
 
 def stopped_often(fork, options, reference, directory, stops: int, seed: int) -> None:
@@ -122,20 +146,25 @@ def stopped_often(fork, options, reference, directory, stops: int, seed: int) ->
     made = 0
     while made < stops:
         means = rng.choice([*MEANS, "SIGKILL"])
-        moment = Moment("", rng.randrange(1, 8000))
+        # in the start-up, or within the first six steps or so
+        begin = [(Moment("_introduce", event="return"), lambda frame: None)] if rng.random() < 0.75 else []
+        moment = Moment("", rng.randrange(10, 12_000 if begin else 8000))
         begun = list(directory.rglob("[!.]*.pt"))
-        child = fork(*(["--resume", "latest"] if begun else options), "--checkpoint-dir", directory, plan=[(moment, None)])
+        child = fork(*(["--resume", "latest"] if begun else options), "--checkpoint-dir", directory, plan=[*begin, (moment, None)])
         child.paused()
         stop(child, means)
         child.go()
         output = child.finish()
-        assert child.exitcode == (-9 if means == "SIGKILL" else MEANS[means][0]), f"seed {seed}, stop {made}, {means}: {output}"
+        codes = [MEANS[means][0]] if means in MEANS else [-9]
+        if means != "q" and "Exit requested" not in output and not begin:  # nobody listens yet
+            codes = [-signal.Signals[means]]
+        assert child.exitcode in codes and "Traceback" not in output, f"seed {seed}, stop {made}, {means}: {output}"
         made += 1
         assert not (directory / "final.pt").exists(), f"seed {seed}: done after {made} stops"
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     child.finish()
     assert child.exitcode == 0
-    assert_same_end(directory, reference)
+    assert_same_run(directory, reference)
 
 
 def test_stopped_a_hundred_times(fork, short_run, tmp_path, whole):
@@ -155,27 +184,27 @@ def fail(frame) -> None:
 
 
 def poison(frame) -> None:
-    frame.f_locals["model"].head.weight.grad.fill_(float("nan"))
+    frame.f_locals["self"].module.head.weight.grad.fill_(float("nan"))
 
 
 def crashes(mode: str) -> dict[str, tuple[Moment, object, str]]:
     """{what: (moment, act, the exception)}; all in the fifth step, where none of its halves has been applied yet."""
     return {
-        "the data loader": (Moment("__getitem__", 5), fail, "RuntimeError"),
-        "forward": (Moment("task_loss", 4 * ACCUM + 3), fail, "RuntimeError"),
+        "the data loader": (loading(4), fail, "RuntimeError"),
+        "forward": (Moment("loss", 4 * ACCUM + 3), fail, "RuntimeError"),
         "backward": (Moment("backward", 4 * ACCUM + 3, file="_tensor.py"), fail, "RuntimeError"),
         "a NaN": (Moment("clip_gradients", 5), poison, "FloatingPointError"),
-        "the first optimizer, before its step": (Moment("_update_begins", 4 * (3 if mode == "geometric" else 1) + 1), fail, "RuntimeError"),
-        "evaluation": (Moment("task_loss", where=lambda frame: frame.f_back.f_code.co_name == "evaluate"), fail, "RuntimeError"),
+        "the first optimizer, before its step": (Moment("wrapper", 4 * (3 if mode == "geometric" else 1) + 1, file="optim/optimizer.py"), fail, "RuntimeError"),
+        "evaluation": (Moment("evaluate", 2), fail, "RuntimeError"),
     }
 
 
 def crashed_and_resumed(fork, options, reference, directory, moment: Moment, act, exception: str) -> None:
-    """The checkpoint is the state after the fourth batch, its random state included; the resumed run is the run."""
-    fourth = fork(*options, "--checkpoint-dir", directory / "fourth", plan=[(Moment("batch_done", 4), ask_to_leave)])
+    """The checkpoint is the state after the fourth batch; the resumed run is the run."""
+    fourth = fork(*options, "--checkpoint-dir", directory / "fourth", plan=[(batch_complete(4), ask_to_leave)])
     expected = t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", fourth.finish())[1])
-    assert expected["step"] == 4 and expected["metrics"]["loss_count"] == 1  # its evaluation is still to come
-    child = fork(*options, "--checkpoint-dir", directory / "ck", plan=[(Moment("train"), None), (moment, act)])
+    assert expected["step"] == 4 and expected["metrics"]["counts"] == {"loss": 1}  # its evaluation is still to come
+    child = fork(*options, "--checkpoint-dir", directory / "ck", plan=[(Moment("trained"), None), (moment, act)])
     child.paused()
     settings = termios.tcgetattr(child.terminal.fileno())
     child.go()
@@ -185,12 +214,12 @@ def crashed_and_resumed(fork, options, reference, directory, moment: Moment, act
     assert "injected" in output or exception == "FloatingPointError"
     saved = t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])
     assert saved["exit_reason"] == f"exception_{exception}"
-    same = [key for key in STATE_KEYS if key != "best_loss"]  # which the evaluation of the fourth step has set, unless it failed
+    same = [key for key in STATE_KEYS if key not in ("best", "evaluation")]  # the fourth step's, unless it failed
     assert_same({key: saved[key] for key in same}, {key: expected[key] for key in same})
     child = fork("--resume", "latest", "--checkpoint-dir", directory / "ck")
     child.finish()
     assert child.exitcode == 0
-    assert_same_end(directory / "ck", reference)
+    assert_same_run(directory / "ck", reference)
 
 
 def crashed_between_the_halves(fork, options, reference, directory, moment: Moment) -> None:
@@ -202,7 +231,7 @@ def crashed_between_the_halves(fork, options, reference, directory, moment: Mome
     assert not (directory / "emergency_exit").exists()
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     assert "Resumed at step 4" in child.finish() and child.exitcode == 0
-    assert_same_end(directory, reference)
+    assert_same_run(directory, reference)
 
 
 def worker_killed(fork, options, reference, directory) -> None:
@@ -224,7 +253,7 @@ def worker_killed(fork, options, reference, directory) -> None:
     child = fork("--resume", "latest", "--checkpoint-dir", directory)
     child.finish()
     assert child.exitcode == 0
-    assert_same_end(directory, reference)
+    assert_same_run(directory, reference)
 
 
 def test_crashes(fork, short_run, tmp_path, whole):
@@ -236,20 +265,19 @@ def test_crashes(fork, short_run, tmp_path, whole):
                               *crashes(mode)[what])
             halves = [Moment("step", 5, file="adam.py"), Moment("step", (3 if mode == "geometric" else 1) * 5 + 1, file="lr_scheduler.py")]
             if mode == "geometric":
-                halves += [Moment("step", 5), Moment("step", 10, file="adam.py")]  # BatchedMuon's is the script's only one
+                halves += [muon_step(5), Moment("step", 10, file="adam.py")]
                 halves[0] = Moment("step", 9, file="adam.py")
             for number, moment in enumerate(halves):
-                campaign.case(f"{mode}: {moment.file}", crashed_between_the_halves, fork, options, reference,
+                campaign.case(f"{mode}: half {number}", crashed_between_the_halves, fork, options, reference,
                               tmp_path / f"{mode}-{number}", moment)
             campaign.case(f"{mode}: worker", worker_killed, fork, options, reference, tmp_path / f"{mode}-worker")
 
 
 def typed_q(fork, options, directory, temporary, number: int) -> None:
-    workers = 2 if number % 10 == 0 else 0
+    workers = 2 if number % 10 == 1 else 0
     child = fork(*options, "--steps", 10**6, "--save-every", 5, "--checkpoint-dir", directory, "--workers", workers,
-                 plan=[(Moment("main", event="return"), None)], TMPDIR=str(temporary))
-    if number % 5:
-        child.terminal.expect("step [0-9]+/")  # else it is typed as early as can be
+                 plan=[(Moment("leave_process"), None)], TMPDIR=str(temporary))
+    child.terminal.expect("step [0-9]+/")
     settings = termios.tcgetattr(child.terminal.fileno())
     child.terminal.send("q\n")
     child.paused()
@@ -266,6 +294,17 @@ def typed_q(fork, options, directory, temporary, number: int) -> None:
     assert not list(directory.rglob(".*")) and not list(temporary.iterdir())
 
 
+def typed_q_early(fork, options, directory, temporary, number: int) -> None:
+    """As early as can be: before training there is nothing to save."""
+    child = fork(*options, "--steps", 10**6, "--checkpoint-dir", directory, "--workers", number % 2, TMPDIR=str(temporary))
+    settings = termios.tcgetattr(child.terminal.fileno())
+    child.terminal.send("q\n")
+    output = child.finish(settings)
+    assert child.exitcode == 0 and ("there is nothing to save" in output or "Graceful exit completed" in output), output
+    assert processes_in_session(child.pid) == []
+    assert not list(directory.rglob(".*")) and not list(temporary.iterdir())
+
+
 def test_q_a_thousand_times(fork, short_run, tmp_path, whole):
     """Every one ends within the minute that finish() waits."""
     with Campaign("q typed; exit code 0, whole checkpoint, no thread, descriptor, process or file left") as campaign:
@@ -273,5 +312,5 @@ def test_q_a_thousand_times(fork, short_run, tmp_path, whole):
         temporary.mkdir()
         for number in range(1000 if whole else 20):
             mode = list(MODES)[number % 3]
-            campaign.case(f"{mode} {number}", typed_q, fork, short_run[mode][0], tmp_path / "ck", temporary, number)
+            campaign.case(f"{mode} {number}", typed_q if number % 5 else typed_q_early, fork, short_run[mode][0], tmp_path / "ck", temporary, number)
             shutil.rmtree(tmp_path / "ck", ignore_errors=True)  # a case that failed may have made none
