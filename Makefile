@@ -25,13 +25,13 @@ help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500", SCRIPT=mine.py)
-	$(VENV_PYTHON) $(or $(SCRIPT),train_graceful.py) $(TRAIN_ARGS)
+	$(VENV_PYTHON) $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py) $(TRAIN_ARGS)
 
 train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS)
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(VENV_PYTHON) $(or $(SCRIPT),train_graceful.py) --resume "$(or $(CKPT),latest)" $(ARGS)
+	$(VENV_PYTHON) $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py) --resume "$(or $(CKPT),latest)" $(ARGS)
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)

@@ -7,8 +7,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import ROOT, wait_until
-from test_faults_stops import assert_same_end
+from conftest import ROOT, assert_same_run, wait_until
 
 import train_graceful as t
 
@@ -81,10 +80,10 @@ def logged(log, text: str):
     return lambda: log.exists() and text in log.read_text()
 
 
-def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group, data, tmp_path, whole):  # noqa: F811
+def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group, forty_windows, tmp_path, whole):
     # whole: Slurm's own time limit, which it keeps by the minute; else the signal that it would send.
     limits, steps = (("--time=2", "--signal=USR1@60"), 7_000) if whole else (("--time=10",), 300)
-    options = [*OPTIONS, "--steps", steps, "--data", data]
+    options = [*OPTIONS, "--steps", steps, "--data", forty_windows]
     log, directory = tmp_path / "job.log", tmp_path / "ck"
     job = slurm.submit(log, *options, "--checkpoint-dir", directory, limits=limits)
     wait_until(logged(log, "step 10/"))
@@ -111,12 +110,12 @@ def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group
     for rank in group(2, *options, "--checkpoint-dir", tmp_path / "whole"):
         rank.terminal.timeout = 600
         rank.finish()
-    assert_same_end(directory, tmp_path / "whole")
+    assert_same_run(directory, tmp_path / "whole")
 
 
-def test_a_cancelled_job_saves_and_stays_away(slurm, data, tmp_path):  # noqa: F811
+def test_a_cancelled_job_saves_and_stays_away(slurm, forty_windows, tmp_path):
     log, directory = tmp_path / "job.log", tmp_path / "ck"
-    job = slurm.submit(log, *OPTIONS, "--shard", "--steps", 10**6, "--data", data, "--checkpoint-dir", directory)
+    job = slurm.submit(log, *OPTIONS, "--shard", "--steps", 10**6, "--data", forty_windows, "--checkpoint-dir", directory)
     wait_until(logged(log, "step 10/"))
     slurm.run("scancel", job)
     wait_until(lambda: not slurm.run("squeue", "--noheader"))
@@ -125,11 +124,11 @@ def test_a_cancelled_job_saves_and_stays_away(slurm, data, tmp_path):  # noqa: F
     assert t.load_checkpoint(emergency)["exit_reason"] == "signal_SIGTERM"
 
 
-def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_one(slurm, data, tmp_path):  # noqa: F811
+def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_one(slurm, forty_windows, tmp_path):
     directory, log = tmp_path / "ck", tmp_path / "job.log"
     directory.mkdir()
     (directory / "run.lock").write_text("1 elsewhere\n143\n")
     (directory / "final.pt").write_text("another run's")
-    job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", data, "--checkpoint-dir", directory)
+    job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", forty_windows, "--checkpoint-dir", directory)
     wait_until(lambda: slurm.state(job) == "FAILED")
     assert "error: --dim 3" in log.read_text() and "Back into the queue" not in log.read_text()

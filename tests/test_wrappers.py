@@ -313,7 +313,7 @@ def test_a_script_of_ones_own_in_the_background(mine):
     assert stopped.returncode == 0 and "Emergency checkpoint: " in stopped.stdout, stopped.stderr
     assert list((mine / "checkpoints" / "emergency_exit").glob("*.pt"))
     command = re.search("Resume with: (.*)", stopped.stdout)[1]
-    process = subprocess.Popen(["sh", "-c", f"exec {command}"], cwd=ROOT.parent, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(["sh", "-c", command.replace("PYTHONPATH", "exec env PYTHONPATH")], cwd=ROOT.parent, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert any("Resumed at step" in line for line in process.stdout)
     process.terminate()
     process.communicate()
