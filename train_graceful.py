@@ -582,7 +582,9 @@ class ExitMonitor:
         with self._lock:
             if any(reason == known for known, _ in self._requests):
                 return
-            if self.nothing_to_save is not None:
+            # Of torchrun's processes one that ends with code 0 would be waited for by the others.
+            alone = exit_code or not started_by_torchrun()
+            if self.nothing_to_save is not None and alone:
                 self._abandon(f"🛑 Exit requested. {self.nothing_to_save}", exit_code)
             if not self._requests:
                 # Said before the main thread can know, whose next line must come after this one.
@@ -2390,6 +2392,9 @@ class Run:
         self._status_clock, self._first_step, self._row_step = 0.0, self.step, self.step
         self._introduce()
         self.trains = True
+        # Twice: the question at hand was asked long ago.
+        self.processes.agree()
+        self.processes.agree()
         if self._evaluate is not None:
             self._try_evaluation()
 
@@ -3277,6 +3282,8 @@ class ManyProcesses(Processes):
         self._signals_heard: int | None = None
         self.agreed = AgreedMonitor(monitor)
         self.monitor = self.agreed
+        # From here on a request is for all, when the loop begins.
+        monitor.nothing_to_save = None
 
     def wrap(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
         module = module.to(device)

@@ -200,6 +200,38 @@ def test_all_leave_at_the_same_step_whichever_rank_gets_the_signal(group, tmp_pa
     assert f"Completed Steps: {state['step']}" in texts[0] and texts[1:] == ["", ""]
 
 
+@pytest.mark.parametrize("rank, means, code", [(0, "q", 0), (0, signal.SIGTERM, 143), (1, signal.SIGUSR1, 138)])
+def test_a_request_to_one_rank_before_the_loop_is_one_to_all(group, tmp_path, rank, means, code):
+    def train(run: t.Run) -> None:
+        (tmp_path / f"begun {run.rank}").touch()
+        while not (tmp_path / "go").exists():
+            time.sleep(0.01)
+        writes_where_it_leaves(tmp_path)(run)
+
+    ranks = group(2, *ENDLESS, "--checkpoint-dir", tmp_path / "ck", program=program(train))
+    wait_until(lambda: (tmp_path / "begun 0").exists() and (tmp_path / "begun 1").exists())
+    if means == "q":
+        ranks[rank].terminal.send("q\n")
+        ranks[rank].terminal.expect("Exit requested!")
+    else:
+        ranks[rank].kill(means)
+    (tmp_path / "go").touch()
+    texts, codes = finished(ranks)
+    assert codes == [code, code] and "Graceful exit completed" in texts[0] and "Traceback" not in texts[1], texts
+    step = t.load_checkpoint(saved_path(texts[0]))["step"]
+    assert step == 0 or means != "q"
+    assert [(tmp_path / f"{rank} left").read_text() for rank in range(2)] == [str(step)] * 2
+
+
+def test_q_typed_while_torchruns_processes_still_start(spawn, forty_windows, tmp_path):
+    """Nobody is left waiting for a rank that has gone."""
+    child = torchrun(spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+    child.send("q\n")
+    text = finish(child)
+    assert child.exitstatus == 0 and "Graceful exit completed" in text and "Traceback" not in text, text
+    assert t.load_checkpoint(saved_path(text))["step"] == 0
+
+
 def test_q_typed_for_rank_0_and_s_before_it(group, forty_windows, tmp_path):
     ranks = group(2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
     ranks[0].terminal.expect(r"step \d+/")
