@@ -3526,16 +3526,12 @@ def checkpoint_to_resume(
         version = state.get("format_version")
         if version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        run_id = state.get("run_id")
-        ours = (
-            type(version) is int
-            and isinstance(run_id, str)
-            and re.fullmatch("[0-9a-f]{12}", run_id)
-        )
+        texts = [state.get(key) for key in ("run_id", "exit_reason", "torch_version", "saved_at")]
+        ours = type(version) is int and version == Run.FORMAT_VERSION and "config" in state
         if (
             not ours
-            or version != Run.FORMAT_VERSION
-            or not {"config", "exit_reason"} <= state.keys()
+            or not all(isinstance(text, str) for text in texts)
+            or not re.fullmatch("[0-9a-f]{12}", texts[0])
         ):
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
