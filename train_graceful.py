@@ -2019,6 +2019,8 @@ class Progress:
         for named, kind in ((made.evaluation, float), (made.sums, float), (made.counts, int)):
             if not all(type(k) is str and type(v) is kind for k, v in named.items()):
                 raise ValueError("its metrics are no numbers")
+        if made.best is not None and math.isnan(made.best):
+            raise ValueError("best is not a number")
         if made.sums.keys() != made.counts.keys() or min(made.step, *made.counts.values(), 0) < 0:
             raise ValueError("its counters contradict each other")
         return made
