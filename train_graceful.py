@@ -1293,6 +1293,8 @@ class CheckpointReader:
         if not isinstance(self.state, dict):
             raise ValueError(f"holds a {type(self.state).__name__}")
         mapped(self.state, lambda leaf: self._number(leaf) if is_tensor(leaf) else savable(leaf))
+        if unfolded(self.state, {}) > PICKLE_BYTES:
+            raise ValueError("it holds the same values too many times")
 
     def _number(self, tensor: Tensor) -> int:
         """Of a tensor's record. Raises ValueError where the tensor claims more than is there."""
@@ -1346,6 +1348,16 @@ class CheckpointReader:
                 raise ValueError("it has been cut")
             crc, left, start = zlib.crc32(left[:count], crc), left[count:], start + count
         return crc
+
+
+def unfolded(value: typing.Any, known: dict[int, int]) -> int:
+    """How many values a state is to who copies what is there twice twice."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in known:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(unfolded(item, known) for item in items)
+    return known[id(value)]
 
 
 def is_tensor(value: object) -> bool:
