@@ -4232,7 +4232,7 @@ def train(run: Run) -> None:
         raise UserError(
             "--mode geometric needs --loop controller: the standard loop has one optimizer"
         )
-    check_model(o)
+    check_model(o, run.resumed)
     training, validation = text_datasets(o.data, o.context, Path(o.checkpoint_dir).resolve())
     run.data(training, validation, batch_size=o.batch_size * o.grad_accum)
     sizes = (o.context, o.layers, o.heads, o.dim, o.experts, o.dropout)
@@ -4267,8 +4267,8 @@ def train(run: Run) -> None:
         standard_training_loop(run, model, optimizer, scheduler, loss, evaluate)
 
 
-def check_model(o: argparse.Namespace) -> None:
-    """Raises UserError for sizes that do not go together."""
+def check_model(o: argparse.Namespace, resumed: Path | None) -> None:
+    """Raises UserError for sizes that do not go together, or not with the checkpoint."""
     if o.dim % o.heads:
         raise UserError(f"--dim {o.dim} is not divisible by --heads {o.heads}")
     if o.mode == "geometric" and o.dim < 2:
@@ -4277,6 +4277,10 @@ def check_model(o: argparse.Namespace) -> None:
         raise UserError(
             f"--experts {o.experts} is more than the {4 * o.dim} units of --dim {o.dim}"
         )
+    # A forged one must not take memory before its weights are compared with the model's.
+    at_least = o.dim * (512 + o.context + o.layers * (4 * o.dim + o.experts))
+    if resumed is not None and 4 * at_least > resumed.stat().st_size:
+        raise CheckpointError(f"{resumed}: too small for a model of its sizes")
 
 
 OPTIONS = {
