@@ -1299,6 +1299,8 @@ class CheckpointReader:
         if not isinstance(self.state, dict):
             raise ValueError(f"holds a {type(self.state).__name__}")
         mapped(self.state, lambda leaf: self._number(leaf) if is_tensor(leaf) else savable(leaf))
+        if unfolded(self.state, {}) > PICKLE_BYTES:
+            raise ValueError("it holds the same values too many times")
 
     def _number(self, tensor: Tensor) -> int:
         """Of a tensor's record. Raises ValueError where the tensor claims more than is there."""
@@ -1352,6 +1354,16 @@ class CheckpointReader:
                 raise ValueError("it has been cut")
             crc, left, start = zlib.crc32(left[:count], crc), left[count:], start + count
         return crc
+
+
+def unfolded(value: typing.Any, known: dict[int, int]) -> int:
+    """How many values a state is to who copies what is there twice twice."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in known:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(unfolded(item, known) for item in items)
+    return known[id(value)]
 
 
 def is_tensor(value: object) -> bool:
@@ -2055,6 +2067,8 @@ class Progress:
         for named, kind in ((made.evaluation, float), (made.sums, float), (made.counts, int)):
             if not all(type(k) is str and type(v) is kind for k, v in named.items()):
                 raise ValueError("its metrics are no numbers")
+        if made.best is not None and math.isnan(made.best):
+            raise ValueError("best is not a number")
         if made.sums.keys() != made.counts.keys() or min(made.step, *made.counts.values(), 0) < 0:
             raise ValueError("its counters contradict each other")
         return made
@@ -3607,13 +3621,14 @@ def checkpoint_to_resume(
 
     def read(path: Path) -> dict:
         state = processes.read(path)
-        version, run_id = state.get("format_version"), state.get("run_id")
+        version = state.get("format_version")
         numbered = type(version) is int
         if numbered and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        named = isinstance(run_id, str) and re.fullmatch("[0-9a-f]{12}", run_id)
-        ours = numbered and version == Run.FORMAT_VERSION and named
-        if not ours or not {"config", "exit_reason"} <= state.keys():
+        keys = ("run_id", "exit_reason", "torch_version", "saved_at")
+        named = all(isinstance(state.get(key), str) for key in keys)
+        ours = numbered and version == Run.FORMAT_VERSION and "config" in state and named
+        if not ours or not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
 
@@ -4318,7 +4333,7 @@ def train(run: Run) -> None:
         raise UserError(
             "--mode geometric needs --loop controller: the standard loop has one optimizer"
         )
-    check_model(o)
+    check_model(o, run.resumed)
     training, validation = text_datasets(o.data, o.context, Path(o.checkpoint_dir).resolve())
     run.data(training, validation, batch_size=o.batch_size * o.grad_accum)
     sizes = (o.context, o.layers, o.heads, o.dim, o.experts, o.dropout)
@@ -4353,8 +4368,8 @@ def train(run: Run) -> None:
         standard_training_loop(run, model, optimizer, scheduler, loss, evaluate)
 
 
-def check_model(o: argparse.Namespace) -> None:
-    """Raises UserError for sizes that do not go together."""
+def check_model(o: argparse.Namespace, resumed: Path | None) -> None:
+    """Raises UserError for sizes that do not go together, or not with the checkpoint."""
     if o.dim % o.heads:
         raise UserError(f"--dim {o.dim} is not divisible by --heads {o.heads}")
     if o.mode == "geometric" and o.dim < 2:
@@ -4363,6 +4378,10 @@ def check_model(o: argparse.Namespace) -> None:
         raise UserError(
             f"--experts {o.experts} is more than the {4 * o.dim} units of --dim {o.dim}"
         )
+    # A forged one must not take memory before its weights are compared with the model's.
+    at_least = o.dim * (512 + o.context + o.layers * (4 * o.dim + o.experts))
+    if resumed is not None and 4 * at_least > resumed.stat().st_size:
+        raise CheckpointError(f"{resumed}: too small for a model of its sizes")
 
 
 OPTIONS = {

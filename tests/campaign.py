@@ -80,6 +80,9 @@ class Moment:
         return match and self.left == 0
 
 
+AT_EXIT = Moment("")  # when all else that a process does at its end is done
+
+
 def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
     """Does what is planned for each moment, one after the other; an exception that it raises is raised there."""
     def profile(frame, event, arg) -> None:
@@ -136,8 +139,12 @@ class Child:
                     os.read(wait, 1)
 
                 self._become([str(SCRIPT), *map(str, args)], code, {notify, wait}, environment)
-                if plan:
-                    watch([(moment, act or pause) for moment, act in plan])
+                moments = [(moment, act or pause) for moment, act in plan if moment is not AT_EXIT]
+                if len(moments) < len(plan):
+                    atexit.register(pause, None)
+                atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it is imported already
+                if moments:
+                    watch(moments)
                 program() if program else exec(code, sys.modules["__main__"].__dict__)
             except BaseException:
                 traceback.print_exc()
@@ -151,7 +158,6 @@ class Child:
         """Leaves nothing of the test process that the script could notice."""
         gc.freeze()  # no finalizer of a test's object may run here
         atexit._clear()
-        atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it has been imported already
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd > 2 and fd not in kept:
                 try:
@@ -169,7 +175,9 @@ class Child:
     def paused(self) -> int:
         """Waits until the child has reached its moment; the id of the thread that did."""
         assert select.select([self._paused], [], [], 60)[0], "the moment did not come"
-        return int(os.read(self._paused, 20))
+        told = os.read(self._paused, 20)
+        assert told, f"it has ended before that moment: {self.finish()}"
+        return int(told)
 
     def go(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # a request may have ended it at its moment

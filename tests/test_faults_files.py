@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from campaign import Campaign, Child, Moment
-from conftest import TINY
+from conftest import TINY, assert_same
 from test_faults_saves import SCHEDULE, SMALL
-from test_resume import assert_same
 
 import train_graceful as t
 
@@ -41,7 +40,7 @@ def resume(fork, path, original=None) -> tuple[int, str, int]:
         if original is not None and isinstance(state, dict):
             assert_same(state, original)
 
-    child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=[(Moment("checkpoint_to_resume", event="return"), compare)])
+    child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=[(Moment("prepared", event="return"), compare)])
     output = child.finish()
     return child.exitcode, output, child.peak
 
@@ -247,7 +246,7 @@ def in_places(state: dict, value: object):
     yield put("config", "data")
     yield put("model_state_dict", "head.weight")
     yield put("scheduler_state_dicts", optimizer, "lr_lambdas", 0)
-    yield put("rng_state", "cpu")
+    yield put("best", "value")
 
 
 def pickle_copy(state):
@@ -276,19 +275,20 @@ def absurd_files(source: Path, state: dict, bomb: int):
         (0, 0, (1,), (1,)), (10**30, 0, (1,), (1,)), (64, 0, (1,) * 100, (1,) * 100), (64, 0, ("x",), (1,)), (64, 0, (10**12,), (0,)),
     ]:
         yield f"a tensor of {numel} at {offset}, {str(size)[:30]}, {str(stride)[:30]}", with_pickle(source, claims(numel, offset, size, stride))
-    for keys, shape in [(("model_state_dict", "head.weight"), (10**6, 10**6)), (("rng_state", "cpu"), (10**12,)),
+    for keys, shape in [(("model_state_dict", "head.weight"), (10**6, 10**6)), (("best", "value"), (10**12,)),
                         (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (10**12,)),
                         (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (64, 10**6, 8))]:
         for dtype in (torch.float32, torch.float64, torch.uint8):
             yield f"{keys[-1]} expanded to {shape} of {dtype}", saved(replaced(state, keys, torch.zeros(1, dtype=dtype).expand(shape)))
     for config in [{"layers": 10**9}, {"dim": 10**9, "heads": 1}, {"experts": 32, "dim": 8}, {"context": 10**9}, {"layers": 2**70}, {"workers": 10**6},
                    {"batch_size": 10**15}, {"grad_accum": 10**15}, {"steps": 0}, {"steps": -5}, {"dropout": 2.0}, {"lr": math.nan}, {"lr": math.inf},
-                   {"seed": -1}, {"data": ("/no\0where",)}, {"data": (1, 2)}, {"data": ("x", "--help")}, {"data": "text"}, {"checkpoint_dir": "a\0b"}, {"mode": "evil"}, {"loop": "evil"}, {"loop": None},
+                   {"seed": -1}, {"data": ("/no\0where",)}, {"data": (1, 2)}, {"data": ("x", "--help")}, {"data": "text"}, {"checkpoint_dir": "a\0b"}, {"mode": "evil"}, {"loop": "evil"}, {"loop": 1},
                    {"device": "meta"}, {"dtype": "float8"}, {"heads": 3}, {"keep": 0}, {"log_every": 0}, {"save_every": 0}, {"eval_every": 0}, {"new": 1}]:
         yield f"config {config}", saved({**state, "config": {**state["config"], **config}})
 
-    for loss in (math.nan, -math.inf, -1.0):
-        yield f"a best loss of {loss}", saved({**state, "best_loss": loss})
+    yield "a best loss that no other can beat", saved(replaced(state, ("best", "value"), math.nan))
+    for version in (1, 3, 2.0):
+        yield f"format {version}", saved({**state, "format_version": version})
 
     def zipped(change, compression=zipfile.ZIP_STORED) -> bytes:
         stream = io.BytesIO()
@@ -387,14 +387,14 @@ def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
                 continue
             campaign.case(f"{call.module}.{call.name}", refused_unharmed, fork, path, with_pickle(source, pickled(call)), marker, allowed)
             for place, changed in in_places(state, call):
-                if whole or (place, call.name) in [("saved_at", "system"), ("config/data", "eval"), ("rng_state/cpu", "bytearray")]:
+                if whole or (place, call.name) in [("saved_at", "system"), ("config/data", "eval"), ("best/value", "bytearray")]:
                     campaign.case(f"{call.module}.{call.name} in {place}", refused_unharmed, fork, path,
                                   with_pickle(source, pickled(changed)), marker, allowed)
         for name, data in absurd_files(source, state, bomb=2**30 if whole else 2**26):
             campaign.case(name, refused_unharmed, fork, path, data, marker, allowed)
 
     with Campaign("wrong values under every key of a checkpoint, resumed") as campaign:
-        wrong = [None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]], {"a": {1: 2}}, collections.OrderedDict(b=3)]
+        wrong = [None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]], {1: {"a": 2}}, collections.OrderedDict(b=3)]
         places = list(every_place(state))
         for i, (keys, value) in enumerate((keys, value) for keys in places for value in wrong):
             if whole or i % 83 == 0:
