@@ -2628,6 +2628,7 @@ class Run:
         progress = self.progress
         progress.evaluation = {name: total / all_samples for name, total in zip(totals, sums)}
         progress.evaluated_step = self.step
+        self._value_names = list(totals)
         value, best = progress.evaluation[self._best_name], progress.best
         if best is None and value == value or best is not None and (
             value > best if self._higher else value < best
