@@ -4172,11 +4172,12 @@ class GeometricTrainingController(TrainingController):
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
         routing = [typing.cast(Tensor, one.gates) for one in self.experts]
-        loads = torch.stack([gates.float().flatten(0, -2).mean(dim=0) for gates in routing])
+        loads = torch.cat([gates.float().flatten(0, -2).mean(dim=0) for gates in routing])
         # The value is that of all processes, the slope this one's, as for the rest of the loss.
         loads = loads + (self.run.average(loads.detach()) - loads.detach())
         total = torch.zeros((), device=loads.device)
-        for one, gates, load in zip(self.experts, routing, loads):
+        each = loads.split([gates.shape[-1] for gates in routing])
+        for one, gates, load in zip(self.experts, routing, each):
             angles, one.gates = one.angles(), None
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
             total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
