@@ -4118,8 +4118,8 @@ class GeometricTrainingController(TrainingController):
 
     loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, each
     averaged over the Experts of the model. `rotation`: Adam on their angles. `expert`: Muon (Jordan
-    et al., 2024) on the 2-D matrices inside an nn.ModuleList. `embedding`: AdamW on the rest, the
-    routers among it. Raises UserError for a model without tg.Experts that have rotations.
+    et al., 2024) on the 2-D matrices inside them or an nn.ModuleList. `embedding`: AdamW on the
+    rest, the routers among it. Raises UserError for a model without tg.Experts that have rotations.
     """
 
     ORTHOGONALITY, ROTATION_EFFICIENCY, SPECIALIZATION = 0.01, 0.001, 0.01
@@ -4158,11 +4158,11 @@ class GeometricTrainingController(TrainingController):
         angles = {one.theta for one in self.experts}
         inside: set[Tensor] = set()
         for module in modules:
-            if isinstance(module, nn.ModuleList):
+            if isinstance(module, (nn.ModuleList, Experts)):
                 inside.update(p for p in module.parameters() if p.dim() == 2)
         # What looks things up or chooses is no hidden layer.
         others = {m.weight for m in modules if isinstance(m, nn.Embedding)}
-        others |= {one.router.weight for one in self.experts} | angles
+        others |= {m.router.weight for m in modules if isinstance(m, Experts)} | angles
         groups: dict[str, list[Tensor]] = {"rotation": [], "expert": [], "embedding": []}
         for parameter in self.model.parameters():
             kind = "expert" if parameter in inside - others else "embedding"
