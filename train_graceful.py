@@ -69,7 +69,6 @@ import time
 import traceback
 import typing
 import uuid
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -2054,10 +2053,7 @@ class Progress:
             "best_step": best["step"],
             "evaluation": evaluation["values"],
             "evaluated_step": evaluation["step"],
-            **{
-                key: state["metrics"][key]
-                for key in METRICS_KEYS
-            },
+            **{key: state["metrics"][key] for key in METRICS_KEYS},
         }
         made, kinds = cls(**values), {"best": float, "smooth_loss": float}
         for name, default in dataclasses.asdict(cls()).items():
@@ -2651,7 +2647,9 @@ class Run:
         A request to leave cuts an evaluation short; all of this is then done on resume.
         """
         targets = {}
-        evaluated = self._evaluate is not None and (self._due(self.options.eval_every) or self.finished)
+        evaluated = self._evaluate is not None and (
+            self._due(self.options.eval_every) or self.finished
+        )
         if evaluated:
             if not self._evaluated():
                 return
@@ -2695,6 +2693,7 @@ class Run:
         progress = self.progress
         progress.evaluation = {name: total / all_samples for name, total in zip(totals, sums)}
         progress.evaluated_step = self.step
+        self._value_names = list(totals)
         value, best = progress.evaluation[self._best_name], progress.best
         if best is None and value == value or best is not None and (
             value > best if self._higher else value < best
@@ -4229,8 +4228,8 @@ class GeometricTrainingController(TrainingController):
 
     loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, each
     averaged over the Experts of the model. `rotation`: Adam on their angles. `expert`: Muon (Jordan
-    et al., 2024) on the 2-D matrices inside an nn.ModuleList. `embedding`: AdamW on the rest, the
-    routers among it. Raises UserError for a model without tg.Experts that have rotations.
+    et al., 2024) on the 2-D matrices inside them or an nn.ModuleList. `embedding`: AdamW on the
+    rest, the routers among it. Raises UserError for a model without tg.Experts that have rotations.
     """
 
     ORTHOGONALITY, ROTATION_EFFICIENCY, SPECIALIZATION = 0.01, 0.001, 0.01
@@ -4269,11 +4268,11 @@ class GeometricTrainingController(TrainingController):
         angles = {one.theta for one in self.experts}
         inside: set[Tensor] = set()
         for module in modules:
-            if isinstance(module, nn.ModuleList):
+            if isinstance(module, (nn.ModuleList, Experts)):
                 inside.update(p for p in module.parameters() if p.dim() == 2)
         # What looks things up or chooses is no hidden layer.
         others = {m.weight for m in modules if isinstance(m, nn.Embedding)}
-        others |= {one.router.weight for one in self.experts} | angles
+        others |= {m.router.weight for m in modules if isinstance(m, Experts)} | angles
         groups: dict[str, list[Tensor]] = {"rotation": [], "expert": [], "embedding": []}
         for parameter in self.model.parameters():
             kind = "expert" if parameter in inside - others else "embedding"
@@ -4283,11 +4282,12 @@ class GeometricTrainingController(TrainingController):
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
         routing = [typing.cast(Tensor, one.gates) for one in self.experts]
-        loads = torch.stack([gates.float().flatten(0, -2).mean(dim=0) for gates in routing])
+        loads = torch.cat([gates.float().flatten(0, -2).mean(dim=0) for gates in routing])
         # The value is that of all processes, the slope this one's, as for the rest of the loss.
         loads = loads + (self.run.average(loads.detach()) - loads.detach())
         total = torch.zeros((), device=loads.device)
-        for one, gates, load in zip(self.experts, routing, loads):
+        each = loads.split([gates.shape[-1] for gates in routing])
+        for one, gates, load in zip(self.experts, routing, each):
             angles = typing.cast(Tensor, one.rotated_by)
             one.gates = one.rotated_by = None
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)

@@ -1,24 +1,16 @@
-"""Windows, epochs, validation data and the fingerprint."""
+"""The order of the data, what is random about it, the built-in program's text, its fingerprint."""
 
-import torch
+import argparse
+import os
+import random
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from conftest import ask_to_leave, refused, session
 
 import train_graceful as t
-
-
-def dataset(*paths, context=8, batch_size=4, grad_accum=1, seed=0, workers=0):
-    return t.ByteDataset(t.Config.from_options({"data": [str(path) for path in paths], "context": context, "batch_size": batch_size,
-                                                "grad_accum": grad_accum, "seed": seed, "workers": workers}))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """1,500 distinct-looking bytes over files that end in the middle of windows, with a hidden and an empty file between."""
-    text = bytes((i * i // 7 + i) % 251 for i in range(1500))
-    (tmp_path / "sub").mkdir()
-    for name, part in {"a.txt": text[:701], "b.bin": b"", "sub/c.py": text[701:705], "sub/d": text[705:], ".hidden": b"zzz"}.items():
-        (tmp_path / name).write_bytes(part)
-    return tmp_path, text
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
@@ -29,87 +21,384 @@ def test_shuffled_is_a_permutation_that_depends_on_its_key(n):
         assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_an_epoch_is_one_pass_over_the_windows(folder):
-    path, text = folder
-    data = dataset(path)
-    assert data.train_bytes == 1425 and data.train_windows == 178 and data.batches_per_epoch == 44
-    for epoch in (0, 3):
-        batches = list(data.batches(epoch, 0))
-        assert len(batches) == 44 and all(batch.shape == (4, 9) and batch.dtype == torch.uint8 for batch in batches)
-        starts = {bytes(window.tolist()) for batch in batches for window in batch}
-        whole = {text[i * 8 : i * 8 + 9] for i in range(178)}
-        assert starts <= whole and len(starts) >= 175  # 44 * 4 of 178 windows; a few have twins
+class Numbers(torch.utils.data.Dataset):
+    """Sample i is i and a random number from each generator."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple:
+        return index, torch.rand(()).item(), random.random(), float(np.random.rand())
 
 
-def test_a_batch_is_a_pure_function_of_seed_epoch_and_number(folder):
-    path, _ = folder
-    data, again, other = dataset(path), dataset(path), dataset(path, seed=1)
-    epoch_2 = list(data.batches(2, 0))
-    assert all(a.equal(b) for a, b in zip(epoch_2[40:], again.batches(2, 40)))
-    assert not epoch_2[0].equal(next(other.batches(2, 0)))
-    assert not epoch_2[0].equal(next(data.batches(1, 0)))
+def noisy_collate(samples: list[tuple]) -> list[tuple]:
+    """A batch as a list of its samples, and a last one that is random."""
+    return [*samples, (-1, torch.rand(()).item(), random.random(), float(np.random.rand()))]
 
 
-def test_workers_give_the_same_batches_and_leave_the_default_generator_alone(folder):
-    path, _ = folder
+def batches_of(
+    training=103, validation=23, batch_size=10, seed=0, rank=0, world_size=1, eval_batches=None
+) -> t.Batches:
+    options = argparse.Namespace(seed=seed, eval_batches=eval_batches)
+    data = Numbers(training), Numbers(validation), noisy_collate
+    return t.Batches(*data, batch_size, options, rank, world_size)
+
+
+def indices(batches: t.Batches, split: str, number: int) -> list[int]:
+    """Of the samples of a batch, those that count."""
+    _, batch, count = batches[split, number]
+    return [sample[0] for sample in batch[:-1]][:count]
+
+
+def test_an_epoch_is_one_pass_over_the_samples_in_whole_batches():
+    batches = batches_of()
+    assert batches.per_epoch == 10
+    orders = []
+    for epoch in (0, 1, 7):
+        order = [indices(batches, "training", 10 * epoch + number) for number in range(10)]
+        assert all(len(batch) == 10 for batch in order)
+        orders.append(sum(order, []))
+        # What fills no batch, another part in each epoch, is left out.
+        assert len(set(orders[-1])) == 100 and set(orders[-1]) < set(range(103))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert len({frozenset(order) for order in orders}) == 3
+
+
+def test_a_batch_and_its_randomness_are_a_pure_function_of_seed_and_number():
+    batches = batches_of()
+    numbers = [25, 3, 24, 25, 0]
+    # In any order, whatever was drawn between.
+    found = {number: batches["training", number] for number in numbers}
     torch.manual_seed(5)
-    before = torch.get_rng_state()
-    data = dataset(path)
-    alone = list(data.batches(1, 30))
-    data.workers = 2
-    assert all(a.equal(b) for a, b in zip(alone, data.batches(1, 30)))
-    assert torch.get_rng_state().equal(before)
+    random.seed(6)
+    np.random.seed(7)
+    again = batches_of()
+    assert all(again["training", number] == found[number] for number in reversed(numbers))
+    other = batches_of(seed=1)
+    for number in numbers:
+        assert other["training", number] != found[number]
+    assert indices(other, "training", 3) != indices(batches, "training", 3)
 
 
-def test_validation_windows_are_the_last_bytes_and_always_the_same(folder):
+def test_the_randomness_of_a_sample_is_one_of_seed_epoch_and_index_alone():
+    """Whatever stands beside it in a batch, and whoever computes it."""
+
+    def drawn(epoch: int, **settings) -> dict[int, tuple]:
+        batches = batches_of(training=100, **settings)
+        samples = {}
+        for number in range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch):
+            samples |= {sample[0]: sample for sample in batches["training", number][1][:-1]}
+        return samples
+
+    one = drawn(2)
+    assert len({sample[1:] for sample in one.values()}) == 100
+    assert drawn(2, batch_size=25) == one
+    assert drawn(2, rank=0, world_size=2) | drawn(2, rank=1, world_size=2) == one
+    assert all(drawn(3)[index] != one[index] for index in range(100))
+    assert all(drawn(2, seed=1)[index] != one[index] for index in range(100))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_any_number_of_workers_gives_the_same_batches(workers):
+    batches = batches_of()
+    loader = t.Loader(batches, workers, step=8, pin=False, report=print)
+    expected = [batches["training", number][1] for number in range(8, 15)]
+    try:
+        assert [loader.training() for _ in range(3)] == expected[:3]
+        # An evaluation comes between batches that were drawn ahead already.
+        assert [loader.validation(number)[1] for number in range(3)] == [10, 10, 3]
+        assert [loader.training() for _ in range(2)] == expected[3:5]
+        count = loader.validation(0, 1)[0]
+        assert count == batches["validation", 0][1]
+        assert [loader.training() for _ in range(2)] == expected[5:] and loader.step == 15
+    finally:
+        loader.close()
+
+
+def test_every_rank_has_an_equal_part_of_every_batch():
+    whole = batches_of(batch_size=12)
+    for world_size in (2, 3):
+        parts = [batches_of(batch_size=12, rank=r, world_size=world_size) for r in range(world_size)]
+        for number in (0, 7, 8, 30):
+            shares = [indices(part, "training", number) for part in parts]
+            assert {len(share) for share in shares} == {12 // world_size}
+            assert sorted(sum(shares, [])) == sorted(indices(whole, "training", number))
+        # What collate draws is another thing for each.
+        assert len({part["training", 0][1][-1] for part in parts}) == world_size
+
+
+@pytest.mark.parametrize("validation", [1, 9, 10, 23, 30])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_an_evaluation_has_every_sample_once_and_as_many_passes_on_every_rank(
+    validation, world_size
+):
+    ranks = [
+        batches_of(validation=validation, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    passes = {batches.per_evaluation for batches in ranks}
+    assert passes == {-(-validation // 10)}
+    seen = []
+    for batches in ranks:
+        for number in range(batches.per_evaluation):
+            seen += indices(batches, "validation", number)
+            # Who has no sample of its own computes one all the same, that does not count.
+            assert len(batches["validation", number][1]) >= 2
+    assert sorted(seen) == list(range(validation))
+
+
+def test_eval_batches_are_evenly_spread_and_always_the_same():
+    batches = batches_of(validation=1000, eval_batches=2)
+    assert batches.per_evaluation == 2
+    chosen = indices(batches, "validation", 0) + indices(batches, "validation", 1)
+    assert chosen == list(range(0, 1000, 50))
+    ranks = [
+        batches_of(validation=1000, eval_batches=2, rank=r, world_size=2) for r in range(2)
+    ]
+    shares = [indices(one, "validation", number) for one in ranks for number in range(2)]
+    assert sorted(sum(shares, [])) == chosen
+    assert batches_of(validation=15, eval_batches=9).per_evaluation == 2
+
+
+def random_body(seen: list[tuple]):
+    """A train(run) that notes what is random in the loop's body and in evaluate."""
+
+    def train(run):
+        run.data(Numbers(40), Numbers(8))
+        model = run.model(torch.nn.Linear(1, 1))
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 1e-9))
+
+        def note(what: str) -> None:
+            seen.append((what, run.step, torch.rand(()).item(), random.random(), np.random.rand()))
+
+        def evaluate(batch):
+            note("evaluation")
+            return {"loss": batch[1]}
+
+        for index, *_ in run.batches(evaluate):
+            note("body")
+            model(index.float().unsqueeze(1)).mean().backward()
+            optimizer.step()
+            if run.step + 1 == run.options.stop:
+                ask_to_leave(run)
+
+    return train
+
+
+def test_what_is_random_in_the_loop_is_the_same_with_any_workers_and_after_a_resume(tmp_path):
+    def drawn(*args) -> list[tuple]:
+        seen: list[tuple] = []
+        options = {"steps": 12, "batch_size": 4, "eval_every": 5, "stop": t.option(0, fixed=False)}
+        session("--checkpoint-dir", tmp_path, *args, train=random_body(seen), **options)
+        return seen
+
+    whole = drawn()
+    bodies = [one for one in whole if one[0] == "body"]
+    assert [step for _, step, *_ in bodies] == list(range(12))
+    assert len({one[2:] for one in bodies}) == 12
+    # Every evaluation draws the same, so that only the model makes them differ.
+    evaluations = {}
+    for _, step, *numbers in (one for one in whole if one[0] == "evaluation"):
+        evaluations.setdefault(step, []).append(numbers)
+    assert evaluations[5] == evaluations[10] == evaluations[12] and len(evaluations[5]) == 2
+    assert evaluations[0] == evaluations[5][:1]
+    for workers in (2, 3):
+        assert drawn("--workers", workers) == whole
+    stopped = drawn("--stop", 7, "--workers", 1)
+    resumed = drawn("--resume", "latest", "--stop", 0)
+    assert [one for one in stopped + resumed if one[0] == "body"] == bodies
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((Endless(),), ["Endless is no map-style dataset", "cannot be resumed", "__getitem__"]),
+        ((Numbers(8), Endless()), ["Endless is no map-style dataset"]),
+        ((iter([1, 2]),), ["is no map-style dataset", "__len__()"]),
+        ((Numbers(3),), ["3 training samples are less than a batch of 4"]),
+        ((Numbers(8), Numbers(0)), ["the validation dataset is empty"]),
+    ],
+)
+def test_data_that_cannot_be_resumed_or_is_too_short_is_refused(capfd, arguments, words):
+    def train(run):
+        run.data(*arguments)
+        raise AssertionError
+
+    assert session(train=train, steps=5, batch_size=4) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: run.data: ") and error.count("\n") == 1
+    assert all(word in error for word in words)
+
+
+# What the built-in program reads.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """1,500 distinct-looking bytes over files that end in the middle of windows, with a hidden and
+    an empty file between."""
+    text = bytes((i * i // 7 + i) % 251 for i in range(1500))
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    files = {"a.txt": text[:701], "b.bin": b"", "sub/c.py": text[701:705], "sub/d": text[705:]}
+    for name, part in {**files, ".hidden": b"zzz"}.items():
+        (data / name).write_bytes(part)
+    (data / ".git").mkdir()
+    (data / ".git" / "config").write_bytes(b"zzz")
+    return data, text
+
+
+def datasets(*paths: Path, context=8, left_out=Path("/nowhere")):
+    return t.text_datasets([str(path) for path in paths], context, left_out)
+
+
+def test_the_windows_lie_end_to_end_over_files_and_the_last_part_is_for_validation(folder):
     path, text = folder
-    data = dataset(path)
-    windows = [bytes(window.tolist()) for batch in data.validation_batches() for window in batch]
+    training, validation = datasets(path)
+    assert training[0].dtype == torch.uint8
+    windows = [bytes(training[i].tolist()) for i in range(len(training))]
+    # 95 % of the bytes; a window has the byte that follows it, too.
+    assert windows == [text[i * 8 : i * 8 + 9] for i in range(178)] and 178 == (1425 - 1) // 8
+    windows = [bytes(validation[i].tolist()) for i in range(len(validation))]
     assert windows == [text[1425 + i * 8 : 1425 + i * 8 + 9] for i in range(9)]
 
 
-def test_the_fingerprint_knows_content_and_not_place(folder, tmp_path):
+def test_several_paths_are_taken_in_their_order(folder, tmp_path):
     path, text = folder
-    fingerprint = dataset(path).fingerprint()
-    moved = tmp_path / "sub2"
-    path.joinpath("sub").rename(moved)
-    assert dataset(path).fingerprint() == fingerprint
-    (moved / "d").write_bytes(text[705:-1] + b"!")
-    assert dataset(path).fingerprint() != fingerprint
+    one, other = path / "a.txt", path / "sub"
+    training, _ = datasets(other, one)
+    assert bytes(training.corpus.read(0, 1500).tolist()) == text[701:] + text[:701]
+
+
+def test_its_own_checkpoints_and_hidden_files_are_no_data(folder):
+    path, text = folder
+    (path / "ck" / "emergency_exit").mkdir(parents=True)
+    for name in ("final.pt", "metrics.csv", "emergency_exit/emergency_step_1.pt"):
+        (path / "ck" / name).write_bytes(b"zzz")
+    training, _ = datasets(path, left_out=path / "ck")
+    assert bytes(training.corpus.read(0, len(training.corpus)).tolist()) == text
+    assert training.corpus.names == ["a.txt", "sub/c.py", "sub/d"]
+    assert "ck/final.pt" in datasets(path)[0].corpus.names
+    # A hidden file that is asked for by its name is meant.
+    (path / ".hidden").write_bytes(text)
+    assert datasets(path / ".hidden")[0].corpus.names == [".hidden"]
+
+
+def test_a_run_that_saves_beside_its_data_can_be_resumed(folder, monkeypatch):
+    path, _ = folder
+    link = path.parent / "link"
+    link.symlink_to(path)
+    monkeypatch.chdir(link)
+    sizes = ["--context", 8, "--layers", 1, "--heads", 1, "--dim", 8, "--experts", 1]
+    options = ["--data", ".", *sizes, "--batch-size", 4, "--eval-every", 2]
+    assert session(*options, "--steps", 4) == 0
+    assert (path / "checkpoints" / "final.pt").exists()
+    assert session("--resume", "latest", "--steps", 6) == 0
+    assert t.load_checkpoint(path / "checkpoints" / "final.pt")["step"] == 6
+    assert session(*options, "--steps", 4) == 0
+    first, second = (
+        t.load_checkpoint(path / "checkpoints" / name)["data_fingerprint"]
+        for name in ("final.pt", "final_2.pt")
+    )
+    assert first == second
+
+
+def test_the_fingerprint_knows_content_and_not_place(folder):
+    path, text = folder
+
+    def saved() -> list:
+        return t.fingerprint(datasets(path)[0])
+
+    before = saved()
+    assert before[0] == 178 and sorted(before[1]) == ["a.txt", "sub/c.py", "sub/d"]
+    assert t.fingerprint(datasets(path)[1]) == [9, None]
+    (path / "sub").rename(path / "sub2")
+    assert t.difference(before, saved()) is None
+    (path / "sub2" / "d").write_bytes(text[705:-1] + b"!")
+    assert t.difference(before, saved()) is not None
+    (path / "sub2").rename(path / "sub")
+    assert t.difference(before, saved()) == "changed: sub/d"
+    (path / "sub" / "d").unlink()
+    (path / "e").write_bytes(text)
+    assert t.difference(before, saved()) == "added: e; removed: sub/d"
+
+
+@pytest.mark.parametrize(
+    "saved, own, words",
+    [
+        ([5, None], [5, None], None),
+        ([5, None], [1234, None], "5 samples then, 1,234 now"),
+        ([5, "abc"], [5, "abc"], None),
+        ([5, "abc"], [5, "abd"], "their fingerprints differ"),
+        ([5, [1, 2]], [6, [1, 2]], "5 samples then, 6 now"),
+        ([5, {"a": "1", "b": "2"}], [5, {"a": "1", "b": "2"}], None),
+        ([5, {"a": "1", "b": "2"}], [5, {"b": "2", "a": "1"}], "in another order"),
+        ([5, {"a": "1"}], [9, {"a": "1", **dict.fromkeys("zyxw", "2")}], "added: w, x, y, ..."),
+    ],
+)
+def test_a_difference_is_said_in_words(saved, own, words):
+    assert t.difference(saved, own) == words
 
 
 def test_a_large_corpus_is_fingerprinted_by_samples(folder, monkeypatch):
     path, text = folder
-    monkeypatch.setattr(t, "FULL_FINGERPRINT_BYTES", 100)
-    monkeypatch.setattr(t, "FINGERPRINT_SAMPLE_BYTES", 100)
-    fingerprint = dataset(path).fingerprint()
-    assert dataset(path).fingerprint() == fingerprint
-    (path / "a.txt").write_bytes(b"!" + text[1:701])
-    assert dataset(path).fingerprint() != fingerprint
+    monkeypatch.setattr(t.Corpus, "SMALL_BYTES", 100)
+    (path / "large").write_bytes(bytes(100_000))
+    fingerprint = datasets(path)[0].fingerprint()
+    assert datasets(path)[0].fingerprint() == fingerprint
+    for place in (0, 50_000, 99_999):
+        changed = bytearray(100_000)
+        changed[place] = 1
+        (path / "large").write_bytes(changed)
+        same = datasets(path)[0].fingerprint() == fingerprint
+        # What lies between the samples may change unseen; beginning and end may not.
+        assert not same or place == 50_000
+    (path / "large").write_bytes(bytes(100_001))
+    assert datasets(path)[0].fingerprint() != fingerprint
+
+
+def test_a_corpus_of_many_files_has_a_digest_for_each_folder(tmp_path):
+    for number in range(1001):
+        folder = tmp_path / f"{number % 3}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number:04}").write_bytes(b"text %d" % number)
+    before = datasets(tmp_path)[0].fingerprint()
+    assert sorted(before) == ["0", "1", "2"]
+    (tmp_path / "1" / "0001").write_bytes(b"TEXT 1")
+    after = datasets(tmp_path)[0].fingerprint()
+    assert [name for name in before if before[name] != after[name]] == ["1"]
 
 
 def test_the_default_data_is_pythons_own_source():
     files = t.standard_library_files()
     assert len(files) > 300 and all(path.suffix == ".py" for path in files)
     assert not any("site-packages" in path.parts or "test" in path.parts for path in files)
+    training, validation = datasets(context=128)
+    assert len(training.corpus) == sum(path.stat().st_size for path in files)
+    assert len(training) > 18 * len(validation) > 0
 
 
 def test_files_are_mapped_and_hold_no_descriptors(tmp_path):
-    import os
     for i in range(300):
         (tmp_path / f"{i:03}").write_bytes(bytes([i % 256]) * 50)
     before = len(os.listdir("/dev/fd"))
-    data = dataset(tmp_path)
-    list(data.batches(0, 0))
+    training, _ = datasets(tmp_path)
+    assert training[1700].tolist() == [272 % 256] * 9
+    assert [training[i].shape for i in range(len(training))] == [(9,)] * len(training)
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_workers_whose_sockets_would_have_too_long_a_path_are_refused(folder, monkeypatch):
-    """They would be waited for for ever."""
-    monkeypatch.setattr(t.tempfile, "tempdir", "/" + "a" * t.SOCKET_FOLDER_BYTES)
-    dataset(folder[0])
-    with pytest.raises(t.UserError, match="set TMPDIR"):
-        dataset(folder[0], workers=1)
-    monkeypatch.setattr(t.tempfile, "tempdir", "/" + "a" * (t.SOCKET_FOLDER_BYTES - 1))
-    assert len(t.tempfile.gettempdir() + "/pymp-12345678/listener-12345678") == 103
-    dataset(folder[0], workers=1)
+def test_text_that_is_too_short_is_refused(tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_bytes(b"x" * 300)
+    message = refused("--data", short, "--context", 16, "--checkpoint-dir", tmp_path / "ck")
+    assert message == f"--data {short}: 300 bytes are too few for --context 16"
+    assert not (tmp_path / "ck").exists()

@@ -23,11 +23,12 @@ from conftest import (
 
 import train_graceful as t
 
-STEPS = 14
-# 5 batches an epoch, an evaluation every 4 steps, a row every 3: stops fall on every kind of
+STEPS = 30
+# 24 batches an epoch and 2 an evaluation, every 8 steps; a row every 5: stops fall on every kind of
 # boundary.
-SCHEDULE = ["--steps", str(STEPS), "--eval-every", "4", "--log-every", "3", "--save-every", "6"]
+SCHEDULE = ["--steps", str(STEPS), "--eval-every", "8", "--log-every", "5", "--save-every", "12"]
 SCHEDULE += ["--warmup-steps", "3"]
+ROWS = [5, 8, 10, 15, 16, 20, 24, 25, 30]
 
 
 def corpus_of(path: Path, windows: int) -> Path:
@@ -83,12 +84,12 @@ def uninterrupted(tmp_path_factory):
     def get(mode: str, grad_accum: int = 1):
         if (mode, grad_accum) not in made:
             folder = tmp_path_factory.mktemp("reference")
-            data = corpus_of(folder / "corpus.txt", windows=5 * 4 * grad_accum + 2)
+            data = corpus_of(folder / "corpus.txt", windows=24 * 4 * grad_accum + 2)
             options = ["--data", str(data), *TINY, *SCHEDULE, *MODES[mode]]
             options += ["--grad-accum", str(grad_accum)]
             whole = train(folder / "ck", *options)
-            assert whole.step == STEPS and whole.epoch == STEPS // 5
-            assert steps_of_rows(folder / "ck") == [3, 4, 6, 8, 9, 12, 14]
+            assert whole.step == STEPS and whole.epoch == STEPS // 24 == 1
+            assert steps_of_rows(folder / "ck") == ROWS
             made[mode, grad_accum] = options, folder / "ck"
         return made[mode, grad_accum]
 
@@ -98,13 +99,15 @@ def uninterrupted(tmp_path_factory):
 STOPS = [
     ("start", 0),
     ("batch", 1),
-    ("batch", 5),
-    ("batch", 6),
-    ("batch", 8),
-    ("evaluation", 8),
-    ("batch", 13),
-    ("batch", 14),
-    ("evaluation", 14),
+    ("batch", 15),
+    ("batch", 16),
+    ("evaluation", 16),
+    ("batch", 24),
+    ("evaluation", 24),
+    ("batch", 25),
+    ("batch", 29),
+    ("batch", 30),
+    ("evaluation", 30),
 ]
 
 
@@ -114,6 +117,7 @@ def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop
     options, reference = uninterrupted(mode, grad_accum=3)
     stopped = train(tmp_path, *options, "--workers", 2, stop=stop)
     label, path = stopped.saved
+    assert not stop[0] == "evaluation" or t.load_checkpoint(path)["evaluation"]["step"] < stop[1]
     assert label == "Emergency checkpoint" and path.name == f"emergency_step_{stop[1]}.pt"
     assert t.load_checkpoint(path)["step"] == stopped.step == stop[1]
     train(tmp_path, "--resume", path)
@@ -123,8 +127,8 @@ def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop
 def test_stopped_many_times_is_the_same_run(uninterrupted, tmp_path):
     options, reference = uninterrupted("geometric")
     train(tmp_path, *options, stop=("start", 0))
-    stops = [("batch", 2), ("batch", 4), ("start", 4), ("batch", 5), ("batch", 11)]
-    for stop in [*stops, ("evaluation", 12), ("start", 12)]:
+    stops = [("batch", 2), ("batch", 8), ("start", 8), ("batch", 9), ("batch", 13)]
+    for stop in [*stops, ("evaluation", 16), ("evaluation", 24), ("start", 24)]:
         stopped = train(tmp_path, "--resume", "latest", stop=stop)
         assert stopped.step == stop[1]
     train(tmp_path, "--resume", "latest")
@@ -138,19 +142,19 @@ def test_standard_loop_and_standard_controller_reach_the_same_bits(uninterrupted
 
 def test_resuming_from_an_older_checkpoint_cuts_the_rows_after_it(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
-    train(tmp_path, *options, stop=("batch", 9))
-    assert steps_of_rows(tmp_path) == [3, 4, 6, 8, 9]
-    resumed = train(tmp_path, "--resume", tmp_path / "step_6.pt", stop=("start", 6))
-    assert resumed.step == 6 and steps_of_rows(tmp_path) == [3, 4, 6]
-    train(tmp_path, "--resume", tmp_path / "step_6.pt")
+    train(tmp_path, *options, stop=("batch", 17))
+    assert steps_of_rows(tmp_path) == [5, 8, 10, 15, 16]
+    resumed = train(tmp_path, "--resume", tmp_path / "step_12.pt", stop=("start", 12))
+    assert resumed.step == 12 and steps_of_rows(tmp_path) == [5, 8, 10]
+    train(tmp_path, "--resume", tmp_path / "step_12.pt")
     assert_same_run(tmp_path, reference)
 
 
 def test_latest_prefers_what_was_saved_after_going_back(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
-    furthest = train(tmp_path, *options, stop=("batch", 9)).saved[1]
+    furthest = train(tmp_path, *options, stop=("batch", 17)).saved[1]
     assert t.latest_checkpoint(tmp_path) == furthest
-    back = train(tmp_path, "--resume", tmp_path / "step_6.pt", stop=("batch", 7)).saved[1]
+    back = train(tmp_path, "--resume", tmp_path / "step_12.pt", stop=("batch", 13)).saved[1]
     assert t.latest_checkpoint(tmp_path) == back
     train(tmp_path, "--resume", "latest")
     assert_same_run(tmp_path, reference)
@@ -249,17 +253,17 @@ def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(
         assert metrics_without_times(other, "metrics_2.csv") == rows
     else:
         # Those before lie beside the run's other checkpoints, and nobody has copied them.
-        assert metrics_without_times(other, "metrics_2.csv") == rows[-4:]
+        assert metrics_without_times(other, "metrics_2.csv") == rows[1:]
 
 
 def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd):
     options, _ = uninterrupted("standard")
-    train(tmp_path, *options, stop=("batch", 3))
+    train(tmp_path, *options, stop=("batch", 5))
     assert "Another run" not in capfd.readouterr().out
-    train(tmp_path, *options, stop=("batch", 4))
+    train(tmp_path, *options, stop=("batch", 6))
     line = "📂 Another run has saved here before; the figures of this one are in metrics_2.csv\n"
     assert line in capfd.readouterr().out
-    assert steps_of_rows(tmp_path) == [3] and steps_of_rows(tmp_path, "metrics_2.csv") == [3]
+    assert steps_of_rows(tmp_path) == [5] and steps_of_rows(tmp_path, "metrics_2.csv") == [5]
 
 
 class Noted(torch.utils.data.Dataset):
@@ -324,7 +328,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_nothing(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = run("--resume", "latest", "--checkpoint-dir", tmp_path)
     assert again.returncode == 0 and again.stderr == ""
-    line = "✅ Nothing left to do: step 14 of 14. A larger --steps trains further.\n"
+    line = "✅ Nothing left to do: step 30 of 30. A larger --steps trains further.\n"
     assert line in again.stdout and "Training started" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -337,20 +341,20 @@ def test_a_longer_run_goes_on_from_final_and_says_what_becomes_of_the_learning_r
     train(tmp_path, *options)
     assert "learning rate" not in capfd.readouterr().out
     finished = t.load_checkpoint(tmp_path / "final.pt")
-    longer = train(tmp_path, "--resume", tmp_path / "final.pt", "--steps", 18)
-    assert longer.step == 18
+    longer = train(tmp_path, "--resume", tmp_path / "final.pt", "--steps", 37)
+    assert longer.step == 37
     final = t.load_checkpoint(tmp_path / "final.pt")
-    assert final["step"] == 18 and final["run_id"] == finished["run_id"]
-    assert steps_of_rows(tmp_path) == [3, 4, 6, 8, 9, 12, 14, 15, 16, 18]
+    assert final["step"] == 37 and final["run_id"] == finished["run_id"]
+    assert steps_of_rows(tmp_path) == [*ROWS, 32, 35, 37]
     output = capfd.readouterr().out
     assert output.count("📈") == 1
     name = "rotation" if mode == "geometric" else "adamw"
     before = finished["optimizer_state_dicts"][name]["param_groups"][0]["lr"]
-    # What a run of 18 steps has after 15 of them.
+    # What a run of 37 steps has after 31 of them.
     decay = t.cubic if mode == "geometric" else t.cosine
-    after = (1e-2 if mode == "geometric" else 3e-3) * decay((15 - 3) / (18 - 3))
+    after = (1e-2 if mode == "geometric" else 3e-3) * decay((31 - 3) / (37 - 3))
     line = f"📈 The learning rate goes on at {after:.2e}, after {before:.2e}: its schedule is now"
-    assert f"{line} one of 18 steps\n" in output
+    assert f"{line} one of 37 steps\n" in output
 
 
 def test_a_stopped_run_that_is_made_longer_says_what_becomes_of_the_learning_rate(
@@ -358,8 +362,8 @@ def test_a_stopped_run_that_is_made_longer_says_what_becomes_of_the_learning_rat
 ):
     options, _ = uninterrupted("standard")
     train(tmp_path, *options, stop=("batch", 12))
-    train(tmp_path, "--resume", "latest", "--steps", 28)
-    assert capfd.readouterr().out.count("its schedule is now one of 28 steps\n") == 1
+    train(tmp_path, "--resume", "latest", "--steps", 60)
+    assert capfd.readouterr().out.count("its schedule is now one of 60 steps\n") == 1
     train(tmp_path, *options, "--seed", 7, stop=("batch", 12))
     train(tmp_path, "--resume", "latest")
     assert "learning rate" not in capfd.readouterr().out
@@ -410,9 +414,11 @@ def test_other_data_is_refused_with_what_was_added_removed_and_changed(
 def test_the_same_data_may_lie_elsewhere(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
     copied = shutil.copy(options[1], tmp_path / "renamed.txt")
-    train(tmp_path, *options, stop=("batch", 7))
-    train(tmp_path, "--resume", "latest", "--data", copied)
-    assert_same_run(tmp_path, reference)
+    path = train(tmp_path / "ck", *options, stop=("batch", 7)).saved[1]
+    train(None, "--resume", path, "--data", copied)
+    ours, theirs = (t.load_checkpoint(ck / "final.pt") for ck in (tmp_path / "ck", reference))
+    assert_same(ours["model_state_dict"], theirs["model_state_dict"])
+    assert metrics_without_times(tmp_path / "ck") == metrics_without_times(reference)
 
 
 def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, tmp_path):
@@ -426,9 +432,9 @@ def test_fewer_steps_than_the_checkpoint_has_leave_nothing_to_do(uninterrupted, 
 
 def test_a_run_killed_in_its_final_save_is_completed_by_resuming(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
-    train(tmp_path, *options, "--save-every", 7)
+    train(tmp_path, *options, "--save-every", 15)
     (tmp_path / "final.pt").unlink()
-    train(tmp_path, "--resume", tmp_path / "step_14.pt")
+    train(tmp_path, "--resume", tmp_path / "step_30.pt")
     assert_same_run(tmp_path, reference)
 
 
@@ -446,8 +452,8 @@ def test_a_fresh_start_that_was_stopped_at_once_does_not_hide_a_trained_run(
 
 def test_epochs_end_the_run_and_the_schedule(uninterrupted, tmp_path):
     options, _ = uninterrupted("standard")
-    done = train(tmp_path, *options, "--epochs", 2)
-    assert done.step == done.total_steps == 10 and done.epoch == 2
+    done = train(tmp_path, *options, "--epochs", 1)
+    assert done.step == done.total_steps == 24 and done.epoch == 1
     optimizer = t.load_checkpoint(tmp_path / "final.pt")["optimizer_state_dicts"]["adamw"]
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.1 * 3e-3)
 
@@ -481,12 +487,12 @@ def test_the_run_is_the_same_with_and_without_saves(uninterrupted, tmp_path):
     train(tmp_path, *options, "--save-every", 1, "--keep", 2)
     assert_same_run(tmp_path, reference)
     periodic = sorted(path.name for path in tmp_path.glob("step_*.pt"))
-    assert periodic == ["step_13.pt", "step_14.pt"]
+    assert periodic == ["step_29.pt", "step_30.pt"]
     assert t.load_checkpoint(tmp_path / "best.pt")["exit_reason"] == "best"
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
-@pytest.mark.parametrize("bad", [4, 5, 6])
+@pytest.mark.parametrize("bad", [8, 9, 10])
 def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, mode, bad):
     options, reference = uninterrupted(mode)
     stopped = train(tmp_path / "expected", *options, stop=("batch", bad - 1))
@@ -507,8 +513,8 @@ def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, mode, 
     assert session("--checkpoint-dir", ck, *options, train=poisoned, **t.OPTIONS) == 1
     saved = t.load_checkpoint(ck / f"emergency_exit/emergency_step_{bad - 1}.pt")
     assert saved["exit_reason"] == "exception_FloatingPointError"
-    # A stop in the fourth batch comes before its evaluation.
-    same = [key for key in STATE_KEYS if bad != 5 or key not in ("best", "evaluation")]
+    # A stop in the eighth batch comes before its evaluation.
+    same = [key for key in STATE_KEYS if bad != 9 or key not in ("best", "evaluation")]
     assert_same({key: saved[key] for key in same}, {key: expected[key] for key in same})
     train(ck, "--resume", "latest")
     assert_same_run(ck, reference)
