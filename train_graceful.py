@@ -24,7 +24,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # Importing torch takes seconds, in which there is nothing to save and no reason for a traceback.
+    # Importing torch takes seconds: nothing to save yet, and no reason for a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -161,7 +161,7 @@ class Option(typing.NamedTuple):
         return self.checked_item(value)
 
     def checked_item(self, value: typing.Any) -> typing.Any:
-        kind = str if self.type() is Path else self.type()
+        kind: typing.Any = str if self.type() is Path else self.type()
         if type(value) is not kind:
             raise ValueError(f"{value!r} is not of type {kind.__name__}")
         if kind is str and ("\0" in value or not value and self.default != ""):
@@ -192,7 +192,7 @@ class Option(typing.NamedTuple):
 
 option = Option
 
-COMMON_OPTIONS = {
+COMMON_OPTIONS: dict[str, typing.Any] = {
     "steps": option(None, "batches in the whole run, resumes included", None, False, 1, kind=int),
     "epochs": option(None, "passes over the data, if they end earlier", None, False, 1, kind=int),
     "batch_size": option(16, "samples of a batch, over all processes", least=1),
@@ -332,7 +332,7 @@ def is_first_rank() -> bool:
 
 
 def typed_at_us(terminal: int) -> bool:
-    """False where a shell has given the terminal to another job: what is typed there is not ours."""
+    """False where a shell has given the terminal to another job: that typing is not ours."""
     try:
         os.tcgetpgrp(terminal)
     except OSError:
@@ -437,7 +437,7 @@ class Screen:
                 self._status_width, self._backlog = len(text), b""
 
     def clear(self, wait: float = 0.0) -> None:
-        """Leaves no status line behind; a stopped terminal may take the rest for so many seconds."""
+        """Leaves no status line behind; a stopped terminal has so many seconds to take the rest."""
         with self._lock:
             self._write(self._erase_status(), wait)
 
@@ -530,7 +530,9 @@ class ExitMonitor:
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             self._undo.callback(signal.set_wakeup_fd, before_fd)
             self._pid = os.getpid()
-            before = {s: signal.getsignal(s) or signal.SIG_DFL for s in EXIT_SIGNALS}
+            before: dict[int, typing.Any] = {
+                signum: signal.getsignal(signum) or signal.SIG_DFL for signum in EXIT_SIGNALS
+            }
             # nohup's promise.
             if before[signal.SIGHUP] is signal.SIG_IGN:
                 del before[signal.SIGHUP]
@@ -713,7 +715,7 @@ class ExitMonitor:
                 self._screen.say(self.describe())
 
     def _abandon(self, text: str, exit_code: int) -> typing.NoReturn:
-        """Ends the process here and now: the main thread may be inside a call that takes minutes."""
+        """Ends the process here and now: the main thread may be inside a call of minutes."""
         self._screen.say(text)
         self._restore_terminal()
         end_children()
@@ -766,11 +768,11 @@ class SignalsOfChildren:
             self._heard[signal.SIGTERM] = 0.0
             self._terminate(process)
 
-        setattr(multiprocessing.process.BaseProcess, "terminate", terminate)
+        multiprocessing.process.BaseProcess.terminate = terminate  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *exc_info) -> None:
-        setattr(multiprocessing.process.BaseProcess, "terminate", self._terminate)
+        multiprocessing.process.BaseProcess.terminate = self._terminate  # type: ignore[method-assign]
         SignalsOfChildren.active = self._outer
 
     def parent_heard(self, signum: int) -> None:
@@ -781,7 +783,8 @@ class SignalsOfChildren:
         signal.set_wakeup_fd(-1)
         for signum in self._before:
             signal.signal(signum, self._in_child)
-        if workers := sys.modules.get("torch.utils.data._utils.signal_handling"):
+        workers: typing.Any = sys.modules.get("torch.utils.data._utils.signal_handling")
+        if workers is not None:
             # A DataLoader worker takes a handler for SIGTERM that ends it whoever has sent it.
             set_handlers = workers._set_worker_signal_handlers
 
@@ -789,7 +792,7 @@ class SignalsOfChildren:
                 set_handlers()
                 signal.signal(signal.SIGTERM, self._in_child)
 
-            setattr(workers, "_set_worker_signal_handlers", set_our_handler_too)
+            workers._set_worker_signal_handlers = set_our_handler_too
 
     def _in_child(self, signum: int, frame: object) -> None:
         deadline = time.monotonic() + self.PARENT_SECONDS
@@ -1487,7 +1490,7 @@ def first_whole(
     report: Callable[[str], None],
     paths: Sequence[Path] | None = None,
 ) -> tuple[Path, typing.Any]:
-    """The first checkpoint, as find_checkpoints sorts them, that read takes, and what it returns."""
+    """The first checkpoint, by find_checkpoints, that read takes, and what it returns."""
     if paths is None:
         paths = [found.path for found in find_checkpoints(directory, report)]
     for path in paths:
@@ -1887,7 +1890,7 @@ def to_device(batch: typing.Any, device: torch.device) -> typing.Any:
 
 
 def fingerprint(dataset: typing.Any) -> list:
-    """How data is known on resume: its length and what its fingerprint(), if it has one, returns."""
+    """How data is known on resume: its length, and its fingerprint() if it has one."""
     if dataset is None:
         return [0, None]
     return [len(dataset), dataset.fingerprint() if hasattr(dataset, "fingerprint") else None]
@@ -1945,7 +1948,7 @@ class Metrics:
                 break
 
     def _rows(self, path: Path) -> list[dict]:
-        """The rows of this run; none where the file is another's, or a person has made it another."""
+        """The rows of this run; none where the file is another's, or was made so by a person."""
         try:
             with open(path, newline="", errors="surrogateescape") as file:
                 # Python 3.10 would stumble over a NUL.
@@ -2055,13 +2058,14 @@ class Progress:
             "evaluated_step": evaluation["step"],
             **{key: state["metrics"][key] for key in METRICS_KEYS},
         }
-        made, kinds = cls(**values), {"best": float, "smooth_loss": float}
-        for name, default in dataclasses.asdict(cls()).items():
-            kind = kinds.get(name, type(default))
-            if type(values[name]) is not kind and not (name in kinds and values[name] is None):
-                raise ValueError(f"{name} is {values[name]!r}")
-        for named, kind in ((made.evaluation, float), (made.sums, float), (made.counts, int)):
-            if not all(type(k) is str and type(v) is kind for k, v in named.items()):
+        made, plain = cls(**values), vars(cls())
+        for name, value in values.items():
+            # None stands for a number that is not known yet.
+            kinds = (float, type(None)) if plain[name] is None else (type(plain[name]),)
+            if type(value) not in kinds:
+                raise ValueError(f"{name} is {value!r}")
+        for named, number in ((made.evaluation, float), (made.sums, float), (made.counts, int)):
+            if not all(type(k) is str and type(v) is number for k, v in named.items()):
                 raise ValueError("its metrics are no numbers")
         if made.best is not None and math.isnan(made.best):
             raise ValueError("best is not a number")
@@ -2113,7 +2117,8 @@ class Run:
         self.monitor, self.own_monitor = processes.monitor, processes.own_monitor
         self.rank, self.world_size = processes.rank, processes.world_size
         self.device = choose_device(options.device)
-        self.resumed, self._state = resumed or (None, {})
+        self.resumed: Path | None = resumed[0] if resumed else None
+        self._state: dict = resumed[1] if resumed else {}
         self.run_id = self._state.get("run_id", uuid.uuid4().hex[:12])
         self.progress = Progress.restored(self._state) if resumed else Progress()
         config = self._state.get("config", {})
@@ -2160,7 +2165,7 @@ class Run:
         collate: Callable[[list], typing.Any] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """Sets the datasets: map-style, with a length. `collate` makes a batch of a list of samples.
+        """Sets the datasets, map-style. `collate` makes a batch of a list of samples.
 
         batch_size is that of all processes (default --batch-size). Raises UserError for data that
         cannot be resumed bit for bit or is too short, and on resume for other data.
@@ -2170,8 +2175,8 @@ class Run:
             is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
             if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
                 raise UserError(
-                    f"run.data: {type(dataset).__name__} is no map-style dataset. A stream cannot be"
-                    " resumed at any batch: give it __getitem__(index) and __len__()"
+                    f"run.data: {type(dataset).__name__} is no map-style dataset. A stream cannot"
+                    " be resumed at any batch: give it __getitem__(index) and __len__()"
                 )
         if batch_size % self.world_size:
             text = f"{batch_size} cannot be shared out equally among {self.world_size} processes"
@@ -2251,7 +2256,7 @@ class Run:
         return next(iter(self._models.values()))[0]
 
     def keep(self, **objects: typing.Any) -> typing.Any:
-        """Has objects saved and restored: all with state_dict and load_state_dict, and dicts of them.
+        """Saves and restores objects with state_dict and load_state_dict, and dicts of them.
 
         Optimizers, schedulers, EMA, GradScaler, ... They are restored when the loop begins.
         Returns the object; of several a tuple.
@@ -2421,7 +2426,7 @@ class Run:
                     )
 
     def _parameter_names(self) -> dict[Tensor, str]:
-        names = {}
+        names: dict[Tensor, str] = {}
         for name, (module, _) in self._models.items():
             names |= {parameter: f"{name}.{key}" for key, parameter in module.named_parameters()}
         return names
@@ -2476,12 +2481,12 @@ class Run:
                     like_own = {"state": dict(enumerate(itertools.chain(*groups)))}
                 saved = self.processes.restored(path, self._state[kind][name], like_own)
                 self._load(part, saved, name)
-        for name, scheduler in self._kept["scheduler_state_dicts"].items():
+        for scheduler in self._kept["scheduler_state_dicts"].values():
             planned = getattr(scheduler, "total_steps", None)
             if isinstance(planned, int) and planned < self.total_steps:
                 raise UserError(
-                    f"--steps or --epochs: {type(scheduler).__name__} was made for {planned} steps, not"
-                    f" for {self.total_steps}; a longer run needs a new start"
+                    f"--steps or --epochs: {type(scheduler).__name__} was made for {planned} steps,"
+                    f" not for {self.total_steps}; a longer run needs a new start"
                 )
         self._state = {"config": self._state["config"], "exit_reason": self._state["exit_reason"]}
 
@@ -2508,9 +2513,7 @@ class Run:
         if self.resumed is not None:
             say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
         elif self.rank == 0 and self.metrics.path.name != "metrics.csv":
-            say(
-                f"📂 Another run has saved here before; the figures of this one are in {self.metrics.path.name}"
-            )
+            say(f"📂 Another run has saved here before; this one logs to {self.metrics.path.name}")
         say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
     # Between two batches.
@@ -2590,7 +2593,7 @@ class Run:
             self._at_boundary()
 
     def _add_logged(self) -> None:
-        """Adds what all ranks have logged in this batch to what a checkpoint holds for the next row."""
+        """Adds what all ranks have logged in this batch to the next row."""
         progress, logged = self.progress, self._logged
         # Where another rank has died our own part is all there is; agree() will raise.
         with contextlib.suppress(RuntimeError):
@@ -2720,7 +2723,7 @@ class Run:
                 one.training = was
 
     def _values(self, batch: typing.Any, count: int, number: int) -> dict[str, float]:
-        """What evaluate returns for a batch, summed up. Raises UserError for anything unexpected."""
+        """What evaluate returns for a batch, summed up. Raises UserError for anything else."""
         seed_generators(self.options.seed, "evaluation", number, device=self.device.type)
         values = typing.cast(Callable, self._evaluate)(batch)
         if not isinstance(values, dict) or self._best_name not in values:
@@ -2740,7 +2743,7 @@ class Run:
         return sums
 
     def _try_evaluation(self) -> None:
-        """One batch, before training: a mistake in evaluate shows now, and the names of its values."""
+        """One batch, before training: a mistake in evaluate shows now, and its values' names."""
         try:
             with self._evaluating():
                 batch, count = self._fetched(Loader.validation, 0, 1)
@@ -2879,7 +2882,7 @@ class Run:
         }
 
     def _save(self, state: dict, name: str) -> Path:
-        """Where it has saved. A state may hold the error that came instead of a copy: all raise it."""
+        """Where it has saved. A state may hold the error that came instead of a copy."""
         writers = self.processes if self.processes.sharded else OneWriter()
         writers.begin_save()
         path = Path(writers.lead(self._path_to_save, name))
@@ -3048,7 +3051,7 @@ def check_same_step(steps: list[int | None]) -> None:
         raise RuntimeError("The exception came after a step of an optimizer")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: typing.Any) -> Tensor:
     """Of a tensor that is spread over processes all of it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -3490,7 +3493,7 @@ class ManyProcesses(Processes):
             self._hang_up()
 
     def _hang_up(self) -> None:
-        """Closes the connections to the other ranks, which gloo's abort() does not; not the store's."""
+        """Closes the connections to the other ranks, which gloo's abort() does not."""
         store = int(os.environ["MASTER_PORT"])
         for fd in map(int, os.listdir("/dev/fd")):
             # Closed by now, or not connected.
@@ -3519,7 +3522,7 @@ def attempt(function: Callable, *arguments: object) -> tuple:
 
 
 def answered(answer: tuple) -> typing.Any:
-    """The result of an attempt() elsewhere. Raises its error: a UserError, or one of SAVE_ERRORS."""
+    """The result of an attempt() elsewhere. Raises its UserError, or one of SAVE_ERRORS."""
     result, error = answer
     if error is not None and error[0] == "user":
         raise UserError(error[1])
@@ -3912,7 +3915,7 @@ def rotate_columns(weight: Tensor, angle: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """A softmax-routed mixture of two-layer MLPs that share the 4 * dim hidden units of a usual one.
+    """A softmax-routed mixture of two-layer MLPs that share 4 * dim hidden units.
 
     Every expert sees every token, weighted by its gate, so the mixture is two matrix products over
     all experts. With rotations, expert e sees its input through R_e with angles
@@ -4056,7 +4059,7 @@ def forward_backward(
     for part in parts:
         # Of many processes, the gradients meet in the last pass.
         alone = part is not parts[-1] and hasattr(model, "no_sync")
-        with model.no_sync() if alone else contextlib.nullcontext():
+        with typing.cast(typing.Any, model).no_sync() if alone else contextlib.nullcontext():
             value = loss(part)
             ((value + regularization()) / len(parts)).backward()
             losses.append(value.detach())
@@ -4265,13 +4268,13 @@ class GeometricTrainingController(TrainingController):
         }
 
     def _groups(self, modules: list[nn.Module]) -> dict[str, list[Tensor]]:
-        angles = {one.theta for one in self.experts}
+        angles: set[Tensor | None] = {one.theta for one in self.experts}
         inside: set[Tensor] = set()
         for module in modules:
             if isinstance(module, (nn.ModuleList, Experts)):
                 inside.update(p for p in module.parameters() if p.dim() == 2)
         # What looks things up or chooses is no hidden layer.
-        others = {m.weight for m in modules if isinstance(m, nn.Embedding)}
+        others: set[Tensor | None] = {m.weight for m in modules if isinstance(m, nn.Embedding)}
         others |= {m.router.weight for m in modules if isinstance(m, Experts)} | angles
         groups: dict[str, list[Tensor]] = {"rotation": [], "expert": [], "embedding": []}
         for parameter in self.model.parameters():
@@ -4410,4 +4413,4 @@ OPTIONS = {
 
 
 if __name__ == "__main__":
-    main(train, **OPTIONS)
+    main(train, None, **OPTIONS)

@@ -236,6 +236,7 @@ def settle() -> None:
 def bare_loop(config, data, device) -> Iterator[None]:
     """The loop that a PyTorch user writes by hand; one step for every next()."""
     import torch
+
     import train_graceful as t
 
     torch.manual_seed(config.seed)
@@ -290,6 +291,7 @@ def watching(scale: float, folder: Path) -> Iterator[Figure]:
 def child_hearing() -> dict:
     """Its main thread is never outside a long matrix product; every request is taken back, so that the next one is heard."""
     import torch
+
     import train_graceful as t
 
     class Forgetful(t.ExitMonitor):
@@ -356,6 +358,7 @@ def model_options(scale: float, layers: int, dim: int) -> list[object]:
 def trained_state(options: Sequence[object]) -> dict:
     """Weights and optimizer states as after a step, and no gradients."""
     import torch
+
     import train_graceful as t
 
     settings = t.parse_options([str(word) for word in options])
@@ -402,6 +405,7 @@ def our_save(state: dict, path: Path) -> float:
 
 def child_saving(options: list, folder: str, rounds: int) -> dict:
     import torch
+
     import train_graceful as t
 
     state = trained_state(options)
@@ -455,6 +459,7 @@ def saving(scale: float, folder: Path) -> Iterator[Figure]:
 def child_periodic(options: list, every: int, rounds: int) -> dict:
     """Blocks of `every` steps whose first one saves, and as many without a save, in turn."""
     import torch
+
     import train_graceful as t
 
     screen = t.Screen()
@@ -604,6 +609,7 @@ def resuming(scale: float, folder: Path) -> Iterator[Figure]:
 
 def child_step_cost(batch_size: int, rounds: int) -> dict:
     import torch
+
     import train_graceful as t
 
     def controller(mode: str, kind):
@@ -887,6 +893,7 @@ def child_sharded(folder: str, options: list, saves: int) -> dict:
     """What rank 0 of a sharded run holds and writes, how long a save takes, beside one process that saves all of it, and an agreement."""
     import torch
     import torch.distributed as dist
+
     import train_graceful as t
 
     screen, times = t.Screen(shown=False), {"write_parts": [], "save": [], "whole": [], "agreement": []}

@@ -18,6 +18,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import bench  # noqa: E402
+
 import train_graceful as t  # noqa: E402
 
 BLOCK = 20

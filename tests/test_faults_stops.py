@@ -9,8 +9,24 @@ import termios
 from pathlib import Path
 
 import pytest
-from campaign import AT_EXIT, Campaign, Child, Moment, ask_to_leave, batch_complete, corpus_of, saving
-from conftest import MODES, STATE_KEYS, assert_same, assert_same_run, processes_in_session, wait_until
+from campaign import (
+    AT_EXIT,
+    Campaign,
+    Child,
+    Moment,
+    ask_to_leave,
+    batch_complete,
+    corpus_of,
+    saving,
+)
+from conftest import (
+    MODES,
+    STATE_KEYS,
+    assert_same,
+    assert_same_run,
+    processes_in_session,
+    wait_until,
+)
 from test_faults_saves import SMALL
 
 import train_graceful as t

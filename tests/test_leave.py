@@ -9,7 +9,17 @@ import time
 
 import pytest
 import torch
-from conftest import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
+from conftest import (
+    ENDLESS,
+    MODES,
+    ROOT,
+    SCRIPT,
+    finish,
+    processes_in_session,
+    run,
+    saved_path,
+    wait_until,
+)
 
 from train_graceful import load_checkpoint
 

@@ -11,7 +11,16 @@ import termios
 import threading
 
 import pytest
-from conftest import ENDLESS, ROOT, SCRIPT, finish, processes_in_session, run, saved_path, wait_until
+from conftest import (
+    ENDLESS,
+    ROOT,
+    SCRIPT,
+    finish,
+    processes_in_session,
+    run,
+    saved_path,
+    wait_until,
+)
 
 import train_graceful as t
 from train_graceful import load_checkpoint

@@ -299,7 +299,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def mine(tmp_path) -> Path:
     """A folder elsewhere with a script that imports train_graceful, and nothing else."""
-    folder = tmp_path / "a person's folder"
+    folder = tmp_path / "a folder of mine"
     folder.mkdir()
     (folder / "mine.py").write_text(MINE)
     return folder
@@ -313,7 +313,7 @@ def test_a_script_of_ones_own_in_the_background(mine):
     assert stopped.returncode == 0 and "Emergency checkpoint: " in stopped.stdout, stopped.stderr
     assert list((mine / "checkpoints" / "emergency_exit").glob("*.pt"))
     command = re.search("Resume with: (.*)", stopped.stdout)[1]
-    process = subprocess.Popen(["sh", "-c", command.replace("PYTHONPATH", "exec env PYTHONPATH")], cwd=ROOT.parent, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(["sh", "-c", command.replace("PYTHONPATH", "exec env PYTHONPATH")], cwd=mine, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert any("Resumed at step" in line for line in process.stdout)
     process.terminate()
     process.communicate()
