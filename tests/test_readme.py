@@ -1,5 +1,6 @@
 """What the README says runs as it says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,35 +10,69 @@ from conftest import ROOT, finish, run
 import train_graceful as t
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+OWN, WEIGHTS, MONITOR = re.findall(r"```python\n(.*?)```", README, re.S)
+MYDATA = """
+import torch
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, train):
+        self.count = 200 if train else 50
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.randn(3, 8, 8), index % 10
+
+def cnn():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+"""
+
+
+def test_the_example_of_ones_own_model_is_stopped_and_resumed(spawn, tmp_path):
+    (tmp_path / "mydata.py").write_text(MYDATA)
+    (tmp_path / "mine.py").write_text(OWN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = spawn(command=[sys.executable, "mine.py", "--epochs", "100000"], cwd=tmp_path, env=environment)
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    output = finish(child)
+    assert child.exitstatus == 0
+    child = spawn(command=["sh", "-c", output.rpartition("Resume with: ")[2].strip()], cwd=tmp_path)
+    child.expect("Resumed at step [0-9]+ of 300000")
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    finish(child)
+    assert child.exitstatus == 0
 
 
 def test_the_weights_example_runs_without_this_program(options, tmp_path):
     assert run(*options, "--steps", "2", "--checkpoint-dir", tmp_path / "checkpoints").returncode == 0
-    result = subprocess.run([sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", WEIGHTS], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("2 "), result.stderr
 
 
-def test_the_monitor_example_leaves_on_q_and_goes_on(spawn, tmp_path):
-    example = BLOCKS[1]
-    steps = []
-    for resume_from in (None, "mine.pt"):
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + example.replace(
-            "resume_from = None", f"resume_from = {resume_from!r}").replace("while step <", "print('@training')\n    while step <")
-        child = spawn(command=[sys.executable, "-c", code], cwd=tmp_path)
-        child.expect("@training")
-        child.sendline("q")
-        child.expect("Exit requested!")
-        child.expect("user_requested_graceful_exit 0")
-        finish(child)
-        assert child.exitstatus == 0
-        steps.append(t.load_checkpoint(tmp_path / "mine.pt")["step"])
-    assert 0 <= steps[0] < steps[1]
+def test_the_monitor_example_saves_on_s_and_leaves_on_q(spawn, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + MONITOR.replace(
+        "    while not", "    print('@training')\n    while not")
+    child = spawn(command=[sys.executable, "-c", code], cwd=tmp_path)
+    child.expect("@training")
+    child.sendline("s")
+    child.expect("saved")
+    child.sendline("q")
+    child.expect("Exit requested!")
+    child.expect("user_requested_graceful_exit")
+    finish(child)
+    assert child.exitstatus == 0
+    assert set(t.load_checkpoint(tmp_path / "mine.pt")) == {"model", "optimizer"}
 
 
-def test_every_option_and_make_target_is_described():
-    for field in t.dataclasses.fields(t.Config):
-        assert f"--{field.name.replace('_', '-')}" in README
+def test_every_make_target_is_listed():
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     assert targets and all(f"make {target} " in listed for target in targets)
+    assert all(target in targets for target in re.findall(r"(?:`|^    |\$ )make ([a-z-]+)", README, re.M))
+
+
+def test_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 220
