@@ -2691,12 +2691,10 @@ class Run:
                 for name, total in self._values(batch, counted, number).items():
                     totals[name] = totals.get(name, 0.0) + total
                 self.processes.agree()
-        self._value_names = list(totals)
         *sums, all_samples = self.processes.sum([*totals.values(), float(count)])
         progress = self.progress
         progress.evaluation = {name: total / all_samples for name, total in zip(totals, sums)}
         progress.evaluated_step = self.step
-        self._value_names = list(totals)
         value, best = progress.evaluation[self._best_name], progress.best
         if best is None and value == value or best is not None and (
             value > best if self._higher else value < best
