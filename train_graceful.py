@@ -3237,7 +3237,7 @@ class ManyProcesses(Processes):
         if self._mesh is None:
             self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
         lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
-        units = [unit for one in reversed(lists) for unit in one if any(unit.parameters())]
+        units = [unit for one in reversed(lists) for unit in one if list(unit.parameters())]
         owner: dict[Tensor, str] = {}
         names = {one: name for name, one in module.named_modules()}
         for unit in (*units, module):
