@@ -3807,7 +3807,8 @@ class Experts(nn.Module):
     Every expert sees every token, weighted by its gate, so the mixture is two matrix products over
     all experts. With rotations, expert e sees its input through R_e with angles
     max_angle * tanh(theta_e), folded into its first weight: once a forward pass, at a cost that
-    does not grow with the batch. `gates` (..., experts) is then the routing of the last pass.
+    does not grow with the batch. `gates` (..., experts) and `rotated_by` (experts, dim // 2) are
+    then the routing and the angles of the last pass: theta itself may be spread over processes.
     """
 
     def __init__(self, dim: int, experts: int, rotations: bool = True) -> None:
@@ -3821,6 +3822,7 @@ class Experts(nn.Module):
         # Not zero: where all rotations are alike, the orthogonality loss has no slope.
         self.theta = nn.Parameter(0.1 * torch.randn(experts, dim // 2)) if rotations else None
         self.gates: Tensor | None = None
+        self.rotated_by: Tensor | None = None
 
     def angles(self) -> Tensor:
         """(experts, dim // 2), radians."""
@@ -3832,8 +3834,8 @@ class Experts(nn.Module):
         gates = self.router(x).softmax(dim=-1)
         w_in = torch.stack(list(self.w_in))
         if self.theta is not None:
-            self.gates = gates
-            w_in = rotate_columns(w_in, self.angles())
+            self.gates, self.rotated_by = gates, self.angles()
+            w_in = rotate_columns(w_in, self.rotated_by)
         hidden = F.gelu(F.linear(x, w_in.flatten(0, 1))).unflatten(-1, (len(self.w_in), -1))
         hidden = (hidden * gates.unsqueeze(-1)).flatten(-2)
         return F.linear(hidden, torch.cat(list(self.w_out), dim=1))
@@ -4175,7 +4177,8 @@ class GeometricTrainingController(TrainingController):
         loads = loads + (self.run.average(loads.detach()) - loads.detach())
         total = torch.zeros((), device=loads.device)
         for one, gates, load in zip(self.experts, routing, loads):
-            angles, one.gates = one.angles(), None
+            angles = typing.cast(Tensor, one.rotated_by)
+            one.gates = one.rotated_by = None
             total = total + self.ORTHOGONALITY * orthogonality_loss(angles)
             total = total + self.ROTATION_EFFICIENCY * rotation_efficiency_loss(angles)
             total = total + self.SPECIALIZATION * specialization_loss(gates, load)
