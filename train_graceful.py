@@ -3538,7 +3538,7 @@ def checkpoint_to_resume(
     def read(path: Path) -> dict:
         state = processes.read(path)
         version = state.get("format_version")
-        if version == 1:
+        if type(version) is int and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
         texts = [state.get(key) for key in ("run_id", "exit_reason", "torch_version", "saved_at")]
         ours = type(version) is int and version == Run.FORMAT_VERSION and "config" in state
