@@ -2067,8 +2067,8 @@ class Progress:
         for named, number in ((made.evaluation, float), (made.sums, float), (made.counts, int)):
             if not all(type(k) is str and type(v) is number for k, v in named.items()):
                 raise ValueError("its metrics are no numbers")
-        if made.best is not None and math.isnan(made.best):
-            raise ValueError("best is not a number")
+        if made.best_step if made.best is None else math.isnan(made.best):
+            raise ValueError(f"best is {made.best!r}")
         if made.sums.keys() != made.counts.keys() or min(made.step, *made.counts.values(), 0) < 0:
             raise ValueError("its counters contradict each other")
         return made
@@ -3114,7 +3114,7 @@ def outline(state: dict) -> dict[str, str]:
                     for number, parameter in enumerate(names):
                         found[f"parameter {number} of group {group} of {name}"] = str(parameter)
         elif key in ("scheduler_state_dicts", "state_dicts"):
-            for name in value:
+            for name in value.keys():
                 found[f"{'scheduler' if key[1] == 'c' else 'state'} {name}"] = "there"
         elif key not in ("config", "metrics", "evaluation", "data_fingerprint"):
             add(str(key), value)
