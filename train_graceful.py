@@ -257,7 +257,8 @@ def parse_options(options: dict[str, Option], argv: Sequence[str] | None, about:
     common = parser.add_argument_group("training")
     for name, one in {**options, **NOT_STORED}.items():
         one.add_to(common if name in COMMON_OPTIONS or name in NOT_STORED else own, name)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def configuration(
