@@ -1,51 +1,117 @@
-"""What needs other packages: README's examples for other trainers, each ended by q + Enter, and TensorBoard's files."""
+"""The examples, run as they are and ended by q + Enter; and what needs other packages."""
 
+import csv
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, run
-from test_readme import BLOCKS
+from conftest import ROOT, assert_same_run, finish, run
+
+import train_graceful as t
+
+EXAMPLES = ROOT / "scripts" / "examples"
 
 
 @pytest.fixture
-def started(spawn, tmp_path):
-    """started(package) runs README's example for it, in a terminal and an empty folder; again in the same one."""
-    def start(package: str):
-        pytest.importorskip(package, reason=f"{package} is missing: make test-integrations")
-        [example] = [block for block in BLOCKS if re.search(rf"^(import|from) {package}\b", block, re.M)]
-        assert len([line for line in example.splitlines() if line.strip()]) <= 25
-        if package == "accelerate":
-            example = example.replace("optimizer.zero_grad()", "optimizer.zero_grad(); print('@batch')")
-        return spawn(command=[sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{example}"], cwd=tmp_path)
+def example(spawn, tmp_path):
+    """example(name, ...) runs scripts/examples/name in a terminal, in an empty folder; again in the same one."""
+
+    def start(name: str, *arguments: object):
+        command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+        return spawn(command=command, cwd=tmp_path)
 
     return start
 
 
-@pytest.mark.parametrize("package, saved", [("transformers", "hf_checkpoints/checkpoint-1"), ("lightning", "lightning.ckpt")])
-def test_a_trainer_leaves_on_q_with_a_checkpoint_and_goes_on(started, tmp_path, package, saved):
+def test_the_plain_loop_saves_on_s_and_q_and_goes_on(example, tmp_path):
+    child = example("plain_loop.py")
+    # Heard as soon as there is a monitor.
+    child.sendline("s")
+    child.expect("Saving a checkpoint after this batch")
+    child.expect(r"Saved mine.pt at step (\d+)")
+    saved = int(child.match[1])
+    child.sendline("q")
+    child.expect("Exit requested!")
+    child.expect(r"Saved mine.pt at step (\d+)")
+    left = int(child.match[1])
+    child.expect("Left because of user_requested_graceful_exit")
+    finish(child)
+    assert child.exitstatus == 0 and saved <= left == t.load_checkpoint(tmp_path / "mine.pt")["step"]
+
+    child = example("plain_loop.py", "mine.pt")
+    child.sendline("s")
+    child.expect(r"Saved mine.pt at step (\d+)")
+    assert int(child.match[1]) > left
+    child.kill(15)
+    child.expect("Left because of signal_SIGTERM")
+    finish(child)
+    assert child.exitstatus == 143
+
+
+def test_the_own_model_left_on_q_and_resumed_is_the_run_that_was_never_stopped(example, tmp_path):
+    options = ["--epochs", 2, "--log-every", 1, "--eval-every", 20]
+    straight = example("own_model.py", *options, "--workers", 0, "--checkpoint-dir", "straight")
+    finish(straight)
+    assert straight.exitstatus == 0
+    child = example("own_model.py", *options)
+    child.expect(r"step \d+/62")
+    child.sendline("q")
+    child.expect("Graceful exit completed!")
+    finish(child)
+    child = example("own_model.py", "--resume", "latest")
+    child.expect(r"Resumed at step (\d+) of 62")
+    assert 1 <= int(child.match[1]) < 62
+    child.expect("Best Accuracy: 0[.]")
+    finish(child)
+    assert child.exitstatus == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "checkpoints")
+
+
+TRAINERS = [
+    ("transformers", "huggingface.py", "hf_checkpoints/checkpoint-*"),
+    ("lightning", "lightning_trainer.py", "lightning.ckpt"),
+]
+
+
+@pytest.mark.parametrize("package, name, saved", TRAINERS)
+def test_a_trainer_leaves_on_q_with_a_checkpoint_and_goes_on(example, tmp_path, package, name, saved):
+    pytest.importorskip(package, reason=f"{package} is missing: make test-integrations")
     steps = []
     for _ in range(2):
-        child = started(package)
-        child.sendline("q")  # heard as soon as there is a monitor; the trainer then ends after its first step
+        child = example(name)
+        # Heard as soon as there is a monitor; the trainer then ends after its first step.
+        child.sendline("q")
         child.expect("Exit requested!")
-        child.expect(r"user_requested_graceful_exit (\d+)")
+        child.expect(r"Left at step (\d+) because of user_requested_graceful_exit")
         steps.append(int(child.match[1]))
         finish(child)
-        assert child.exitstatus == 0 and (tmp_path / saved).exists()
+        assert child.exitstatus == 0 and list(tmp_path.glob(saved))
     assert 1 <= steps[0] < steps[1]
 
 
-def test_accelerate_leaves_on_q_with_a_checkpoint_and_goes_on(started, tmp_path):
+def test_accelerate_leaves_on_q_with_a_checkpoint_and_goes_on(example, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is missing: make test-integrations")
+    weights = []
     for _ in range(2):
-        child = started("accelerate")
-        child.expect("@batch")
+        child = example("accelerate_loop.py")
+        child.expect("Epoch 1")
         child.sendline("q")
         child.expect("Exit requested!")
-        child.expect("user_requested_graceful_exit")
+        child.expect("Left because of user_requested_graceful_exit")
         finish(child)
-        assert child.exitstatus == 0 and list((tmp_path / "accelerate_checkpoint").glob("model*"))
+        [file] = (tmp_path / "accelerate_checkpoint").glob("model*")
+        weights.append(file.read_bytes())
+        assert child.exitstatus == 0
+    assert weights[0] != weights[1]
+
+
+def test_every_example_fits_on_a_screen():
+    """Except the own model, whose data and model are made up there too."""
+    for path in sorted(EXAMPLES.glob("*.py")):
+        code = re.sub('""".*?"""', "", path.read_text(), flags=re.S)
+        lines = [line for line in code.splitlines() if line.strip() and "#" not in line]
+        assert len(lines) <= (60 if path.name == "own_model.py" else 36), path
 
 
 def test_tensorboard_shows_a_run_that_died_and_went_on_as_one(options, tmp_path):
@@ -56,22 +122,34 @@ def test_tensorboard_shows_a_run_that_died_and_went_on_as_one(options, tmp_path)
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_graceful as t
-def log(run, validation_loss, original=t.Run._log):
-    original(run, validation_loss)
-    if run.step == 9:
-        run.tensorboard.flush()
-        os._exit(9)
-t.Run._log = log
-t.main()
+
+def train(run):
+    batches = run.batches
+
+    def until_step_9(*arguments):
+        for batch in batches(*arguments):
+            if run.step == 9:
+                run._tensorboard.flush()
+                os._exit(9)
+            yield batch
+
+    run.batches = until_step_9
+    t.train(run)
+
+t.main(train, **t.OPTIONS)
 """
-    arguments = [*options, "--steps", "16", "--log-every", "1", "--save-every", "6", "--eval-every", "8", "--tensorboard"]
-    assert subprocess.run([sys.executable, "-c", die, *arguments], stdin=subprocess.DEVNULL).returncode == 9
+    arguments = "--steps 16 --log-every 1 --save-every 6 --eval-every 8 --tensorboard".split()
+    command = [sys.executable, "-c", die, *options, *arguments]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 9
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
-    assert result.returncode == 0 and "Resumed at step 8 of 16" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Resumed at step 8 of 16" in result.stdout
     events = EventAccumulator(str(tmp_path / "ck" / "tensorboard"))
     events.Reload()
-    rows = [row.split(",") for row in (tmp_path / "ck" / "metrics.csv").read_text().splitlines()[1:]]
-    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 17))
-    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx([float(row[2]) for row in rows])
-    assert [event.step for event in events.Scalars("loss/validation")] == [8, 16]
-    assert events.Scalars("lr/adamw")[-1].value == pytest.approx(float(rows[-1][4]))
+    with open(tmp_path / "ck" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 17))
+    losses = [float(row["loss"]) for row in rows]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("val/loss")] == [8, 16]
+    assert events.Scalars("lr/adamw")[-1].value == pytest.approx(float(rows[-1]["lr_adamw"]))

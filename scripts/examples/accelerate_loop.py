@@ -24,8 +24,11 @@ optimizer = torch.optim.AdamW(model.parameters())
 model, optimizer, data = accelerator.prepare(model, optimizer, data)
 if FOLDER.is_dir():
     accelerator.load_state(FOLDER)
+epoch = 0
 with ExitMonitor() as monitor:
     while not monitor.exit_requested:
+        print(f"Epoch {epoch}")
+        epoch += 1
         for batch in data:
             loss = model(batch).square().mean()
             accelerator.backward(loss)
