@@ -2063,6 +2063,14 @@ class Run:
     """
 
     FORMAT_VERSION = 2
+    # What a checkpoint consists of.
+    ENTRIES = {
+        **dict.fromkeys(("format_version", "step"), int),
+        **dict.fromkeys(("run_id", "exit_reason", "torch_version", "saved_at"), str),
+        **dict.fromkeys(("model_state_dict", "optimizer_state_dicts", "state_dicts"), dict),
+        **dict.fromkeys(("scheduler_state_dicts", "best", "evaluation", "metrics"), dict),
+        **dict.fromkeys(("config", "data_fingerprint"), dict),
+    }
     # Without a step of a kept optimizer for so many batches, each is a boundary.
     LONGEST_ACCUMULATION = 16
     STATUS_SECONDS = 0.1
@@ -3055,12 +3063,14 @@ def outline(state: dict) -> dict[str, str]:
     for key, value in state.items():
         if key == "optimizer_state_dicts":
             for name, optimizer in value.items():
+                if not isinstance(optimizer, dict):
+                    raise TypeError(f"its {key}")
                 found[f"optimizer {name}"] = optimizer["class"]
                 for group, names in enumerate(optimizer["param_names"]):
                     for number, parameter in enumerate(names):
                         found[f"parameter {number} of group {group} of {name}"] = str(parameter)
         elif key in ("scheduler_state_dicts", "state_dicts"):
-            for name in value.keys():
+            for name in value:
                 found[f"{'scheduler' if key[1] == 'c' else 'state'} {name}"] = "there"
         elif key not in ("config", "metrics", "evaluation", "data_fingerprint"):
             add(str(key), value)
@@ -3540,12 +3550,11 @@ def checkpoint_to_resume(
         version = state.get("format_version")
         if type(version) is int and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        texts = [state.get(key) for key in ("run_id", "exit_reason", "torch_version", "saved_at")]
-        ours = type(version) is int and version == Run.FORMAT_VERSION and "config" in state
+        ours = all(isinstance(state.get(key), kind) for key, kind in Run.ENTRIES.items())
         if (
             not ours
-            or not all(isinstance(text, str) for text in texts)
-            or not re.fullmatch("[0-9a-f]{12}", texts[0])
+            or version != Run.FORMAT_VERSION
+            or not re.fullmatch("[0-9a-f]{12}", state["run_id"])
         ):
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
