@@ -1889,7 +1889,7 @@ def difference(saved: list, own: list) -> str | None:
             return None
         changes = {
             "added": sorted(here.keys() - there.keys()),
-            "removed": sorted(there.keys() - here.keys()),
+            "removed": sorted(map(str, there.keys() - here.keys())),
             "changed": [name for name in there if name in here and there[name] != here[name]],
         }
         some = {
