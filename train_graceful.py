@@ -1905,7 +1905,7 @@ def difference(saved: list, own: list) -> str | None:
             return None
         changes = {
             "added": sorted(here.keys() - there.keys()),
-            "removed": sorted(there.keys() - here.keys()),
+            "removed": sorted(map(str, there.keys() - here.keys())),
             "changed": [name for name in there if name in here and there[name] != here[name]],
         }
         some = {
@@ -2099,6 +2099,14 @@ class Run:
     """
 
     FORMAT_VERSION = 2
+    # What a checkpoint consists of.
+    ENTRIES = {
+        **dict.fromkeys(("format_version", "step"), int),
+        **dict.fromkeys(("run_id", "exit_reason", "torch_version", "saved_at"), str),
+        **dict.fromkeys(("model_state_dict", "optimizer_state_dicts", "state_dicts"), dict),
+        **dict.fromkeys(("scheduler_state_dicts", "best", "evaluation", "metrics"), dict),
+        **dict.fromkeys(("config", "data_fingerprint"), dict),
+    }
     # Without a step of a kept optimizer for so many batches, each is a boundary.
     LONGEST_ACCUMULATION = 16
     STATUS_SECONDS = 0.1
@@ -3109,12 +3117,14 @@ def outline(state: dict) -> dict[str, str]:
     for key, value in state.items():
         if key == "optimizer_state_dicts":
             for name, optimizer in value.items():
+                if not isinstance(optimizer, dict):
+                    raise TypeError(f"its {key}")
                 found[f"optimizer {name}"] = optimizer["class"]
                 for group, names in enumerate(optimizer["param_names"]):
                     for number, parameter in enumerate(names):
                         found[f"parameter {number} of group {group} of {name}"] = str(parameter)
         elif key in ("scheduler_state_dicts", "state_dicts"):
-            for name in value.keys():
+            for name in value:
                 found[f"{'scheduler' if key[1] == 'c' else 'state'} {name}"] = "there"
         elif key not in ("config", "metrics", "evaluation", "data_fingerprint"):
             add(str(key), value)
@@ -3625,10 +3635,9 @@ def checkpoint_to_resume(
         numbered = type(version) is int
         if numbered and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        keys = ("run_id", "exit_reason", "torch_version", "saved_at")
-        named = all(isinstance(state.get(key), str) for key in keys)
-        ours = numbered and version == Run.FORMAT_VERSION and "config" in state and named
-        if not ours or not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
+        ours = all(isinstance(state.get(key), kind) for key, kind in Run.ENTRIES.items())
+        named = ours and re.fullmatch("[0-9a-f]{12}", state["run_id"])
+        if not named or version != Run.FORMAT_VERSION:
             raise CheckpointError(f"{path}: not a checkpoint of this program")
         return state
 

@@ -18,6 +18,7 @@ import termios
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -166,6 +167,10 @@ class Child:
                     pass
         ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
         os.environ.update(environment)
+        warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]), file=sys.stderr)  # pytest's hides them
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
         tempfile.tempdir = None  # read from the environment again
         sys.argv = argv
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
