@@ -119,7 +119,7 @@ def test_tensorboard_shows_a_run_that_died_and_went_on_as_one(options, tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     die = f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_graceful as t
 
@@ -129,6 +129,8 @@ def train(run):
     def until_step_9(*arguments):
         for batch in batches(*arguments):
             if run.step == 9:
+                while not os.path.exists(run.options.checkpoint_dir + "/best.pt"):
+                    time.sleep(0.01)
                 run._tensorboard.flush()
                 os._exit(9)
             yield batch
