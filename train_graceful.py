@@ -984,6 +984,8 @@ def laid_out(state: dict, rank: int = 0) -> tuple[dict, list[Part]]:
         return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
     try:
+        if unfolded(state, {}) > PICKLE_BYTES:
+            raise TypeError(" holds the same values too many times")
         return mapped(state, shown), list(parts.values())
     except TypeError as error:
         raise TypeError(f"state{error}") from None

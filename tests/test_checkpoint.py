@@ -65,6 +65,14 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_lists_that_hold_each_other_many_times_over_are_not_saved(tmp_path):
+    many = [1, 2]
+    for _ in range(60):
+        many = [many, many]
+    with pytest.raises(TypeError, match="state holds the same values too many times"):
+        t.save_checkpoint({"many": many}, tmp_path / "a.pt")
+
+
 def test_a_state_with_more_beside_its_tensors_than_is_read_again_is_not_saved(tmp_path):
     path = tmp_path / "a.pt"
     t.save_checkpoint({"old": 1}, path)
