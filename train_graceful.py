@@ -3637,10 +3637,12 @@ def checkpoint_to_resume(
         numbered = type(version) is int
         if numbered and version == 1:
             raise CheckpointError(f"{path}: of the first edition, which this one does not read")
-        ours = all(isinstance(state.get(key), kind) for key, kind in Run.ENTRIES.items())
-        named = ours and re.fullmatch("[0-9a-f]{12}", state["run_id"])
-        if not named or version != Run.FORMAT_VERSION:
-            raise CheckpointError(f"{path}: not a checkpoint of this program")
+        wrong = [k for k, kind in Run.ENTRIES.items() if not isinstance(state.get(k), kind)]
+        if not wrong and not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
+            wrong = ["run_id"]
+        if wrong or version != Run.FORMAT_VERSION:
+            what = ", ".join(wrong) or "format_version"
+            raise CheckpointError(f"{path}: not a checkpoint of this program ({what})")
         return state
 
     if name is None:

@@ -272,7 +272,7 @@ def built_in_model(path: Path) -> tuple[tg.ByteLM, argparse.Namespace]:
     if not is_ours(state) or not is_built_in(state["config"]):
         raise other
     config = tg.configuration(tg.declared(tg.OPTIONS), {}, state["config"], path)
-    tg.check_model(config)
+    tg.check_model(config, None)
     weights = state["model_state_dict"]
     if config.layers * config.experts > len(weights):
         raise other
