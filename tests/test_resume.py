@@ -261,7 +261,7 @@ def test_a_fresh_start_beside_another_run_says_so(uninterrupted, tmp_path, capfd
     train(tmp_path, *options, stop=("batch", 5))
     assert "Another run" not in capfd.readouterr().out
     train(tmp_path, *options, stop=("batch", 6))
-    line = "📂 Another run has saved here before; the figures of this one are in metrics_2.csv\n"
+    line = "📂 Another run has saved here before; this one logs to metrics_2.csv\n"
     assert line in capfd.readouterr().out
     assert steps_of_rows(tmp_path) == [5] and steps_of_rows(tmp_path, "metrics_2.csv") == [5]
 
