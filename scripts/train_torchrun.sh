@@ -51,7 +51,5 @@ export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 # DDP would warn that all parameters take part in a batch, which is no trouble.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
-# DDP warns that no parameter is unused: which are, it has to find out in every batch.
-export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" "$program" "$@"

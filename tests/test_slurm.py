@@ -132,3 +132,42 @@ def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_o
     job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", forty_windows, "--checkpoint-dir", directory)
     wait_until(lambda: slurm.state(job) == "FAILED")
     assert "error: --dim 3" in log.read_text() and "Back into the queue" not in log.read_text()
+
+
+def test_a_script_of_ones_own_is_requeued_and_goes_on(slurm, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mydata.py").write_text("import torch\nimages = torch.arange(64.0)[:, None] / 64\n")
+    script = tmp_path / "mine" / "mine.py"
+    script.write_text(MINE)
+    monkeypatch.setitem(slurm.environment, "SCRIPT", str(script))
+    log, directory = tmp_path / "job.log", tmp_path / "ck"
+    job = slurm.submit(log, "--steps", 10**6, "--checkpoint-dir", directory)
+    wait_until(logged(log, "step 10/"))
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_until(logged(log, "Back into the queue"))
+    wait_until(lambda: slurm.state(job) == "PENDING")
+    [emergency] = (directory / "emergency_exit").iterdir()
+    assert t.load_checkpoint(emergency)["exit_reason"] == "signal_SIGUSR1"
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
+    wait_until(logged(log, f"from {emergency}"))
+    slurm.run("scancel", job)
+    wait_until(lambda: not slurm.run("squeue", "--noheader"))
+
+
+MINE = """
+import mydata, torch, train_graceful as tg
+
+def train(run):
+    run.data(mydata.images)
+    model = run.model(torch.nn.Linear(1, 1))
+    optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    for batch in run.batches():
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+
+if __name__ == "__main__":
+    tg.main(train, steps=10)
+"""
