@@ -368,6 +368,11 @@ def complain(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
 
+def complain_of(mistake: UserError) -> None:
+    """In one line."""
+    complain(f"error: {' '.join(str(mistake).splitlines())}\n")
+
+
 def descriptor(stream: typing.TextIO | None) -> int | None:
     """None for a stream that was closed by the parent or is no file, as in a notebook."""
     try:
@@ -1938,16 +1943,22 @@ class Metrics:
         self._waiting: list[dict] = []
         for number in itertools.count(1):
             self.path = directory / ("metrics.csv" if number == 1 else f"metrics_{number}.csv")
-            if not self.path.exists() or self._rows(self.path):
+            path, rows = self.path, self._rows(self.path)
+            if rows or not self.path.exists():
                 break
-        old = [old_directory / "metrics.csv", *sorted(old_directory.glob("metrics_*.csv"))]
-        for path in [self.path, *old]:
-            if rows := self._rows(path):
-                self.columns = list(rows[0])
-                kept = [row for row in rows if int(row["step"]) <= step]
-                if path != self.path or len(kept) < len(rows) or is_torn(path):
-                    self._rewrite(kept)
-                break
+        if not rows:
+            # The run goes on in another directory than before.
+            for path in [
+                old_directory / "metrics.csv",
+                *sorted(old_directory.glob("metrics_*.csv")),
+            ]:
+                if rows := self._rows(path):
+                    break
+        if rows:
+            self.columns = list(rows[0])
+            kept = [row for row in rows if int(row["step"]) <= step]
+            if path != self.path or len(kept) < len(rows) or is_torn(path):
+                self._rewrite(kept)
 
     def _rows(self, path: Path) -> list[dict]:
         """The rows of this run; none where the file is another's, or was made so by a person."""
@@ -2209,7 +2220,7 @@ class Run:
 
     def _check_data(self) -> None:
         for split, own in self._fingerprint.items():
-            saved = self._entry("data_fingerprint", dict).get(split)
+            saved = self._state["data_fingerprint"].get(split)
             if not isinstance(saved, list) or len(saved) != 2 or type(saved[0]) is not int:
                 raise CheckpointError(
                     f"{self.resumed}: not a checkpoint of this program (its data)"
@@ -2217,11 +2228,6 @@ class Run:
             if change := difference(saved, own):
                 text = f"the {split} data is not what the run of {self.resumed} was trained on"
                 raise CheckpointError(f"{text} ({change})")
-
-    def _entry(self, key: str, kind: type) -> typing.Any:
-        if not isinstance(self._state.get(key), kind):
-            raise CheckpointError(f"{self.resumed}: not a checkpoint of this program (its {key})")
-        return self._state[key]
 
     @property
     def total_steps(self) -> int:
@@ -2249,9 +2255,9 @@ class Run:
             raise UserError(f"run.model({name}): {reason}")
         module, wrapped = self.processes.wrap(module, self.device)
         if self.resumed is not None:
-            saved = self._entry("model_state_dict", dict)
+            saved = self._state["model_state_dict"]
             if name != "model":
-                saved = self._entry("state_dicts", dict).get(name, {})
+                saved = self._state["state_dicts"].get(name, {})
             own = module.state_dict()
             check_same({name: saved}, {name: own}, self.resumed)
             self._load(module, self.processes.restored(self.resumed, saved, own), name)
@@ -2498,7 +2504,8 @@ class Run:
                     f"--steps or --epochs: {type(scheduler).__name__} was made for {planned} steps,"
                     f" not for {self.total_steps}; a longer run needs a new start"
                 )
-        self._state = {"config": self._state["config"], "exit_reason": self._state["exit_reason"]}
+        # Its tensors are not needed any more.
+        self._state = {}
 
     def _load(self, part: typing.Any, saved: dict, name: str) -> None:
         try:
@@ -2560,12 +2567,12 @@ class Run:
             yield
             return
         # In the middle of an accumulation a request waits for its end, but not for ever.
-        later = self.monitor.exit_requested and self.step > self._boundary.progress.step
-        alarm = threading.Timer(10.0, self.own_monitor.interrupt)
+        alarm = None
+        if self.monitor.exit_requested and self.step > self._boundary.progress.step:
+            alarm = threading.Timer(10.0, self.own_monitor.interrupt)
+            alarm.start()
         try:
-            if later:
-                alarm.start()
-            with self.own_monitor.interruptible(at_once=not later):
+            with self.own_monitor.interruptible(at_once=alarm is None):
                 yield
         except Exception:
             # The workers may have died of a signal that we are about to hear, too.
@@ -2573,7 +2580,8 @@ class Run:
                 raise
             raise Interrupted from None
         finally:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()
 
     def _close_loader(self) -> None:
         if self._loader is not None:
@@ -2889,10 +2897,15 @@ class Run:
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
 
-    def _save(self, state: dict, name: str) -> Path:
-        """Where it has saved. A state may hold the error that came instead of a copy."""
+    def _writers(self) -> OneWriter:
+        """Who takes part in the save that begins now."""
         writers = self.processes if self.processes.sharded else OneWriter()
         writers.begin_save()
+        return writers
+
+    def _save(self, state: dict, name: str) -> Path:
+        """Where it has saved. A state may hold the error that came instead of a copy."""
+        writers = self._writers()
         path = Path(writers.lead(self._path_to_save, name))
         writers.each(raise_error_of, state)
         write_checkpoint(state, path, writers)
@@ -2942,9 +2955,12 @@ class Run:
             # The evaluation was cut short by a request.
             self._leave()
             self._at_boundary()
+        self._save_final()
+        self.own_monitor.nothing_to_save = "Everything is saved already."
+
+    def _save_final(self) -> None:
         self._save_last("Final checkpoint", "final.pt", "completed", True)
         self.completed = True
-        self.own_monitor.nothing_to_save = "Everything is saved already."
 
     def _save_last(self, label: str, name: str, reason: str, fall_back: bool) -> None:
         """Raises one of SAVE_ERRORS where the save fails and fall_back is False."""
@@ -2975,8 +2991,7 @@ class Run:
             self.screen.say(
                 f"⚠️ {label} not saved: {one_line(error)}. Trying the temporary directory..."
             )
-        writers = self.processes if self.processes.sharded else OneWriter()
-        writers.begin_save()
+        writers = self._writers()
         try:
             path = Path(writers.lead(self._fallback_path, name))
             write_checkpoint(state, path, writers)
@@ -3006,8 +3021,7 @@ class Run:
             self._complete()
         else:
             self._back_to_boundary()
-        self._save_last("Final checkpoint", "final.pt", "completed", True)
-        self.completed = True
+        self._save_final()
 
     def leave_after_exception(self, error: BaseException) -> None:
         """Saves the state of the last boundary, unless an optimizer has stepped since."""
@@ -3018,8 +3032,7 @@ class Run:
         self._writer.wait()
         if rank != self.rank:
             self.screen.say(f"❌ {name} in rank {rank}.")
-        writers = self.processes if self.processes.sharded else OneWriter()
-        writers.begin_save()
+        writers = self._writers()
         try:
             step = None if self._stepped else self._boundary.progress.step
             writers.lead(check_same_step, writers.each(lambda: step))
@@ -3560,7 +3573,7 @@ def main(
         code = end.code if isinstance(end.code, int) else 0
     except UserError as error:
         if is_first_rank():
-            complain(f"error: {' '.join(str(error).splitlines())}\n")
+            complain_of(error)
         code = 2
     if end_process:
         leave_process(code)
@@ -3708,7 +3721,7 @@ def last_words(run: Run, error: BaseException | None) -> int:
     elif run.processes.first_failure(type(error).__name__)[0] == run.rank:
         # No other rank can say more.
         if isinstance(error, UserError):
-            complain(f"error: {' '.join(str(error).splitlines())}\n")
+            complain_of(error)
         elif not isinstance(error, SystemExit):
             complain("".join(traceback.format_exception(error)))
     if run.trains:

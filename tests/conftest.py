@@ -118,6 +118,17 @@ def spawn():
         child.close(force=True)
 
 
+def end_groups(children) -> None:
+    """Kills and reaps forks that lead a group of their own, as far as they are still there."""
+    for child in children:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        child.close()
+
+
 def finish(child) -> str:
     """Waits for the child's end and returns what it printed since the last match; exit code in child.exitstatus."""
     child.expect(pexpect.EOF)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT, end_groups, wait_until
 from pexpect.fdpexpect import fdspawn
 
 LOOP = """
@@ -58,13 +58,7 @@ def program():
         return child
 
     yield start
-    for child in started:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        child.close()
+    end_groups(started)
 
 
 def ended(child) -> int:

@@ -13,7 +13,15 @@ import traceback
 
 import pexpect
 import pytest
-from conftest import ENDLESS, SCRIPT, finish, processes_in_session, saved_path, wait_until
+from conftest import (
+    ENDLESS,
+    SCRIPT,
+    end_groups,
+    finish,
+    processes_in_session,
+    saved_path,
+    wait_until,
+)
 from pexpect.fdpexpect import fdspawn
 
 import train_graceful as t
@@ -92,13 +100,7 @@ def own(tmp_path):
         return started[-1]
 
     yield start
-    for child in started:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        child.close()
+    end_groups(started)
 
 
 def ended(child: fdspawn) -> int:
