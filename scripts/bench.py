@@ -196,7 +196,7 @@ def listener() -> None:
     class Forgetful(t.ExitMonitor):
         def request(self, reason: str, exit_code: int) -> None:
             super().request(reason, exit_code)
-            self.withdraw(reason)
+            self.withdraw()
 
     matrix, parent = torch.rand(4096, 4096), os.getppid()
     with Forgetful() as monitor:

@@ -66,8 +66,9 @@ def sharded(folder: str, options: list, saves: int) -> dict:
             os.sync()
             dist.barrier()
             t.write_parts = timed_parts
-            run.processes.begin_save()
-            times["save"].append(seconds_to(t.write_checkpoint, state, shared, run.processes))
+            writers = run.processes.writers()
+            laid_out = t.laid_out(state, run.rank)
+            times["save"].append(seconds_to(t.write_checkpoint, *laid_out, shared, writers))
             t.write_parts = write_parts
             dist.barrier()
             if run.rank == 0:

@@ -84,10 +84,9 @@ def row_of(path: Path) -> dict[str, typing.Any]:
             # The run may have deleted it just now.
             reason = "gone" if isinstance(cause, FileNotFoundError) else "unreadable"
         return {**row, "reason": reason}
-    if not is_ours(state):
+    if tg.wrong_entries(state):
         return {**row, "reason": "of another program"}
-    progress = tg.Progress.restored(state)
-    losses = {"loss": progress.smooth_loss, "best": progress.best}
+    losses = {"loss": state["metrics"]["smooth_loss"], "best": state["best"]["value"]}
     row |= {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
     return {**row, "reason": state["exit_reason"], "whole": True}
 
@@ -107,34 +106,19 @@ def age_of(saved_at: str) -> str:
         age = datetime.datetime.now(datetime.timezone.utc) - saved
     except (ValueError, TypeError):
         return "-"
-    return tg.short_time(max(0.0, age.total_seconds()))
+    return short_time(max(0.0, age.total_seconds()))
 
 
-def is_ours(state: dict) -> bool:
-    """True for what a run of this program, or of a script that imports it, has saved."""
-    kinds = {
-        "format_version": int,
-        "run_id": str,
-        "exit_reason": str,
-        "torch_version": str,
-        "saved_at": str,
-        "config": dict,
-        "model_state_dict": dict,
-        "optimizer_state_dicts": dict,
-        "scheduler_state_dicts": dict,
-        "state_dicts": dict,
-    }
-    if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
-        return False
-    try:
-        tg.Progress.restored(state)
-    except (LookupError, TypeError, ValueError):
-        return False
-    return state["format_version"] == tg.Run.FORMAT_VERSION
+def short_time(seconds: float) -> str:
+    """In words, with one unit: 90 s is 1.5 min."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def check_ours(path: Path) -> None:
-    if not is_ours(tg.load_checkpoint(path)):
+    if tg.wrong_entries(tg.load_checkpoint(path)):
         raise tg.CheckpointError(f"{path}: not a checkpoint of this program")
 
 
@@ -142,21 +126,22 @@ def show_checkpoint(path: Path) -> None:
     """Prints what a checkpoint holds; of one that another program has saved, what stands where."""
     state = tg.load_checkpoint(path)
     show("Checkpoint", path)
-    if not is_ours(state):
+    if tg.wrong_entries(state):
         show("Saved", "by another program")
         for key, value in state.items():
             show(key, described(value))
         return
-    progress = tg.Progress.restored(state)
+    metrics, best, evaluation = state["metrics"], state["best"], state["evaluation"]
     show("Saved", f"{state['saved_at']} ({state['exit_reason']})")
-    show("Run", f"{state['run_id']}, session {progress.sessions}, PyTorch {state['torch_version']}")
-    show("Step", f"{progress.step:,}, after {tg.short_time(progress.seconds)} of training")
-    if progress.smooth_loss is not None:
-        show("Loss", f"{progress.smooth_loss:.4f} (of the last batches)")
-    if progress.best is not None:
-        show("Best", f"{best_name(progress)}{progress.best:.4f} at step {progress.best_step:,}")
-    for name, value in progress.evaluation.items():
-        show("Evaluation", f"{name} {value:.4f} at step {progress.evaluated_step:,}")
+    session = f"session {metrics['sessions']}"
+    show("Run", f"{state['run_id']}, {session}, PyTorch {state['torch_version']}")
+    show("Step", f"{state['step']:,}, after {short_time(metrics['seconds'])} of training")
+    if metrics["smooth_loss"] is not None:
+        show("Loss", f"{metrics['smooth_loss']:.4f} (of the last batches)")
+    if best["value"] is not None:
+        show("Best", f"{best_name(state)}{best['value']:.4f} at step {best['step']:,}")
+    for name, value in evaluation["values"].items():
+        show("Evaluation", f"{name} {value:.4f} at step {evaluation['step']:,}")
     for name, value in models_of(state):
         show("Model", f"{name}: {described(value)}")
     for name, value in state["optimizer_state_dicts"].items():
@@ -177,11 +162,12 @@ def show(label: str, value: object) -> None:
     print(f"{printable(str(label)) + ':':<13}{printable(str(value))}")
 
 
-def best_name(progress: tg.Progress) -> str:
+def best_name(state: dict) -> str:
     """A checkpoint says what the best value is, not whose: known where it has just been found."""
-    if progress.best_step != progress.evaluated_step:
+    best, evaluation = state["best"], state["evaluation"]
+    if best["step"] != evaluation["step"]:
         return ""
-    names = [name for name, value in progress.evaluation.items() if value == progress.best]
+    names = [name for name, value in evaluation["values"].items() if value == best["value"]]
     return f"{names[0]} " if len(names) == 1 else ""
 
 
@@ -257,7 +243,7 @@ def show_configuration(config: dict) -> None:
         shown = " ".join(map(described, several)) if value is not None and several else "none"
         same = name in defaults and value == defaults[name]
         print(
-            f"   {printable(f'--{tg.flag(str(name))}'):<18}{printable(shown)}{'  (default)' * same}"
+            f"   {printable(tg.flag(str(name))):<18}{printable(shown)}{'  (default)' * same}"
         )
 
 
@@ -269,7 +255,7 @@ def built_in_model(path: Path) -> tuple[tg.ByteLM, argparse.Namespace]:
     """The model of a checkpoint, and its configuration. Raises UserError where it is another."""
     state = tg.load_checkpoint(path)
     other = tg.UserError(f"{path}: sample works for the built-in model alone, and this is another")
-    if not is_ours(state) or not is_built_in(state["config"]):
+    if tg.wrong_entries(state) or not is_built_in(state["config"]):
         raise other
     config = tg.configuration(tg.declared(tg.OPTIONS), {}, state["config"], path)
     tg.check_model(config, None)

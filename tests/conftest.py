@@ -164,7 +164,7 @@ def session(*args, train=None, **options) -> int:
 def ask_to_leave(run) -> None:
     """SIGTERM, and the run's monitor has heard it on return."""
     os.kill(os.getpid(), signal.SIGTERM)
-    wait_until(lambda: run.own_monitor.exit_requested)
+    wait_until(lambda: run.monitor.heard)
 
 
 def assert_same(left, right, where="checkpoint") -> None:

@@ -201,7 +201,7 @@ def fails_after_a_signal(fork, options, directory, fallback, error: str, call: s
     saved = re.search(r"✅ Emergency checkpoint saved: (\S+)", output)[1]
     assert child.exitcode == 143 and t.load_checkpoint(saved)["step"] == 5
     if "Trying the temporary directory" in output:
-        assert f"⚠️ Emergency checkpoint not saved: {os.strerror(getattr(errno, error))}" in output
+        assert f"❌ Emergency checkpoint not saved: {os.strerror(getattr(errno, error))}" in output
         assert saved.startswith(str(fallback))
     child = fork("--resume", "latest", "--checkpoint-dir", directory, TMPDIR=str(fallback))
     assert "Resumed at step 5 of 7" in child.finish() and child.exitcode == 0

@@ -164,7 +164,7 @@ def test_many_that_have_some_rows_each_write_the_file_of_one_that_has_all(tmp_pa
         return found
 
     shared, barrier, path = {}, threading.Barrier(size, timeout=30), tmp_path / "many.pt"
-    ranks = [threading.Thread(target=t.write_checkpoint, args=(rows(rank), path, Exchange(rank, size, shared, barrier))) for rank in range(size)]
+    ranks = [threading.Thread(target=t.write_checkpoint, args=(*t.laid_out(rows(rank), rank), path, Exchange(rank, size, shared, barrier))) for rank in range(size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -323,19 +323,21 @@ def test_saving_takes_hardly_any_memory(tmp_path):
     assert float(result.stdout) < 0.05, result.stderr
 
 
-def test_a_copy_for_saving_keeps_what_is_shared_and_reuses_its_memory(tmp_path):
+def test_a_copy_for_saving_is_of_one_moment_and_reuses_its_memory(tmp_path):
     weight, model = torch.arange(12.0).view(3, 4), torch.nn.Linear(2, 2)
-    state = {"weight": weight, "view": weight[1:].T, "model": model.state_dict(), "n": 1, "list": [torch.zeros(2)], "rows": t.Rows(torch.ones(2, 3), 4, torch.Size([8, 3]))}
-    kept = {}
-    copied = t.host_copy(state, kept)
+    state = {"weight": weight, "view": weight[1:].T, "model": model.state_dict(), "n": 1, "list": [torch.zeros(2)]}
+    before, kept = t.mapped(state, lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf), {}
+    shown, parts = t.laid_out(state)
+    copies = t.host_copy(parts, kept)
     weight.add_(1)
-    assert copied["weight"].equal(torch.arange(12.0).view(3, 4)) and copied["view"].equal(copied["weight"][1:].T)
-    assert copied["view"].untyped_storage().data_ptr() == copied["weight"].untyped_storage().data_ptr() != weight.data_ptr()
-    assert (copied["rows"].first, copied["rows"].shape) == (4, (8, 3)) and copied["rows"].local.equal(torch.ones(2, 3))
-    again = t.host_copy(state, kept)
-    assert again["weight"].data_ptr() == copied["weight"].data_ptr() and again["weight"].equal(weight)
-    t.save_checkpoint({key: value for key, value in again.items() if key != "rows"}, tmp_path / "a.pt")
-    assert_as_torch_saves_it(tmp_path / "a.pt", {key: value for key, value in state.items() if key != "rows"})
+    t.write_checkpoint(shown, copies, tmp_path / "a.pt", t.OneWriter())
+    loaded = t.load_checkpoint(tmp_path / "a.pt")
+    assert_same(loaded, before)
+    assert loaded["view"].untyped_storage().data_ptr() == loaded["weight"].untyped_storage().data_ptr()
+    again = t.host_copy(t.laid_out(state)[1], kept)
+    assert [part.data.data_ptr() for part in again] == [part.data.data_ptr() for part in copies]
+    t.write_checkpoint(shown, again, tmp_path / "a.pt", t.OneWriter())
+    assert_as_torch_saves_it(tmp_path / "a.pt", state)
 
 
 def test_a_failing_write_in_any_thread_is_raised_and_leaves_the_old_file(tmp_path, monkeypatch):

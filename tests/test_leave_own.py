@@ -199,7 +199,7 @@ def test_ctrl_c_after_q_is_not_yet_the_second_one(own, tmp_path):
 
 
 def test_of_several_requests_the_first_one_counts(own):
-    child = own(BODY="while run.step == 3 and run.own_monitor.signals_heard < 2: pass")
+    child = own(BODY="while run.step == 3 and run.monitor.signals_heard < 2: pass")
     child.expect("Training started")
     child.send("q\n")
     child.expect("Exit requested!")

@@ -57,7 +57,7 @@ def leaves_after(batches: int) -> list:
 
 @pytest.mark.parametrize("validated", [8, 13, 16])
 def test_the_processes_share_out_the_samples_of_each_batch(validated):
-    options = t.configuration(t.declared({}), {}, None, None)
+    options = t.configuration(t.declared({}), {}, {}, None)
     training, validation = torch.arange(43).unsqueeze(1), torch.arange(validated).unsqueeze(1)
     whole_batches = t.Batches(training, validation, None, 8, options, 0, 1)
     for size in (2, 4):

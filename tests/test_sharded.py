@@ -286,7 +286,7 @@ def test_an_exception_in_the_middle_of_an_update_saves_nothing_half_updated(shar
 def test_a_rank_that_dies_outright_takes_its_part_with_it(sharded, forty_windows, tmp_path, killed):
     """The others notice, say so and end in bounded time; the checkpoints from before are whole."""
     def impatient(frame) -> None:
-        frame.f_globals["ManyProcesses"].ANSWER_SECONDS = 1
+        frame.f_globals["StoreWriters"].ANSWER_SECONDS = 1
 
     ranks = sharded(2, tmp_path, *new(forty_windows, "standard", "--steps", 10**6, "--save-every", 5), plans={rank: [(Moment("train"), impatient)] for rank in (0, 1)})
     ranks[0].terminal.expect(r"step 1\d/")
@@ -301,7 +301,7 @@ def test_a_rank_that_dies_outright_takes_its_part_with_it(sharded, forty_windows
 def test_a_rank_that_is_stopped_in_a_save_fails_it_and_the_next_one_succeeds(sharded, forty_windows, tmp_path):
     """The others give up after a while, and all is well once it goes on."""
     def impatient(frame) -> None:
-        frame.f_globals["ManyProcesses"].ANSWER_SECONDS = 0.3
+        frame.f_globals["StoreWriters"].ANSWER_SECONDS = 0.3
 
     waits = [(Moment("write_parts"), None)]
     ranks = sharded(2, tmp_path, *new(forty_windows, "standard", *ENDLESS), plans={0: [(Moment("train"), impatient)], 1: waits})
@@ -486,7 +486,7 @@ def averaged(run: t.Run) -> None:
 
 
 @pytest.mark.parametrize("train, message", [
-    (classify(with_a_scalar), "--shard: temperature is a scalar, which cannot be shared out"),
+    (classify(with_a_scalar), "--shard: fully_shard doesn't support scalar parameters. Change temperature to a 1D tensor"),
     (classify(with_one_weight_in_two_layers), "--shard: layers.1.weight and layers.10.weight are one parameter in two units"),
     (classify(with_a_weight_of_a_layer_elsewhere), "--shard: layers.0.weight and extra.weight are one parameter in two units"),
     (trained_by(torch.optim.Adafactor), "--shard: PyTorch cannot share out what Adafactor does"),

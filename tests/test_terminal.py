@@ -251,7 +251,7 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child.sendline("s")
     child.expect("Checkpoint saved: .*step_([0-9]+).pt")
     child.sendline("?")
-    child.expect(f"Last checkpoint: step_{child.match[1]}.pt, [0-9]+ s ago.")
+    child.expect(f"Last checkpoint: step_{child.match[1]}.pt, [0-9:]+ ago.")
     child.sendline("what?")
     child.expect("Keys: ")
     child.sendline("q")
