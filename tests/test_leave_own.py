@@ -274,6 +274,32 @@ def test_a_loader_that_hangs_keeps_nobody_from_leaving(own, workers, how):
     assert processes_in_session(child.pid) == []
 
 
+@pytest.mark.parametrize(
+    "workers, sample, words",
+    [
+        (0, "rest()", "the dataset is slow or stands still"),
+        (1, "rest()", r"worker \d+ stands still or is slow"),
+        (1, "os.kill(os.getpid(), 19)", r"worker \d+ stands still or is slow"),
+    ],
+)
+def test_who_gives_no_batch_for_long_is_named(own, workers, sample, words):
+    patience = "tg.Loader.PATIENCE = 1.0"
+    child = own("--workers", workers, SAMPLE=f"len(LOADED) > 40 and {sample}", BEFORE=patience)
+    child.expect(f"No batch for 1 s: {words}")
+    child.send("q\n")
+    assert ended(child) == 0 and "Emergency checkpoint saved" in child.before
+
+
+def test_a_request_does_not_wait_for_an_accumulation_whose_next_batch_never_comes(own):
+    child = own(
+        SAMPLE="len(LOADED) > 40 and rest()",
+        BEFORE="tg.Loader.PATIENCE = 1.0",
+        BODY="if run.step == 9: os.kill(os.getpid(), 15)\n        if run.step % 8 != 7: continue",
+    )
+    assert ended(child) == 143
+    assert load_checkpoint(saved_path(child.before))["step"] == 8
+
+
 def test_an_exception_in_the_body_saves_what_was_before_the_batch_and_exits_with_1(own):
     child = own(BODY="if run.step == 3: raise ValueError('of mine')")
     assert ended(child) == 1 and "ValueError: of mine" in child.before
