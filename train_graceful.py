@@ -3758,13 +3758,17 @@ class GeometricTrainingController(TrainingController):
 
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
-        passes: list[Any] = [(one.gates, one.rotated_by) for one in self.experts]
+        # Some may have had no part in this forward pass.
+        experts = [one for one in self.experts if one.gates is not None]
+        if not experts:
+            return torch.zeros(())
+        passes: list[Any] = [(one.gates, one.rotated_by) for one in experts]
         loads = torch.cat([gates.float().flatten(0, -2).mean(dim=0) for gates, _ in passes])
         # The value is that of all processes, the slope this one's, as for the rest of the loss.
         loads = loads + (self.run.average(loads.detach()) - loads.detach())
         each = loads.split([gates.shape[-1] for gates, _ in passes])
         total = torch.zeros((), device=loads.device)
-        for one, (gates, angles), load in zip(self.experts, passes, each):
+        for one, (gates, angles), load in zip(experts, passes, each):
             one.gates = one.rotated_by = None
             total = total + 0.01 * orthogonality_loss(angles)
             total = total + 0.001 * rotation_efficiency_loss(angles)

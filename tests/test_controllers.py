@@ -308,6 +308,17 @@ class Inside(nn.Module):
         return self.last(x).squeeze(-1)
 
 
+class Skipping(Inside):
+    """Stochastic depth: a layer, its experts among it, has no part in every second batch."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                x = x + layer(x)
+        return self.last(x).squeeze(-1)
+
+
 def own_program(kind, stop=None):
     """A train(run) for a model of one's own; stop is the step at which somebody asks to leave."""
 
@@ -331,7 +342,7 @@ def own_program(kind, stop=None):
     return train
 
 
-@pytest.mark.parametrize("kind", [Inside, Outside])
+@pytest.mark.parametrize("kind", [Inside, Outside, Skipping])
 def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, kind):
     options = {"steps": 60, "batch_size": 20, "eval_every": 20, "warmup_steps": 5}
     whole, stopped = (["--checkpoint-dir", tmp_path / name] for name in ("whole", "stopped"))
@@ -341,7 +352,7 @@ def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, kind):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     final = t.load_checkpoint(tmp_path / "whole" / "final.pt")
     # The variance of sin(3 x) is about a half in each of three dimensions.
-    assert final["evaluation"]["values"]["loss"] < 0.75
+    assert final["evaluation"]["values"]["loss"] < (1.2 if kind is Skipping else 0.75)
     names = {name: one["param_names"][0] for name, one in final["optimizer_state_dicts"].items()}
     assert all(name.endswith(".theta") for name in names["rotation"])
     # The matrices of all experts, of those without rotations too, and no router.
