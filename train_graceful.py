@@ -191,8 +191,11 @@ def declared(own: dict[str, Any]) -> dict[str, Option]:
     options = dict(COMMON_OPTIONS)
     for name, value in own.items():
         common = options.get(name, Option(None))
+        if name in NOT_STORED:
+            raise UserError(f"main({name}=...): that is for the command line alone")
         one = value if isinstance(value, Option) else common._replace(default=value)
-        options[name] = one._replace(kind=one.kind or common.kind)
+        default = tuple(one.default) if isinstance(one.default, list) else one.default
+        options[name] = one._replace(default=default, kind=one.kind or common.kind)
     return options
 
 
@@ -2031,6 +2034,8 @@ class Run:
         A loss that is not finite ends the run when the batch is complete, and is not saved.
         """
         for name, value in values.items():
+            if name in ("step", "epoch", "seconds", "samples_per_second", "run"):
+                raise UserError(f"run.log({name}=...): metrics.csv has a column of that name")
             number = float(value.detach() if isinstance(value, Tensor) else value)
             total, count = self._logged.get(name, (0.0, 0))
             self._logged[name] = total + number, count + 1
@@ -2061,7 +2066,7 @@ class Run:
     def _loop(self) -> Iterator:
         self._begin()
         if self.completed:
-            text = f"step {self.step} of {self.total_steps}. A larger --steps trains further"
+            text = f"step {self.step} of {self.total_steps}. A larger --steps or --epochs trains further"
             self.screen.say(f"✅ Nothing left to do: {text}.")
             return
         if self.progress.metrics["done_step"] < self.step:
@@ -2128,6 +2133,9 @@ class Run:
                     f"run.keep({name}=...): the optimizer has parameters that no run.model(...)"
                     " has. Call run.model first, and give the optimizer its parameters"
                 )
+            others = self._kept["scheduler_state_dicts"] or self._kept["state_dicts"]
+            if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not others:
+                raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
         kept = {*optimizers.values(), *optimizers_in(self._kept["state_dicts"].values())}
 
         def before_step(optimizer: Optimizer, *arguments: object) -> None:

@@ -244,6 +244,12 @@ def test_an_own_option_has_the_type_of_its_default(mine):
     assert (given.flavour, given.verbose, given.limit) == ("hot", True, 9) and given.checkpoint_dir == os.path.abspath("other")
 
 
+def test_a_list_is_taken_for_several_values_and_what_only_the_command_line_has_is_refused(mine):
+    assert mine(0, sizes=[1, 2]).sizes == (1, 2)
+    assert mine(0, "--sizes", 4, sizes=[1, 2]).sizes == (4,)
+    assert mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
+
+
 def test_what_makes_an_own_run_is_kept_in_its_checkpoint_and_cannot_be_changed(mine, tmp_path):
     mine(0, "--width", 5, "--sizes", 4, "--color", "blue", "--no-deep")
     resume = ("--resume", "latest", "--steps", 4)

@@ -630,6 +630,12 @@ MISTAKES = {
     "there is one loop in a run": in_the_loop(loops_twice),
     "Adam trains the model but is not kept: run.keep(": in_the_loop(steps_with_another),
     "has parameters that no run.model(...) has": made_before,
+    "optimizer has a scheduler that is not kept": in_the_loop(
+        lambda run, model, optimizer: (SCHEDULERS["StepLR"](optimizer, run), list(run.batches()))
+    ),
+    "run.log(step=...): metrics.csv has a column of that name": in_the_loop(
+        lambda run, model, optimizer: [run.log(step=1) for batch in run.batches()]
+    ),
     "evaluate returned float": evaluates(lambda batch: 0.5),
     "evaluate returned ['accuracy']": evaluates(lambda batch: {"accuracy": batch[1]}),
     'evaluate returned "loss" of shape () for a batch of 8 samples': evaluates(
