@@ -2066,8 +2066,8 @@ class Run:
     def _loop(self) -> Iterator:
         self._begin()
         if self.completed:
-            text = f"step {self.step} of {self.total_steps}. A larger --steps or --epochs trains further"
-            self.screen.say(f"✅ Nothing left to do: {text}.")
+            text = f"Nothing left to do: step {self.step} of {self.total_steps}"
+            self.screen.say(f"✅ {text}. A larger --steps or --epochs trains further.")
             return
         if self.progress.metrics["done_step"] < self.step:
             # A request cut an evaluation short.
@@ -2751,7 +2751,6 @@ class Processes:
     Each rank has the whole model, DistributedDataParallel averages the gradients, and rank 0
     saves. If `sharded`, each has rows of every parameter, gradient and optimizer state
     (fully_shard, PyTorch's FSDP2) and saves those. Rank 0 alone prints and hears the keys.
-
     """
 
     def __init__(self, monitor: ExitMonitor) -> None:
