@@ -213,7 +213,7 @@ def parse_options(
     own = parser.add_argument_group("this program")
     common = parser.add_argument_group("training")
     for name, one in {**options, **NOT_STORED}.items():
-        one.add_to(common if name in {**COMMON_OPTIONS, **NOT_STORED} else own, name)
+        one.add_to(common if name in COMMON_OPTIONS or name in NOT_STORED else own, name)
     given = vars(parser.parse_args(argv))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
@@ -264,13 +264,13 @@ def in_foreground(fd: int) -> bool:
 def typed_at_us(terminal: int) -> bool:
     """False where a shell has given the terminal to another job: that typing is not ours."""
     try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
+        os.tcgetpgrp(terminal)
     except OSError:
-        if not (dist.is_torchelastic_launched() and os.isatty(terminal) and shutil.which("ps")):
-            return True
-        # torchrun gave us a session of our own; it is the shell's job. + means the foreground.
-        question = ["ps", "-o", "stat=", "-p", str(os.getppid())]
-        return "+" in subprocess.run(question, capture_output=True, text=True).stdout
+        if dist.is_torchelastic_launched() and os.isatty(terminal) and shutil.which("ps"):
+            # torchrun gave us a session of our own; it is the shell's job. + means the foreground.
+            question = ["ps", "-o", "stat=", "-p", str(os.getppid())]
+            return "+" in subprocess.run(question, capture_output=True, text=True).stdout
+    return in_foreground(terminal)
 
 
 @contextlib.contextmanager
@@ -406,6 +406,7 @@ class ExitMonitor:
         self.nothing_to_save: str | None = None
         self.signals_heard = 0
         self._screen = screen or Screen()
+        self._stdin = -1
         self._listening = keyboard and descriptor(sys.stdin) is not None
         # What this process has heard, and what it acts on: of several, what all have agreed on.
         self.heard: list[tuple[str, int]] = []
@@ -432,10 +433,12 @@ class ExitMonitor:
         with contextlib.ExitStack() as undo:
             pipes = [*os.pipe(), *os.pipe()]
             self._signal_pipe, self._wakeup, self._stop_pipe, self._stop = pipes
-            # Of the keyboard a descriptor of our own, so that nobody closes it under select().
-            self._stdin = open_keyboard(sys.stdin.fileno()) if self._listening else os.dup(pipes[0])
-            for fd in (*pipes, self._stdin):
+            for fd in pipes:
                 undo.callback(os.close, fd)
+            if self._listening:
+                # A descriptor of our own, so that nobody closes it under select().
+                self._stdin = open_keyboard(sys.stdin.fileno())
+                undo.callback(os.close, self._stdin)
             os.set_blocking(self._wakeup, False)
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before_fd)
@@ -826,7 +829,8 @@ def laid_out(state: dict, rank: int = 0) -> tuple[dict, list[Part]]:
             start = first * math.prod(shape[1:]) * local.element_size()
             data = local.contiguous().flatten().view(torch.uint8)
             parts.setdefault(key, Part(len(parts), start, data))
-            stand_ins[key] = stand_ins[key] if key in stand_ins else stand_in(shape, local.dtype)
+            if key not in stand_ins:
+                stand_ins[key] = stand_in(shape, local.dtype)
             return stand_ins[key]
         value = savable(value)
         if not isinstance(value, Tensor):
@@ -1134,10 +1138,11 @@ def check_records(file: BinaryIO) -> None:
                 # Raises where its checksum is wrong.
                 archive.read(record)
         for opcode, argument, _ in pickletools.genops(archive.read(f"{folder}/data.pkl")):
-            name = str(argument).replace(" ", ".")
-            dtype = isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
-            if opcode.name == "GLOBAL" and not dtype and not PLAIN_GLOBALS.fullmatch(name):
-                raise ValueError(f"it refers to {name}")
+            if opcode.name == "GLOBAL":
+                name = str(argument).replace(" ", ".")
+                dtype = isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+                if not dtype and not PLAIN_GLOBALS.fullmatch(name):
+                    raise ValueError(f"it refers to {name}")
 
 
 class CheckpointReader:
@@ -1295,18 +1300,14 @@ def find_checkpoints(directory: Path | str, report: Callable[[str], None]) -> li
                 state = checkpoint.state
             if "run_id" not in state:
                 continue
-            run_id, step, saved_at = (
-                str(state["run_id"]),
-                int(state["step"]),
-                str(state["saved_at"]),
-            )
-            one = Found("", run_id, int(state["metrics"]["sessions"]), step, saved_at, path)
+            run_id, saved_at = str(state["run_id"]), str(state["saved_at"])
+            session, step = int(state["metrics"]["sessions"]), int(state["step"])
         except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
         except (LookupError, TypeError, ValueError):
             report(f"⚠️ Skipped {path}: not a checkpoint of this program")
         else:
-            found.append(one)
+            found.append(Found("", run_id, session, step, saved_at, path))
             newest[run_id] = max(newest.get(run_id, ""), saved_at if step else "")
     return sorted((one._replace(run_saved_at=newest[one.run_id]) for one in found), reverse=True)
 
@@ -1481,14 +1482,16 @@ class Metrics:
         self._anew = False
         for number in itertools.count(1):
             self.path = directory / ("metrics.csv" if number == 1 else f"metrics_{number}.csv")
-            if not self.path.exists() or self._rows(self.path):
+            rows = self._rows(self.path)
+            if rows or not self.path.exists():
                 break
-        for path in (self.path, *sorted(old_directory.glob("metrics*.csv"))):
-            if rows := self._rows(path):
-                self.columns, self._anew = list(rows[0]), True
-                self._waiting = [row for row in rows if int(row["step"]) <= step]
-                self._write()
-                break
+        if not rows:
+            elsewhere = map(self._rows, sorted(old_directory.glob("metrics*.csv")))
+            rows = next(filter(None, elsewhere), [])
+        if rows:
+            self.columns, self._anew = list(rows[0]), True
+            self._waiting = [row for row in rows if int(row["step"]) <= step]
+            self._write()
 
     def _rows(self, path: Path) -> list[dict]:
         """The rows of this run; none where the file is another's, or was made so by a person."""
@@ -1714,9 +1717,11 @@ class Loader:
         while not self._closed.wait(pause):
             since, pause = self._waiting_since, self.PATIENCE
             if since != named and since < math.inf:
-                pause = max(0.01, since + self.PATIENCE - time.monotonic())
-                if pause == 0.01:
-                    named, pause = since, self.PATIENCE
+                left = since + self.PATIENCE - time.monotonic()
+                if left > 0:
+                    pause = left
+                else:
+                    named = since
                     self._report(f"⚠️ No batch for {pause:.0f} s: {self._state_of_workers()}.")
 
     def _state_of_workers(self) -> str:
@@ -1845,7 +1850,8 @@ class Run:
         self._boundary = Boundary(self.progress, [], [])
         config = self._state.get("config", {})
         # The same run with another length, or one that is done.
-        self._stretched = any(config.get(k) != vars(options)[k] for k in ("steps", "epochs"))
+        lengths = (config.get(k) != vars(options)[k] for k in ("steps", "epochs"))
+        self._stretched = resumed is not None and any(lengths)
         self.completed = self._state.get("exit_reason") == "completed" and not self._stretched
         self.exit_code = 0
         # What the summary calls the last save, and where it is.
@@ -2017,8 +2023,9 @@ class Run:
         kept GradScaler that is enabled, which then skips the step itself.
         """
         if parameters is None:
-            parameters = self._parameter_names()
-        norm = whole(nn.utils.clip_grad_norm_(list(parameters), max_norm))
+            modules = [module for module, _ in self._models.values()]
+            parameters = itertools.chain.from_iterable(one.parameters() for one in modules)
+        norm = whole(nn.utils.clip_grad_norm_(list(dict.fromkeys(parameters)), max_norm))
         others = self._kept["state_dicts"].values()
         scaled = any(isinstance(one, torch.amp.GradScaler) and one.is_enabled() for one in others)
         if not scaled and not norm.isfinite():
@@ -2087,7 +2094,7 @@ class Run:
     # The beginning of the loop.
 
     def _begin(self) -> None:
-        kept = self._hooks()
+        before_step = self._step_hook()
         if self.resumed is not None:
             self._restore()
         self._began = True
@@ -2100,7 +2107,7 @@ class Run:
         if self.processes.sharded or self.rank == 0:
             self._writer = CheckpointWriter(self._save, self.screen.say)
         self._note(sessions=self.progress.metrics["sessions"] + 1)
-        self._undo.callback(register_optimizer_step_pre_hook(kept).remove)
+        self._undo.callback(register_optimizer_step_pre_hook(before_step).remove)
         self._mark_boundary()
         self.monitor.describe, self.monitor.nothing_to_save = self._describe, None
         self._clock = self._row_clock = self._start_clock = time.monotonic()
@@ -2120,7 +2127,7 @@ class Run:
             names |= {parameter: f"{name}.{key}" for key, parameter in module.named_parameters()}
         return names
 
-    def _hooks(self) -> Callable:
+    def _step_hook(self) -> Callable:
         """Raises UserError for a kept optimizer of something else; returns what runs before steps.
 
         A batch in which a kept optimizer has stepped is a boundary; no other may step.
@@ -2331,7 +2338,7 @@ class Run:
             self._writer = None
             raise UserError(f"this run could not be saved: {error}") from None
         self.trained = True
-        rates = zip(self._rates_before, self._rates()) if self.resumed and self._stretched else ()
+        rates = zip(self._rates_before, self._rates()) if self._stretched else ()
         if any(abs(now - before) > 0.1 * before for before, now in rates):
             before, now = self._rates_before[0], self._rates()[0]
             text = f"its schedule is now one of {self.total_steps} steps"
@@ -2824,16 +2831,17 @@ class Processes:
         """
         if not self.many:
             return load_checkpoint(path)
+        readers: list[CheckpointReader] = []
 
         def share() -> list[int]:
             with opened_checkpoint(path) as checkpoint:
+                readers.append(checkpoint)
                 checkpoint.share(self.rank, self.world_size)
                 return checkpoint.read()
 
         checksums = [answered(*answer) for answer in self._gather(attempt(share))]
-        with opened_checkpoint(path) as checkpoint:
-            check_checksums(path, checkpoint.records, checksums)
-            return checkpoint.state
+        check_checksums(path, readers[0].records, checksums)
+        return readers[0].state
 
     def _gather(self, value: object) -> list[Any]:
         values: list[Any] = [None] * self.world_size
@@ -2868,8 +2876,8 @@ class Processes:
 
         local = value.local.contiguous().to(self._mesh.device_type)
         stride = torch.empty(value.shape, device="meta").stride()
-        whole: dict[str, Any] = {"run_check": False, "shape": value.shape, "stride": stride}
-        return DTensor.from_local(local, self._mesh, [Shard(0)], **whole)
+        layout: dict[str, Any] = {"run_check": False, "shape": value.shape, "stride": stride}
+        return DTensor.from_local(local, self._mesh, [Shard(0)], **layout)
 
     def _share_of(self, rows: int) -> tuple[int, int]:
         """First row of this rank, and of the next, as PyTorch shards a tensor."""
@@ -3122,9 +3130,9 @@ def prepared(options: dict[str, Option], given: dict, processes: Processes, scre
     resumed = checkpoint_to_resume(given.pop("resume", None), directory, processes, screen.say)
     path, state = resumed or (None, {})
     if path is not None:
-        default = stored = str(state["config"].get("checkpoint_dir"))
-        if home_of(path) != fallback_directory(stored).resolve():
-            default = str(home_of(path))
+        default, stored = str(home_of(path)), str(state["config"].get("checkpoint_dir"))
+        if default == str(fallback_directory(stored).resolve()):
+            default = stored
     given.setdefault("checkpoint_dir", default)
     config = configuration(options, given, state.get("config", {}), path)
     if config.shard and not processes.many:
@@ -3569,9 +3577,10 @@ def forward_backward(
         # Of many processes, the gradients meet in the last pass.
         apart: Any = getattr(model, "no_sync", None) if part is not parts[-1] else None
         with apart() if apart else contextlib.nullcontext():
-            losses.append(loss(part))
-            ((losses[-1] + regularization()) / len(parts)).backward()
-    return torch.stack([value.detach() for value in losses]).mean()
+            value = loss(part)
+            ((value + regularization()) / len(parts)).backward()
+            losses.append(value.detach())
+    return torch.stack(losses).mean()
 
 
 def cosine(progress: float) -> float:
@@ -3685,12 +3694,16 @@ class BatchedMuon(torch.optim.Muon):
         momentum.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(momentum))
         update = gradient.lerp_(momentum, group["momentum"])
-        iteration = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        newton_schulz = functools.partial(
+            orthogonalize,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+        )
         if is_sharded(parameters[0]):
-            whole = on_whole_matrices(lambda x: orthogonalize(x, *iteration), update, parameters[0])
-            update = whole
+            update = on_whole_matrices(newton_schulz, update, parameters[0])
         else:
-            update = orthogonalize(update, *iteration)
+            update = newton_schulz(update)
         weights = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(update), alpha=-lr)
@@ -3711,8 +3724,8 @@ def on_whole_matrices(function: Callable[[Tensor], Tensor], rows: Tensor, parame
     mesh, shape = parameter.device_mesh, torch.Size((len(rows), *parameter.shape))
     stride = torch.empty(shape, device="meta").stride()
     spread = DTensor.from_local(rows, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-    whole = function(spread.full_tensor())
-    result = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
+    updated = function(spread.full_tensor())
+    result = DTensor.from_local(updated, mesh, [Replicate()], run_check=False)
     return result.redistribute(placements=[Shard(1)]).to_local()
 
 
