@@ -66,6 +66,7 @@ import termios
 import threading
 import time
 import traceback
+import types
 import uuid
 import zipfile
 import zlib
@@ -128,8 +129,8 @@ class Option(NamedTuple):
             word = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
         if isinstance(value, (int, float)) and not self.least <= value < self.below:
-            bounds = f"{self.least:g} or more and below {self.below:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+            least = "" if self.least == -math.inf else f"{self.least:g} or more and "
+            raise argparse.ArgumentTypeError(f"{text} is not {least}below {self.below:g}")
         if not text and self.default != "":
             raise argparse.ArgumentTypeError("an empty text")
         return value
@@ -195,7 +196,15 @@ def declared(own: dict[str, Any]) -> dict[str, Option]:
             raise UserError(f"main({name}=...): that is for the command line alone")
         one = value if isinstance(value, Option) else common._replace(default=value)
         default = tuple(one.default) if isinstance(one.default, list) else one.default
-        options[name] = one._replace(default=default, kind=one.kind or common.kind)
+        # A common one keeps its type and bounds.
+        kind = one.kind or common.kind or (common.default is not None and type(common.default))
+        one = one._replace(default=default, kind=kind or None, least=max(one.least, common.least))
+        if name in COMMON_OPTIONS and type(default) in (int, float, str):
+            try:
+                one = one._replace(default=one.value(str(default)))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"main({name}=...): {error}") from None
+        options[name] = one
     return options
 
 
@@ -390,8 +399,8 @@ class ExitMonitor:
     torch operation. A second SIGINT, half a second or more after the first, ends the process at
     once with code 130. On leaving the block, terminal and signal handlers are as before.
 
-    Forked children, DataLoader workers among them, never reach it (see SignalsOfChildren).
-    Raises ValueError when entered outside the main thread.
+    Children that are forked in the block, DataLoader workers say, never reach it (see
+    SignalsOfChildren). Raises ValueError when entered outside the main thread.
     """
 
     KEYS = "Keys: q + Enter saves and leaves, s + Enter saves"
@@ -582,7 +591,7 @@ class ExitMonitor:
         elif commands and not self.heard and os.isatty(self._stdin):
             # torchrun passes on no second Ctrl-C.
             alone = not dist.is_torchelastic_launched()
-            self._screen.say(self.KEYS + ", Ctrl-C twice leaves without saving." * alone)
+            self._screen.say(self.KEYS + ", a second Ctrl-C leaves without saving." * alone)
             if b"?" in commands and self.describe is not None:
                 self._screen.say(self.describe())
 
@@ -978,7 +987,7 @@ def write_parts(parts: Sequence[Part] | Exception, path: Path) -> list[int]:
             while done < len(data):
                 count = os.pwrite(file.fileno(), data[done : done + CACHED_BYTES], start + done)
                 crc, done = zlib.crc32(data[done : done + count], crc), done + count
-            if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(AttributeError, OSError):
                 # On Linux this starts the write to the disk without waiting for it.
                 os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
             return crc
@@ -1056,26 +1065,29 @@ def multiplied(a: int, b: int) -> int:
 
 
 def flush_names(*folders: Path) -> None:
-    """Makes the names in folders as durable as the files, where the file system knows how to."""
+    """Makes the names in folders as durable as the files."""
     for folder in folders:
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        finally:
-            os.close(fd)
+        # One that takes files may still not be opened.
+        with contextlib.suppress(PermissionError):
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                flush_to_disk(fd)
+            finally:
+                os.close(fd)
 
 
 def flush_to_disk(fd: int) -> None:
-    """fsync; on macOS, where that only reaches the drive's cache, the call that goes further."""
+    """fsync, where the file system knows how to; on macOS the call that goes beyond the cache."""
     if hasattr(fcntl, "F_FULLFSYNC"):
         # A file system without it still has fsync.
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
-    os.fsync(fd)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -1160,7 +1172,10 @@ class CheckpointReader:
         self.state = torch.load(file, map_location="meta", weights_only=True)
         if not isinstance(self.state, dict):
             raise ValueError(f"holds a {type(self.state).__name__}")
-        mapped(self.state, lambda leaf: self._number(leaf) if is_tensor(leaf) else savable(leaf))
+        mapped(
+            self.state,
+            lambda leaf: self._number(leaf) if isinstance(leaf, Tensor) else savable(leaf),
+        )
 
     def _number(self, tensor: Tensor) -> int:
         """Of a tensor's record. Raises ValueError where the tensor claims more than is there."""
@@ -1214,10 +1229,6 @@ class CheckpointReader:
                 raise ValueError("it has been cut")
             crc, left, start = zlib.crc32(left[:count], crc), left[count:], start + count
         return crc
-
-
-def is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def like(tensor: Tensor, storage: torch.UntypedStorage, offset: int) -> Tensor:
@@ -1391,17 +1402,15 @@ class RunDirectory:
     """One run's hold on a checkpoint directory: the lock, and the names that are free for it.
 
     The lock (fcntl.lockf, which no child inherits) is held until the process is gone; where the
-    file system has none, report says so. Raises OSError where the directory cannot be written,
-    UserError where it belongs to a run that is alive.
+    file system has none, report says so. Raises OSError where the directory cannot be written, or
+    belongs to a run that is alive.
     """
 
     def __init__(self, path: Path, run_id: str, report: Callable[[str], None]) -> None:
         self.path, self.run_id = path, run_id
         self._own: set[Path] = set()
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock_file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._lock(report)
-        self.write_outcome("")
+        self._report = report
+        self.hold()
         for leftover in (*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")):
             # Of a killed run; in the way of nothing.
             with contextlib.suppress(OSError):
@@ -1410,21 +1419,26 @@ class RunDirectory:
         own = sorted((int(m[1]), file) for file, m in steps.items() if m and self._is_own(file))
         self._periodic = [file for _, file in own]
 
-    def _lock(self, report: Callable[[str], None]) -> None:
+    def hold(self) -> None:
+        """Makes the directory and takes its lock: at first, and where somebody has deleted it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock()
+        self.write_outcome("")
+
+    def _lock(self) -> None:
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 text = f"no locks there ({error.strerror}); see to it that no other run uses it"
-                report(f"⚠️ {self.path}: {text}")
+                self._report(f"⚠️ {self.path}: {text}")
                 return
             words = os.pread(self._lock_file, 256, 0).decode(errors="replace").split()
             pid, host = (words + ["unknown", "unknown"])[:2]
             os.close(self._lock_file)
-            raise UserError(
-                f"{self.path} is in use by another run (pid {pid} on {host});"
-                " give this one its own --checkpoint-dir"
-            ) from None
+            text = f"it is in use by another run (pid {pid} on {host}); give this one its own"
+            raise OSError(errno.EBUSY, text) from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""
@@ -1496,7 +1510,9 @@ class Metrics:
     def _rows(self, path: Path) -> list[dict]:
         """The rows of this run; none where the file is another's, or was made so by a person."""
         try:
-            with open(path, newline="", errors="surrogateescape") as file:
+            # A pipe would be waited for; -sig: a spreadsheet leaves a mark at the beginning.
+            name = path if path.is_file() else os.devnull
+            with open(name, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
                 # Python 3.10 would stumble over a NUL.
                 rows = list(csv.DictReader(line.replace("\0", "") for line in file))
         except (OSError, csv.Error):
@@ -1542,20 +1558,44 @@ class Metrics:
                 self._write()
             if self.path.exists():
                 with open(self.path, "rb") as file:
-                    os.fsync(file.fileno())
+                    flush_to_disk(file.fileno())
 
 
 # ---- The order of the data --------------------------------------------------------------------
 
 
-def seed_generators(*what: object, device: str = "cpu") -> None:
-    """Seeds torch, random and numpy with a number that follows from what alone."""
+def seed_generators(*what: object, device: str = "cpu", own: Sequence = ()) -> None:
+    """Seeds torch, random, numpy and own generators with what follows from what alone."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
     # With the devices' generators torch takes a hundred times as long.
     (torch.default_generator if device == "cpu" else torch).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+    for number, one in enumerate(own, seed + 1):
+        if isinstance(one, np.random.Generator):
+            one.bit_generator.state = type(one.bit_generator)(number).state
+        else:
+            getattr(one, "manual_seed", one.seed)(number & 0xFFFFFFFF)
+
+
+def generators_in(*roots: object) -> list:
+    """The random generators that datasets, and what they consist of, have of their own."""
+    kinds = random.Random, np.random.RandomState, np.random.Generator, torch.Generator
+    found, seen, left = [], dict[int, object](), list(roots)
+    # Large collections are data.
+    while left and len(seen) < 10_000:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, kinds):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)) and len(value) <= 1000:
+            left += value.values() if isinstance(value, dict) else value
+        elif not isinstance(value, Tensor):
+            left += getattr(value, "__dict__", {}).values()
+    return found
 
 
 def shuffled(indices: np.ndarray, n: int, key: bytes) -> np.ndarray:
@@ -1597,6 +1637,7 @@ class Batches(Dataset):
         self.batch_size, self.seed = batch_size, options.seed
         self.rank, self.world_size = rank, world_size
         self.per_epoch = len(training) // batch_size
+        self.generators = generators_in(training, validation, collate)
         self.validated = len(validation) if validation is not None else 0
         if options.eval_batches is not None:
             self.validated = min(self.validated, options.eval_batches * batch_size)
@@ -1616,9 +1657,9 @@ class Batches(Dataset):
             indices = (places * len(data) // self.validated).tolist()
         samples = []
         for index in indices or [0]:
-            seed_generators(self.seed, epoch, index)
+            seed_generators(self.seed, epoch, index, own=self.generators)
             samples.append(data[index])
-        seed_generators(self.seed, "collate", key, self.rank)
+        seed_generators(self.seed, "collate", key, self.rank, own=self.generators)
         return key, self.collate(samples), len(indices)
 
     def _places(self, number: int, end: int) -> np.ndarray:
@@ -1725,13 +1766,11 @@ class Loader:
                     self._report(f"⚠️ No batch for {pause:.0f} s: {self._state_of_workers()}.")
 
     def _state_of_workers(self) -> str:
-        states = [
-            f"worker {worker.pid} stands still or is slow"
-            if worker.is_alive()
-            else f"worker {worker.pid} has died (exit code {worker.exitcode})"
-            for worker in self._workers
-        ]
-        return ", ".join(states) or "the dataset is slow or stands still"
+        if not self._workers:
+            return "the dataset is slow or stands still"
+        states = {one.pid: f"has died (exit code {one.exitcode})" for one in self._workers}
+        states |= {one.pid: "stands still or is slow" for one in self._workers if one.is_alive()}
+        return ", ".join(f"worker {pid} {state}" for pid, state in states.items())
 
     def close(self) -> None:
         self._closed.set()
@@ -1793,7 +1832,7 @@ class Progress(NamedTuple):
     """What follows from the batches so far; a checkpoint holds it. Nothing changes in place."""
 
     step: int = 0
-    best: dict = {"value": None, "step": 0}
+    best: dict = {"value": None, "step": 0, "of": None}
     evaluation: dict = {"values": {}, "step": -1}
     # `sums` and `counts` are of what was logged since the last row of metrics.csv; what was due up
     # to `done_step` (an evaluation, a save) is done.
@@ -1844,6 +1883,8 @@ class Run:
         self.rank, self.world_size = processes.rank, processes.world_size
         self.device = choose_device(options.device)
         self.resumed: Path | None = resumed[0] if resumed else None
+        # The options of the checkpoint that are not the defaults of today.
+        self.differs = ""
         self._state: dict = resumed[1] if resumed else {}
         self.run_id = self._state.get("run_id", uuid.uuid4().hex[:12])
         self.progress = Progress(*(self._state[key] for key in Progress._fields if resumed))
@@ -2067,6 +2108,10 @@ class Run:
             raise UserError(f"run.batches(evaluate): {text}")
         if not self._models:
             raise UserError("call run.model(module) before the loop")
+        if (before := self.progress.best["of"]) not in (best, None):
+            text = f'"{best}" does not fit the checkpoint, whose run has "{before}"'
+            raise UserError(f"run.batches(best=...): {text}")
+        self._best_of = best
         self._evaluate, self._better = evaluate, operator.gt if direction == "max" else operator.lt
         return self._loop()
 
@@ -2186,17 +2231,17 @@ class Run:
                 raise CheckpointError(f"{path} does not fit this run: {text}")
             for name, part in parts.items():
                 like_own = own[kind][name]
-                if isinstance(part, Optimizer):
+                if kind != "state_dicts":
                     with fitting(path, name):
-                        check_same_optimizer(saved[kind][name], like_own)
+                        check_same_kind(saved[kind][name], like_own)
+                if isinstance(part, Optimizer):
                     like_own = {"state": dict(enumerate(parameters_of(part)))}
                 self._load(part, saved[kind][name], like_own, name)
-        for scheduler in self._kept["scheduler_state_dicts"].values():
-            planned = getattr(scheduler, "total_steps", None)
-            if isinstance(planned, int) and planned < self.total_steps:
+        for name, planned in self._planned_steps().items():
+            if planned < self.total_steps:
                 raise UserError(
-                    f"--steps or --epochs: {type(scheduler).__name__} was made for {planned} steps,"
-                    f" not for {self.total_steps}; a longer run needs a new start"
+                    f"--steps or --epochs: {name} was made for {planned} steps, not for"
+                    f" {self.total_steps}; a longer run needs a new start"
                 )
         # Its tensors are not needed any more.
         self._state = {}
@@ -2217,8 +2262,9 @@ class Run:
             f" saves in {self.options.checkpoint_dir}"
         )
         if self.resumed is not None:
-            say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
-        elif self.rank == 0 and self.metrics.path.name != "metrics.csv":
+            where = f"step {self.step} of {self.total_steps} from {self.resumed}"
+            say(f"📂 Resumed at {where}{self.differs}")
+        if self.rank == 0 and self.metrics.path.name != "metrics.csv":
             say(f"📂 Another run has saved here before; this one logs to {self.metrics.path.name}")
         say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
 
@@ -2341,10 +2387,8 @@ class Run:
         rates = zip(self._rates_before, self._rates()) if self._stretched else ()
         if any(abs(now - before) > 0.1 * before for before, now in rates):
             before, now = self._rates_before[0], self._rates()[0]
-            text = f"its schedule is now one of {self.total_steps} steps"
-            self.screen.say(
-                f"📈 The learning rate goes on at {now:.2e}, after {before:.2e}: {text}"
-            )
+            text = f"goes on at {now:.2e}, after {before:.2e}: {self.total_steps} steps are another"
+            self.screen.say(f"📈 The learning rate {text} schedule.")
 
     def _due(self, every: int) -> bool:
         return self.step // every > self.progress.metrics["done_step"] // every
@@ -2399,7 +2443,7 @@ class Run:
         means = {name: total / samples for name, (total, samples) in totals.items()}
         value, best = means[self._best_name], self.progress.best
         if value == value and (self.best is None or self._better(value, self.best)):
-            best = {"value": value, "step": self.step}
+            best = {"value": value, "step": self.step, "of": self._best_of}
         found = {"values": means, "step": self.step}
         self.progress = self.progress._replace(evaluation=found, best=best)
         return True
@@ -2431,12 +2475,15 @@ class Run:
             raise UserError(f"evaluate returned {got}; it has to return {wanted} (see best=...)")
         sums = {}
         for name, value in values.items():
-            value = whole(torch.as_tensor(value).detach())
+            try:
+                value = whole(torch.as_tensor(value).detach())
+                got = f"of shape {tuple(value.shape)}"
+            except (TypeError, ValueError, RuntimeError):
+                got, value = f"as {type(value).__name__}", torch.empty(())
             if value.shape != (max(count, 1),):
-                shape = f"{tuple(value.shape)} for a batch of {max(count, 1)} samples"
                 raise UserError(
-                    f'evaluate returned "{name}" of shape {shape}: one value for each sample is'
-                    ' wanted (as reduction="none" gives it), whose mean is taken'
+                    f'evaluate returned "{name}" {got} for a batch of {max(count, 1)} samples: one'
+                    ' value for each is wanted (as reduction="none" gives it), whose mean is taken'
                 )
             sums[name] = value[:count].to("cpu", torch.float64).sum().item()
         return sums
@@ -2446,6 +2493,12 @@ class Run:
     def _rates(self) -> list[float]:
         optimizers = self._kept["optimizer_state_dicts"].values()
         return [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
+
+    def _planned_steps(self) -> dict[str, int]:
+        """Of schedulers that cannot go on after so many steps."""
+        schedulers = self._kept["scheduler_state_dicts"].values()
+        planned = {type(one).__name__: getattr(one, "total_steps", None) for one in schedulers}
+        return {name: steps for name, steps in planned.items() if isinstance(steps, int)}
 
     def _log_row(self, evaluated: bool) -> None:
         metrics, now = self.progress.metrics, time.monotonic()
@@ -2499,19 +2552,20 @@ class Run:
     def summary(self) -> str:
         """What is read last: how far it came, what was saved, and the command that goes on."""
         best = "none yet" if self.best is None else f"{self.best:.4f}"
+        label, path = self.saved or ("Checkpoint", "none yet")
         lines = [
             "📊 Training Summary:",
             f"   Completed Steps: {self.step}",
             f"   Epoch: {self.epoch}",
             f"   Best {self._best_name.replace('_', ' ').title()}: {best}",
+            f"   {label}: {path}",
         ]
-        if self.saved is not None:
-            label, path = self.saved
-            lines.append(f"   {label}: {path}")
+        # A schedule such as OneCycleLR's cannot be made longer.
+        if self.saved and not (self.completed and self._planned_steps()):
             further, word = "", "Resume"
             if self.completed:
                 word, options = "Train further", self.options
-                further = f" --steps {2 * self.step}" if options.steps else ""
+                further = f" --steps {2 * self.total_steps}" if options.steps else ""
                 further += f" --epochs {2 * options.epochs}" if options.epochs else ""
             command = f"{own_command()} --resume {shlex.quote(str(path))}{further}"
             lines.append(f"▶️ {word} with: {command}")
@@ -2527,11 +2581,13 @@ class Run:
             for kind, parts in self._kept.items()
         }
         names = self._parameter_names()
+        # PyTorch takes the state of any scheduler, and optimizer that has as many parameters.
+        for kind in ("scheduler_state_dicts", "optimizer_state_dicts"):
+            for name, part in self._kept[kind].items():
+                kept[kind][name] = {**kept[kind][name], "class": type(part).__qualname__}
         for name, optimizer in self._kept["optimizer_state_dicts"].items():
             groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-            # PyTorch takes the state of any optimizer that has as many parameters.
-            whose = {"class": type(optimizer).__qualname__, "param_names": groups}
-            kept["optimizer_state_dicts"][name] = {**kept["optimizer_state_dicts"][name], **whose}
+            kept["optimizer_state_dicts"][name] |= {"param_names": groups}
         return {
             "format_version": self.FORMAT_VERSION,
             # Early in the file, for RunDirectory.
@@ -2563,7 +2619,8 @@ class Run:
 
     def _path_to_save(self, name: str) -> str:
         # Somebody may have deleted it; without it the rows that wait could not be written.
-        self.directory.path.mkdir(parents=True, exist_ok=True)
+        if not os.path.exists(self.directory.path / "run.lock"):
+            self.directory.hold()
         self.metrics.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -2690,11 +2747,12 @@ def fitting(path: Path | None, name: str) -> Iterator[None]:
         raise CheckpointError(f"{path} does not fit {name} ({one_line(error)})") from error
 
 
-def check_same_optimizer(saved: dict, own: dict) -> None:
-    """Raises ValueError for the state of another class, or over other parameters."""
-    if saved["class"] != own["class"]:
-        raise ValueError(f"{saved['class']} there, {own['class']} here")
-    if saved["param_names"] != own["param_names"]:
+def check_same_kind(saved: dict, own: dict) -> None:
+    """Raises ValueError for an optimizer or scheduler of another class, or for other parameters."""
+    # A scheduler would keep it as an attribute.
+    if (theirs := saved.pop("class")) != own["class"]:
+        raise ValueError(f"{theirs} there, {own['class']} here")
+    if saved.get("param_names") != own.get("param_names"):
         pairs = zip(itertools.chain(*saved["param_names"]), itertools.chain(*own["param_names"]))
         other = next((f"{a} there, {b} here" for a, b in pairs if a != b), "in other groups")
         raise ValueError(f"over other parameters: {other}")
@@ -2781,6 +2839,8 @@ class Processes:
         self._store = dist.PrefixStore(f"attempt_{attempt}", store)
         size = self.world_size
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=size)
+        # Who leaves for a mistake now leaves no other alone in the middle of connecting.
+        self._gather(None)
         self._saves = itertools.count()
         # The signals heard before a failure, after which torchrun signals that one has died.
         self._signals_before: int | None = None
@@ -2860,7 +2920,7 @@ class Processes:
                     for key, item in value.items():
                         made[key] = asked(item, own.get(key) if isinstance(own, dict) else own)
                     return made
-                if is_sharded(own) and is_tensor(value) and value.shape == own.shape:
+                if is_sharded(own) and isinstance(value, Tensor) and value.shape == own.shape:
                     first, last = self._share_of(len(own))
                     return Rows(checkpoint.rows(value, first, last), first, value.shape)
                 return mapped(value, checkpoint.whole)
@@ -2966,9 +3026,8 @@ class Processes:
         answer = f"{self.rank} {name}"
         # An error: the store has died with torchrun.
         with contextlib.suppress(RuntimeError):
-            answer = (
-                self._store.compare_set("failure", "", answer).decode() if self.many else answer
-            )
+            if self.many:
+                answer = self._store.compare_set("failure", "", answer).decode()
         rank, _, name = answer.partition(" ")
         return int(rank), name
 
@@ -3130,11 +3189,12 @@ def prepared(options: dict[str, Option], given: dict, processes: Processes, scre
     resumed = checkpoint_to_resume(given.pop("resume", None), directory, processes, screen.say)
     path, state = resumed or (None, {})
     if path is not None:
-        default, stored = str(home_of(path)), str(state["config"].get("checkpoint_dir"))
-        if default == str(fallback_directory(stored).resolve()):
-            default = stored
+        default, before = str(home_of(path)), str(state["config"].get("checkpoint_dir"))
+        if default == str(fallback_directory(before).resolve()):
+            default = before
     given.setdefault("checkpoint_dir", default)
-    config = configuration(options, given, state.get("config", {}), path)
+    stored = state.get("config", {})
+    config = configuration(options, given, stored, path)
     if config.shard and not processes.many:
         if "shard" in given or resumed is None:
             raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
@@ -3142,7 +3202,10 @@ def prepared(options: dict[str, Option], given: dict, processes: Processes, scre
         config.shard = False
     processes.sharded = config.shard
     with fitting(path, "this program"):
-        return Run(config, processes, screen, resumed)
+        run = Run(config, processes, screen, resumed)
+    changed = sorted(n for n in stored.keys() - given.keys() if stored[n] != options[n].default)
+    run.differs = "".join(f", {flag(name)} {stored[name]}" for name in changed)
+    return run
 
 
 def checkpoint_to_resume(
@@ -3194,7 +3257,7 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
         return None
     except Leaving:
         return None
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         failure: BaseException = error
         if run.processes.sharded and not run.trained and (part := optimizer_in(error)):
             text = f"PyTorch cannot share out what {part} does ({one_line(error)})"
@@ -3209,7 +3272,7 @@ def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
     return failure
 
 
-def optimizer_in(error: Exception) -> str | None:
+def optimizer_in(error: BaseException) -> str | None:
     """The class in torch.optim, of an optimizer or an average, in whose code an error came up."""
     folder = os.path.dirname(torch.optim.__file__)
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -3226,7 +3289,8 @@ def last_words(run: Run, error: BaseException | None) -> int:
         raise error
     if error is None:
         if run.saved is not None and run.exit_code != 1:
-            screen.say("🎉 All steps done!" if run.completed else "✨ Graceful exit completed!")
+            done = "All steps done!" if run.step >= run.total_steps else "The loop has ended."
+            screen.say(f"🎉 {done}" if run.completed else "✨ Graceful exit completed!")
     elif run.processes.first_failure(type(error).__name__)[0] == run.rank:
         # No other rank can say more.
         if isinstance(error, UserError):
@@ -3296,21 +3360,19 @@ def data_files(paths: Sequence[str], left_out: Path) -> dict[str, tuple[Path, in
     """
     library, own = sysconfig.get_path("stdlib"), not paths
     no_source = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+    def wanted(name: str) -> bool:
+        return name[0] != "." and not (own and name in no_source)
+
     found: dict[str, tuple[Path, int]] = {}
     for top in map(Path, paths or [library]):
         files, before = [top], len(found)
         if top.is_dir():
             files = []
             for folder, subfolders, names in os.walk(top):
-                subfolders[:] = [
-                    name
-                    for name in subfolders
-                    if name[0] != "." and not (own and name in no_source)
-                ]
-                names = [
-                    name for name in names if name[0] != "." and (not own or name[-3:] == ".py")
-                ]
-                files += [Path(folder, name) for name in names]
+                subfolders[:] = filter(wanted, subfolders)
+                some = (name for name in filter(wanted, names) if not own or name[-3:] == ".py")
+                files += [Path(folder, name) for name in some]
         for file in sorted(file for file in files if left_out not in file.parents):
             try:
                 status = file.stat()
@@ -3391,9 +3453,7 @@ class ByteDataset(Dataset):
         return self.corpus.fingerprint() if self.first == 0 else None
 
 
-def text_datasets(
-    paths: Sequence[str], context: int, left_out: Path
-) -> tuple[ByteDataset, ByteDataset]:
+def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[ByteDataset]:
     """Training and validation data: the first 95 % of the files in paths, and the rest."""
     corpus = Corpus(data_files(paths, left_out))
     split = len(corpus) - len(corpus) // 20
@@ -3402,7 +3462,7 @@ def text_datasets(
     if not len(training) or not len(validation):
         text = f"{len(corpus):,} bytes are too few for --context {context}"
         raise UserError(f"--data {' '.join(paths) or '(the standard library)'}: {text}")
-    return training, validation
+    return [training, validation]
 
 
 # ---- The built-in program: model --------------------------------------------------------------
@@ -3494,16 +3554,7 @@ class Block(nn.Module):
 class ByteLM(nn.Module):
     """A byte-level decoder-only Transformer whose feed-forward layers are mixtures of experts."""
 
-    def __init__(
-        self,
-        context: int,
-        layers: int,
-        heads: int,
-        dim: int,
-        experts: int,
-        dropout: float,
-        rotations: bool,
-    ) -> None:
+    def __init__(self, context, layers, heads, dim, experts, dropout, rotations) -> None:
         super().__init__()
         block = dim, heads, experts, dropout, rotations
         self.token = nn.Embedding(256, dim)
@@ -3650,22 +3701,20 @@ class StandardTrainingController(TrainingController):
         self.optimizers, self.schedulers = {"adamw": optimizer}, {"adamw": scheduler}
 
 
-def orthogonalize(
-    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> Tensor:
+def orthogonalize(matrices: Tensor, group: dict) -> Tensor:
     """The nearest (semi-)orthogonal matrix, roughly, to each of matrices (count, rows, columns).
 
     A quintic Newton-Schulz iteration whose singular values end near 1, not at it (Jordan et al.,
-    "Muon", 2024). In bfloat16, or in float32 on a CPU without bfloat16 arithmetic, which would
-    emulate it at a fraction of the speed.
+    "Muon", 2024), with the settings of a group of torch.optim.Muon. In bfloat16, or in float32 on a
+    CPU without bfloat16 arithmetic, which would emulate it at a fraction of the speed.
     """
-    a, b, c = coefficients
+    a, b, c = group["ns_coefficients"]
     emulated = matrices.is_cpu and not torch.cpu.get_capabilities().get("avx512_bf16")
     x = matrices.to(torch.float32 if emulated else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
@@ -3694,16 +3743,11 @@ class BatchedMuon(torch.optim.Muon):
         momentum.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(momentum))
         update = gradient.lerp_(momentum, group["momentum"])
-        newton_schulz = functools.partial(
-            orthogonalize,
-            coefficients=group["ns_coefficients"],
-            steps=group["ns_steps"],
-            eps=group["eps"],
-        )
         if is_sharded(parameters[0]):
+            newton_schulz = functools.partial(orthogonalize, group=group)
             update = on_whole_matrices(newton_schulz, update, parameters[0])
         else:
-            update = newton_schulz(update)
+            update = orthogonalize(update, group)
         weights = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(update), alpha=-lr)

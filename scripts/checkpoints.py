@@ -139,7 +139,7 @@ def show_checkpoint(path: Path) -> None:
     if metrics["smooth_loss"] is not None:
         show("Loss", f"{metrics['smooth_loss']:.4f} (of the last batches)")
     if best["value"] is not None:
-        show("Best", f"{best_name(state)}{best['value']:.4f} at step {best['step']:,}")
+        show("Best", f"{best['of']} {best['value']:.4f} at step {best['step']:,}")
     for name, value in evaluation["values"].items():
         show("Evaluation", f"{name} {value:.4f} at step {evaluation['step']:,}")
     for name, value in models_of(state):
@@ -160,15 +160,6 @@ def show_checkpoint(path: Path) -> None:
 
 def show(label: str, value: object) -> None:
     print(f"{printable(str(label)) + ':':<13}{printable(str(value))}")
-
-
-def best_name(state: dict) -> str:
-    """A checkpoint says what the best value is, not whose: known where it has just been found."""
-    best, evaluation = state["best"], state["evaluation"]
-    if best["step"] != evaluation["step"]:
-        return ""
-    names = [name for name, value in evaluation["values"].items() if value == best["value"]]
-    return f"{names[0]} " if len(names) == 1 else ""
 
 
 def is_module(value: object) -> bool:

@@ -382,6 +382,7 @@ def test_a_directory_that_is_deleted_under_a_run_costs_no_save(spawn, options, t
     shutil.rmtree(tmp_path / "ck")
     child.sendline("s")
     child.expect("Checkpoint saved: ")
+    assert f"it is in use by another run (pid {child.pid} on " in refused(*options), "the lock is there again"
     child.sendline("q")
     path = saved_path(finish(child))
     assert child.exitstatus == 0 and path.parent == tmp_path / "ck" / "emergency_exit" and t.load_checkpoint(path)["step"]
@@ -402,19 +403,59 @@ def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_pat
     assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
 
 
-def test_a_file_system_that_does_not_flush_directories_is_no_failed_save(fork, options, tmp_path):
-    def no_directories(frame) -> None:
-        def fsync(fd, fsync=os.fsync):
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            fsync(fd)
+def lacking(call: str, code: int, concerns):
+    """Puts something in the place of os.call that fails where concerns(its first argument) is true."""
+    def install(frame) -> None:
+        def without(first, *rest, real=getattr(os, call)):
+            if concerns(first):
+                raise OSError(code, os.strerror(code))
+            return real(first, *rest)
 
-        os.fsync = fsync
+        setattr(os, call, without)
 
-    child = fork(*options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), no_directories)])
+    return install
+
+
+def is_folder(which) -> bool:
+    return stat.S_ISDIR(os.stat(which).st_mode) if os.path.exists(which) else False
+
+
+LACKING = {
+    "fsync of directories": ("fsync", errno.EINVAL, is_folder),
+    "fsync": ("fsync", errno.ENOSYS, lambda fd: True),
+    "advice": ("posix_fadvise", errno.EINVAL, lambda fd: True),
+    "opening of directories": ("open", errno.EACCES, is_folder),
+}
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_what_a_file_system_lacks_is_no_failed_save(fork, options, tmp_path, what):
+    """FUSE and network file systems, and directories that may be written but not listed."""
+    child = fork(*options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), lacking(*LACKING[what]))])
     output = child.finish()
-    assert child.exitcode == 0 and "not saved" not in output
+    assert child.exitcode == 0 and "not saved" not in output, output
     assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
+    assert not list((tmp_path / "ck").rglob("*.tmp"))
+
+
+def with_bom(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("change, name", [(with_bom, "metrics.csv"), (piped, "metrics_2.csv"), (Path.unlink, "metrics.csv")])
+def test_whatever_a_person_has_made_of_metrics_csv_the_run_goes_on(finished, tmp_path, change, name):
+    """A spreadsheet has saved it, as spreadsheets do; a pipe stands in its place; it is gone."""
+    directory = shutil.copytree(finished, tmp_path / "ck")
+    steps = [row["step"] for row in metrics_without_times(directory)]
+    change(directory / "metrics.csv")
+    assert session("--resume", directory / "final.pt", "--steps", "14") == 0
+    now = [row["step"] for row in metrics_without_times(directory, name)]
+    assert now == [*(steps if change is with_bom else []), "14"]
 
 
 def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(finished, tmp_path, capfd):

@@ -250,6 +250,14 @@ def test_a_list_is_taken_for_several_values_and_what_only_the_command_line_has_i
     assert mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
 
 
+def test_a_common_option_keeps_its_type_and_its_bounds_whatever_main_says(mine):
+    assert mine(0, batch_size="4").batch_size == 4
+    assert mine(2, steps=0) == "error: main(steps=...): 0 is not 1 or more and below 1e+15\n"
+    assert mine(2, batch_size=t.option(0, "mine")) == "error: main(batch_size=...): 0 is not 1 or more and below 1e+15\n"
+    assert mine(2, workers="many") == "error: main(workers=...): 'many' is not a whole number\n"
+    assert "--speed: nan is not below 1e+15" in mine(2, "--speed", "nan")
+
+
 def test_what_makes_an_own_run_is_kept_in_its_checkpoint_and_cannot_be_changed(mine, tmp_path):
     mine(0, "--width", 5, "--sizes", 4, "--color", "blue", "--no-deep")
     resume = ("--resume", "latest", "--steps", 4)

@@ -140,7 +140,7 @@ def test_list_marks_what_latest_takes(ask, trained, tmp_path):
 def test_show_prints_what_a_checkpoint_holds(ask, trained, tmp_path):
     text, state = ask(0, "show", trained / "final.pt"), t.load_checkpoint(trained / "final.pt")
     assert re.search("\nStep: +12, after .* of training\n", text) and f"Saved:       {state['saved_at']} (completed)\n" in text
-    assert re.search(f"\nBest: +loss {state['best']['value']:.4f} at step 12\n", text) and f"{state['metrics']['smooth_loss']:.4f}" in text
+    assert re.search(f"\nBest: +min loss {state['best']['value']:.4f} at step 12\n", text) and f"{state['metrics']['smooth_loss']:.4f}" in text
     assert re.search(f"\nEvaluation: +loss {state['evaluation']['values']['loss']:.4f} at step 12\n", text)
     assert re.search("\nOptimizer: +expert: BatchedMuon, .* tensors, learning rate ", text) and re.search("\nScheduler: +rotation: at step 12\n", text)
     weights = state["model_state_dict"].values()
@@ -155,16 +155,13 @@ def test_show_prints_what_a_checkpoint_holds(ask, trained, tmp_path):
 def test_show_prints_what_the_checkpoint_of_any_script_holds(ask, mine):
     text = ask(0, "show", mine / "final.pt")
     rows = [line.split(maxsplit=1) for line in text.splitlines()]
-    for row in (["Best:", "accuracy 0.2500 at step 4"], ["Evaluation:", "loss 1.5000 at step 4"], ["Evaluation:", "accuracy 0.2500 at step 4"],
+    for row in (["Best:", "max accuracy 0.2500 at step 4"], ["Evaluation:", "loss 1.5000 at step 4"], ["Evaluation:", "accuracy 0.2500 at step 4"],
                 ["Model:", "model: 6 numbers in 2 tensors"], ["Model:", "critic: 13 numbers in 5 tensors"],
                 ["Optimizer:", "optimizer: SGD, 2 tensors, learning rate 0.125"], ["Scheduler:", "plan: at step 0"],
                 ["State:", "scaler: empty"], ["State:", "counter: 5 numbers in 1 tensor and 3 other values"],
                 ["--speed", "0.125"], ["--hot", "True"], ["--batch-size", "2"]):
         assert row in rows, text
     assert "Loss:" not in text and "default" not in text
-    best = t.load_checkpoint(mine / "best.pt")
-    t.save_checkpoint({**best, "evaluation": {"values": {"loss": 1.0}, "step": 5}}, mine.parent / "later.pt")
-    assert re.search("\nBest: +0.2500 at step 4\n", ask(0, "show", mine.parent / "later.pt"))
 
 
 def test_show_says_what_stands_where_in_a_file_of_another_program(ask, trained, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import signal
 import sys
 
@@ -82,11 +83,13 @@ def assert_resumes(train, tmp_path, stops=(1, 4, 7, 13), **options) -> None:
         assert_same_run(directory, tmp_path / "whole")
 
 
-def classification(optimizer=None, scheduler=None, kept=None, body=None, model=net, best="min loss"):
+def classification(
+    optimizer=None, scheduler=None, kept=None, body=None, model=net, best="min loss", data=None
+):
     """train(run) for Points; optimizer(parameters) and so on are what a test is about."""
 
     def train(run: tg.Run) -> None:
-        run.data(Points(), Points(11))
+        run.data(data or Points(), Points(11))
         module = run.model(model())
         parameters = [one for one in module.parameters() if one.requires_grad]
         made = optimizer(parameters) if optimizer else torch.optim.AdamW(parameters, run.options.lr)
@@ -128,6 +131,44 @@ def test_another_number_of_workers_after_the_resume(tmp_path):
     go(classification(), tmp_path / "stopped", "--workers", 0, stop=6)
     go(classification(), tmp_path / "stopped", "--resume", "latest", "--workers", 3)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+class Noise:
+    """A transform with generators of its own, as libraries for augmentation have them."""
+
+    def __init__(self) -> None:
+        self.generators = {"numpy": np.random.default_rng(0), "torch": torch.Generator()}
+        self.python = random.Random(0)
+        self.old = [np.random.RandomState(0)]
+
+    def __call__(self, point: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(6, generator=self.generators["torch"])
+        numbers = self.generators["numpy"].random(), self.old[0].rand(), self.python.random()
+        return point + 0.1 * noise + 0.1 * sum(numbers)
+
+
+class Transformed(Dataset):
+    def __init__(self, points: Dataset) -> None:
+        self.points, self.transforms = points, (Noise(), Noise())
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int):
+        point, label = self.points[index]
+        for transform in self.transforms:
+            point = transform(point)
+        return point, label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_generators_of_a_datasets_own_make_the_same_run_too(tmp_path, workers):
+    split = torch.utils.data.Subset(Transformed(Points()), range(40))
+    train = classification(data=split)
+    assert_resumes(train, tmp_path, (3, 8), workers=workers)
+    if not workers:
+        first, second = (one.generators["numpy"].random() for one in split.dataset.transforms)
+        assert first != second, "each has a stream of its own"
 
 
 OPTIMIZERS = {
@@ -289,7 +330,8 @@ def test_what_is_best_may_be_high_or_negative(tmp_path, best):
     choose, name = (max if best.startswith("max") else min), best.split()[1]
     expected = choose(rows, key=lambda row: float(row[f"val_{name}"]))
     state = tg.load_checkpoint(tmp_path / "whole" / "best.pt")
-    assert state["best"] == {"value": float(expected[f"val_{name}"]), "step": int(expected["step"])}
+    value, step = float(expected[f"val_{name}"]), int(expected["step"])
+    assert state["best"] == {"value": value, "step": step, "of": best}
     assert state["step"] == state["best"]["step"]
 
 
@@ -641,6 +683,9 @@ MISTAKES = {
     'evaluate returned "loss" of shape () for a batch of 8 samples': evaluates(
         lambda batch: {"loss": torch.zeros(())}
     ),
+    'evaluate returned "loss" as str for a batch of 8 samples': evaluates(
+        lambda batch: {"loss": "small"}
+    ),
     'best="least loss"': in_the_loop(lambda run, *rest: run.batches(None, "least loss")),
     "it has no load_state_dict": in_the_loop(lambda run, *rest: run.keep(number=1)),
     "the name optimizer is taken": in_the_loop(
@@ -683,12 +728,15 @@ OTHERS = {
     "size mismatch for 0.weight": classification(
         model=lambda: nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
     ),
+    '"max accuracy" does not fit the checkpoint, whose run has "min loss"': classification(
+        best="max accuracy"
+    ),
 }
 
 
 @pytest.mark.parametrize("words", OTHERS)
 def test_what_does_not_fit_the_checkpoint_is_named_before_training(tmp_path, capfd, words):
-    go(classification(), tmp_path, stop=4)
+    go(classification(), tmp_path, stop=6)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capfd.readouterr()
     arguments = ("--checkpoint-dir", tmp_path, "--resume", "latest")
@@ -703,12 +751,70 @@ def test_what_is_in_the_checkpoint_but_not_kept_is_named(tmp_path, capfd):
     assert "scheduler is in the checkpoint, but not kept by this run" in words
 
 
-def test_more_steps_than_one_cycle_was_made_for_are_refused(tmp_path, capfd):
-    train = classification(scheduler=SCHEDULERS["OneCycleLR"])
-    go(train, tmp_path, stop=4)
+def test_a_scheduler_of_another_class_is_named(tmp_path, capfd):
+    go(classification(scheduler=SCHEDULERS["StepLR"]), tmp_path, stop=4)
     capfd.readouterr()
+    train = classification(scheduler=SCHEDULERS["ExponentialLR"])
+    words = mistake(capfd, train, "--checkpoint-dir", tmp_path, "--resume", "latest")
+    assert "does not fit scheduler (StepLR there, ExponentialLR here)" in words
+
+
+def test_more_steps_than_one_cycle_was_made_for_are_refused_and_not_offered(tmp_path, capfd):
+    train = classification(scheduler=SCHEDULERS["OneCycleLR"])
+    go(train, tmp_path)
+    output = capfd.readouterr().out
+    assert "Final checkpoint: " in output and "Train further" not in output
     arguments = ("--checkpoint-dir", tmp_path, "--resume", "latest", "--steps", 20)
     assert "OneCycleLR was made for 13 steps, not for 20" in mistake(capfd, train, *arguments)
+
+
+def test_what_a_break_offers_to_train_further_does_so(tmp_path, capfd):
+    def train(run: tg.Run) -> None:
+        run.data(Points())
+        model = run.model(net())
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        for points, labels in run.batches():
+            F.cross_entropy(model(points), labels).backward()
+            optimizer.step()
+            if run.step == 5:
+                break
+
+    go(train, tmp_path)
+    output = capfd.readouterr().out
+    assert "🎉 The loop has ended." in output and "All steps done" not in output
+    further = output.split("Train further with: ")[1].split()
+    assert further[-2:] == ["--steps", "26"]
+    assert go(train, tmp_path, *further[-4:]).step == 26
+    assert "/final.pt\n" in capfd.readouterr().out, "nothing differs from the defaults"
+
+
+def test_what_differs_from_the_defaults_is_named_when_a_run_goes_on(tmp_path, capfd):
+    go(classification(), tmp_path, "--lr", 0.5, stop=4)
+    capfd.readouterr()
+    go(classification(), tmp_path, "--resume", "latest", batch_size=4)
+    assert "emergency_step_4.pt, --batch-size 8, --lr 0.5\n" in capfd.readouterr().out
+
+
+def test_a_failure_before_the_first_save_says_that_there_is_none(tmp_path, capfd):
+    def body(run, module, optimizer, planned, more, loss):
+        optimizer.step()
+        run.log(loss=math.nan)
+
+    arguments = ("--checkpoint-dir", tmp_path)
+    assert session(*arguments, train=classification(body=body), **OPTIONS) == 1
+    assert "   Checkpoint: none yet\n" in capfd.readouterr().out
+
+
+def test_an_interrupt_that_the_body_raises_is_an_exception_like_any_other(tmp_path):
+    def body(run, module, optimizer, planned, more, loss):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        optimizer.step()
+
+    arguments = ("--checkpoint-dir", tmp_path)
+    assert session(*arguments, train=classification(body=body), **OPTIONS) == 1
+    state = tg.load_checkpoint(tmp_path / "emergency_exit" / "emergency_step_3.pt")
+    assert state["exit_reason"] == "exception_KeyboardInterrupt"
 
 
 def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):

@@ -353,8 +353,8 @@ def test_a_longer_run_goes_on_from_final_and_says_what_becomes_of_the_learning_r
     # What a run of 37 steps has after 31 of them.
     decay = t.cubic if mode == "geometric" else t.cosine
     after = (1e-2 if mode == "geometric" else 3e-3) * decay((31 - 3) / (37 - 3))
-    line = f"📈 The learning rate goes on at {after:.2e}, after {before:.2e}: its schedule is now"
-    assert f"{line} one of 37 steps\n" in output
+    line = f"📈 The learning rate goes on at {after:.2e}, after {before:.2e}: 37 steps"
+    assert f"{line} are another schedule.\n" in output
 
 
 def test_a_stopped_run_that_is_made_longer_says_what_becomes_of_the_learning_rate(
@@ -363,7 +363,7 @@ def test_a_stopped_run_that_is_made_longer_says_what_becomes_of_the_learning_rat
     options, _ = uninterrupted("standard")
     train(tmp_path, *options, stop=("batch", 12))
     train(tmp_path, "--resume", "latest", "--steps", 60)
-    assert capfd.readouterr().out.count("its schedule is now one of 60 steps\n") == 1
+    assert capfd.readouterr().out.count(": 60 steps are another schedule.\n") == 1
     train(tmp_path, *options, "--seed", 7, stop=("batch", 12))
     train(tmp_path, "--resume", "latest")
     assert "learning rate" not in capfd.readouterr().out
