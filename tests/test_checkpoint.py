@@ -406,7 +406,9 @@ def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_pat
 def lacking(call: str, code: int, concerns):
     """Puts something in the place of os.call that fails where concerns(its first argument) is true."""
     def install(frame) -> None:
-        def without(first, *rest, real=getattr(os, call)):
+        real = getattr(os, call)
+
+        def without(first, *rest):
             if concerns(first):
                 raise OSError(code, os.strerror(code))
             return real(first, *rest)
