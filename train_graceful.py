@@ -40,6 +40,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -3341,7 +3342,10 @@ def leave_process(code: int) -> NoReturn:
     for signum in EXIT_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    buffered = io.TextIOWrapper, io.BufferedWriter
+    # What the program has written to files that are still open is not lost either.
+    opened = (one for one in gc.get_objects() if issubclass(type(one), buffered))
+    for stream in filter(None, (sys.stdout, sys.stderr, *opened)):
         # Gone with the terminal, or closed.
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 import traceback
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -298,6 +299,23 @@ def test_a_request_does_not_wait_for_an_accumulation_whose_next_batch_never_come
     )
     assert ended(child) == 143
     assert load_checkpoint(saved_path(child.before))["step"] == 8
+
+
+@pytest.mark.parametrize("ending", ["q", "end", "exception"])
+def test_what_the_script_has_written_to_files_that_are_open_is_there(own, tmp_path, ending):
+    """At its end a script of one's own closes them by ending; this one ends it."""
+    log = tmp_path / "log.txt"
+    body = "1 / (run.step < 3)" if ending == "exception" else ""
+    child = own(
+        *(["--steps", 4] if ending == "end" else []),
+        BEFORE=f"run.log_file, run.raw = open({str(log)!r}, 'w'), open({str(log) + '.raw'!r}, 'wb')",
+        BODY=f"run.log_file.write('x'); run.raw.write(b'x'); print('@written', flush=True); {body}",
+    )
+    for _ in range(4):
+        child.expect("@written")
+    child.send("q\n")
+    assert ended(child) == (1 if ending == "exception" else 0)
+    assert log.stat().st_size >= 4 and Path(f"{log}.raw").stat().st_size == log.stat().st_size
 
 
 def test_an_exception_in_the_body_saves_what_was_before_the_batch_and_exits_with_1(own):
