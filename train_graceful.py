@@ -196,16 +196,17 @@ def declared(own: dict[str, Any]) -> dict[str, Option]:
         if name in NOT_STORED:
             raise UserError(f"main({name}=...): that is for the command line alone")
         one = value if isinstance(value, Option) else common._replace(default=value)
-        default = tuple(one.default) if isinstance(one.default, list) else one.default
         # A common one keeps its type and bounds.
         kind = one.kind or common.kind or (common.default is not None and type(common.default))
-        one = one._replace(default=default, kind=kind or None, least=max(one.least, common.least))
-        if name in COMMON_OPTIONS and type(default) in (int, float, str):
-            try:
-                one = one._replace(default=one.value(str(default)))
-            except argparse.ArgumentTypeError as error:
-                raise UserError(f"main({name}=...): {error}") from None
-        options[name] = one
+        one = one._replace(kind=kind or None, least=max(one.least, common.least))
+        try:
+            default = mapped(one.default, savable)
+            if name in COMMON_OPTIONS and type(default) in (int, float, str):
+                default = one.value(str(default))
+        except (TypeError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"main({name}=...): {str(error).strip()}") from None
+        default = tuple(default) if isinstance(default, list) else default
+        options[name] = one._replace(default=default)
     return options
 
 

@@ -34,10 +34,14 @@ find_python
 
 # torchrun itself would return 1 and a page of traceback, below which the program's last lines are lost.
 torchrun='
-import sys
+import signal, sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+signals = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2,SIGXCPU"
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+    signals += ",SIGHUP"
+sys.argv.insert(1, "--signals-to-handle=" + signals)
 try:
     main()
 except ChildFailedError as error:
@@ -52,4 +56,4 @@ export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU --shutdown-timeout="${PATIENCE:-600}" "$program" "$@"
+    --shutdown-timeout="${PATIENCE:-600}" "$program" "$@"

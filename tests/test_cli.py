@@ -4,7 +4,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODES, ROOT, TINY, refused, run, session
@@ -248,6 +250,13 @@ def test_a_list_is_taken_for_several_values_and_what_only_the_command_line_has_i
     assert mine(0, sizes=[1, 2]).sizes == (1, 2)
     assert mine(0, "--sizes", 4, sizes=[1, 2]).sizes == (4,)
     assert mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
+
+
+def test_a_default_that_no_checkpoint_can_hold_is_named_before_training(mine):
+    assert mine(2, speed=Path("x")).startswith("error: main(speed=...): is a pathlib.PosixPath: only dense tensors, numbers")
+    assert mine(2, sizes=[1, object()]).startswith("error: main(sizes=...): [1] is a builtins.object: only")
+    given = mine(0, speed=np.float32(0.5), sizes=[np.int64(3)])
+    assert (given.speed, given.sizes) == (0.5, (3,)) and type(given.speed) is float
 
 
 def test_a_common_option_keeps_its_type_and_its_bounds_whatever_main_says(mine):

@@ -469,6 +469,20 @@ def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(sp
     assert not any(map(alive, workers))
 
 
+def test_a_hangup_that_nohup_has_ignored_is_ignored_by_torchrun_too(spawn, forty_windows, tmp_path):
+    """torchrun itself hears it all the same, and passes it on."""
+    words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *map(str, words)]
+    child = spawn(command=command, env={**os.environ, "PYTHON": sys.executable})
+    child.expect(r"step \d+/")
+    for pid in (child.pid, *worker_pids(child.pid)):
+        os.kill(pid, signal.SIGHUP)
+    for _ in range(5):
+        child.expect(r"step \d+/")
+    child.send("q\n")
+    assert "signal" not in finish(child) and child.exitstatus == 0
+
+
 def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_windows, tmp_path):
     """No warning of PyTorch's, DDP's about parameters that are always used among them."""
     child = by_script(spawn, 2, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
