@@ -1671,7 +1671,9 @@ class Batches(Dataset):
 
 
 def begin_worker(number: int) -> None:
-    """In a worker that forkserver or spawn has started: signals are the parent's affair."""
+    """In a worker; of one that forkserver or spawn has started, signals are the parent's affair."""
+    # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
+    sys.excepthook = lambda *error: None
     if multiprocessing.get_start_method() == "fork":
         return
     for signum in EXIT_SIGNALS:
