@@ -69,6 +69,7 @@ import time
 import traceback
 import types
 import uuid
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1909,6 +1910,9 @@ class Run:
         self._writer: CheckpointWriter | None = None
         # The loop has begun; it trains; a batch is complete; its body has a batch, has stepped.
         self._began = self.trains = self.trained = self._in_body = self._stepped = False
+        # Who has stepped in the batch at hand; the gradients at the end of the one before.
+        self._steppers: set[Optimizer] = set()
+        self._gradients: dict[Optimizer, list] = {}
         # {name: (sum, count)} of what the batch at hand has logged.
         self._logged: dict[str, tuple[float, int]] = {}
         self._last_save: tuple[str, float] | None = None
@@ -2132,6 +2136,7 @@ class Run:
             batch = self._next_batch()
             self._seed("step", self.step, self.rank)
             self._in_body, self._logged = True, {}
+            self._steppers.clear()
             yield batch
             self._complete()
         while self.progress.metrics["done_step"] < self.step:
@@ -2193,13 +2198,20 @@ class Run:
             if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not others:
                 raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
         kept = {*optimizers.values(), *optimizers_in(self._kept["state_dicts"].values())}
+        self._gradients = {optimizer: [] for optimizer in kept}
+        strangers = weakref.WeakKeyDictionary[Optimizer, int]()
 
         def before_step(optimizer: Optimizer, *arguments: object) -> None:
-            self._stepped = self._stepped or optimizer in kept
-            if optimizer not in kept and not own.isdisjoint(parameters_of(optimizer)):
+            if optimizer in kept:
+                self._stepped = True
+                self._steppers.add(optimizer)
+                return
+            # One that lives for a batch (an attack's, say) leaves nothing to keep.
+            lasts = strangers.setdefault(optimizer, self.step) != self.step
+            if lasts or not own.isdisjoint(parameters_of(optimizer)):
                 word = type(optimizer).__name__
-                hint = f"run.keep(name={word}(...))"
-                raise UserError(f"{word} trains the model but is not kept: {hint}")
+                hint = f"run.keep(name={word}(...)), and its module is for run.model"
+                raise UserError(f"{word} steps in the loop but is not kept: {hint}")
 
         return before_step
 
@@ -2241,12 +2253,6 @@ class Run:
                 if isinstance(part, Optimizer):
                     like_own = {"state": dict(enumerate(parameters_of(part)))}
                 self._load(part, saved[kind][name], like_own, name)
-        for name, planned in self._planned_steps().items():
-            if planned < self.total_steps:
-                raise UserError(
-                    f"--steps or --epochs: {name} was made for {planned} steps, not for"
-                    f" {self.total_steps}; a longer run needs a new start"
-                )
         # Its tensors are not needed any more.
         self._state = {}
 
@@ -2331,7 +2337,8 @@ class Run:
         self._in_body = False
         waited = self.step - self._boundary.progress.step >= self.LONGEST_ACCUMULATION
         last = self.step >= self.total_steps
-        ends = self._stepped or waited or last or not self._kept["optimizer_state_dicts"]
+        ends = self._stepped and not self._accumulates()
+        ends = ends or waited or last or not self._kept["optimizer_state_dicts"]
         if ends:
             self._mark_boundary()
         if failure is not None:
@@ -2340,6 +2347,23 @@ class Run:
             if not self.trained:
                 self._after_first_step()
             self._at_boundary()
+
+    def _accumulates(self) -> bool:
+        """Whether an optimizer that has not stepped in this batch has got gradients in it."""
+        if len(self._gradients) < 2:
+            return False
+        before = self._gradients
+        # A gradient is another one, or has been added to.
+        self._gradients = {
+            optimizer: [
+                (id(p.grad), local(p.grad)._version)
+                for p in parameters_of(optimizer)
+                if p.grad is not None
+            ]
+            for optimizer in before
+        }
+        waiting = before.keys() - self._steppers
+        return any(before[one] != self._gradients[one] for one in waiting if self._gradients[one])
 
     def _add(self, logged: dict[str, tuple[float, int]]) -> None:
         """Counts a batch, and adds what all ranks have logged in it to the next row."""
@@ -2359,6 +2383,13 @@ class Run:
 
     def _note(self, **metrics: Any) -> None:
         self.progress = self.progress._replace(metrics={**self.progress.metrics, **metrics})
+
+    def _settle(self) -> None:
+        """Makes what is there a boundary: that of the last one, if nothing has stepped since."""
+        if self._stepped:
+            self._mark_boundary()
+        else:
+            self._back_to_boundary()
 
     def _mark_boundary(self) -> None:
         self._stepped = False
@@ -2498,12 +2529,6 @@ class Run:
         optimizers = self._kept["optimizer_state_dicts"].values()
         return [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
 
-    def _planned_steps(self) -> dict[str, int]:
-        """Of schedulers that cannot go on after so many steps."""
-        schedulers = self._kept["scheduler_state_dicts"].values()
-        planned = {type(one).__name__: getattr(one, "total_steps", None) for one in schedulers}
-        return {name: steps for name, steps in planned.items() if isinstance(steps, int)}
-
     def _log_row(self, evaluated: bool) -> None:
         metrics, now = self.progress.metrics, time.monotonic()
         samples = (self.step - self._row_step) * self._ready_batches().batch_size
@@ -2564,12 +2589,16 @@ class Run:
             f"   Best {self._best_name.replace('_', ' ').title()}: {best}",
             f"   {label}: {path}",
         ]
-        # A schedule such as OneCycleLR's cannot be made longer.
-        if self.saved and not (self.completed and self._planned_steps()):
+        schedulers = self._kept["scheduler_state_dicts"].values()
+        # The script has ended it, or OneCycleLR, say, which cannot be made longer.
+        over = self.step < self.total_steps or any(
+            hasattr(one, "total_steps") for one in schedulers
+        )
+        if self.saved and not (self.completed and over):
             further, word = "", "Resume"
             if self.completed:
                 word, options = "Train further", self.options
-                further = f" --steps {2 * self.total_steps}" if options.steps else ""
+                further = f" --steps {2 * self.step}" if options.steps else ""
                 further += f" --epochs {2 * options.epochs}" if options.epochs else ""
             command = f"{own_command()} --resume {shlex.quote(str(path))}{further}"
             lines.append(f"▶️ {word} with: {command}")
@@ -2643,7 +2672,7 @@ class Run:
         # Of torchrun's only process, what has interrupted its waiting may be new to it.
         self.processes.exchange({})
         if self.step > self._boundary.progress.step:
-            self._back_to_boundary()
+            self._settle()
         while self.monitor.exit_requested:
             reason = self.monitor.reason or ""
             self.exit_code = self.monitor.exit_code
@@ -2706,8 +2735,7 @@ class Run:
             return
         if self._in_body and self._stepped:
             self._complete()
-        else:
-            self._back_to_boundary()
+        self._settle()
         self._save_last("completed")
 
     def leave_after_exception(self, error: BaseException) -> None:
@@ -2756,6 +2784,9 @@ def check_same_kind(saved: dict, own: dict) -> None:
     # A scheduler would keep it as an attribute.
     if (theirs := saved.pop("class")) != own["class"]:
         raise ValueError(f"{theirs} there, {own['class']} here")
+    if saved.get("total_steps") != own.get("total_steps"):
+        lengths = f"for {saved['total_steps']} steps there, for {own['total_steps']} here"
+        raise ValueError(f"{theirs} {lengths}: another length needs a new start")
     if saved.get("param_names") != own.get("param_names"):
         pairs = zip(itertools.chain(*saved["param_names"]), itertools.chain(*own["param_names"]))
         other = next((f"{a} there, {b} here" for a, b in pairs if a != b), "in other groups")

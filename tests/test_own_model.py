@@ -190,6 +190,74 @@ def test_optimizers_of_any_kind(tmp_path, name):
     assert_resumes(classification(OPTIMIZERS[name]), tmp_path, (5,))
 
 
+def two_networks(steps_of_the_second, backward_of_the_second):
+    """The first optimizer steps in every batch, the second where it is told; so does its backward pass."""
+
+    def train(run: tg.Run) -> None:
+        run.data(Points(), Points(11))
+        first, second = run.model(net(), "first"), run.model(net(), "second")
+        sgd = torch.optim.SGD
+        one = run.keep(one=sgd(first.parameters(), 0.05, momentum=0.9))
+        two = run.keep(two=sgd(second.parameters(), 0.05, momentum=0.9))
+
+        def evaluate(batch):
+            return {"loss": F.cross_entropy(second(batch[0]), batch[1], reduction="none")}
+
+        for points, labels in run.batches(evaluate):
+            one.zero_grad()
+            loss = F.cross_entropy(first(points), labels)
+            loss.backward()
+            one.step()
+            if backward_of_the_second(run.step):
+                F.cross_entropy(second(points), labels).backward()
+            if steps_of_the_second(run.step):
+                two.step()
+                two.zero_grad()
+            run.log(loss=loss)
+
+    return train
+
+
+def test_an_accumulation_by_hand_beside_an_optimizer_that_steps_in_every_batch(tmp_path):
+    train = two_networks(lambda step: step % 4 == 3, lambda step: True)
+    assert_resumes(train, tmp_path, range(1, 14))
+    run = go(train, tmp_path / "late", stop=5)
+    assert run.step == 8, "the request waits for the second one's step"
+
+
+def test_an_optimizer_that_steps_now_and_then_keeps_nobody_waiting(tmp_path):
+    train = two_networks(lambda step: step % 4 == 3, lambda step: step % 4 == 3)
+    assert_resumes(train, tmp_path, range(1, 14))
+    assert go(train, tmp_path / "late", stop=5).step == 5
+
+
+def test_an_accumulation_that_does_not_end_is_left_where_it_is(tmp_path, monkeypatch):
+    """Nobody waits for longer than so many batches, and what has stepped is saved."""
+    monkeypatch.setattr(tg.Run, "LONGEST_ACCUMULATION", 3)
+    train = two_networks(lambda step: False, lambda step: True)
+    run = go(train, tmp_path, stop=2)
+    assert run.step == 3
+    state = tg.load_checkpoint(tmp_path / "emergency_exit" / "emergency_step_3.pt")
+    assert_same(state["state_dicts"]["first"], run._models["first"][0].state_dict())
+    assert state["step"] == 3
+
+
+def test_an_optimizer_that_lives_for_a_batch_need_not_be_kept(tmp_path):
+    """Samples that an attack has made, say."""
+
+    def body(run, module, optimizer, planned, more, loss):
+        shift = torch.zeros(6, requires_grad=True)
+        attack = torch.optim.SGD([shift], 0.1)
+        for _ in range(3):
+            (shift.sum() + loss.detach()).backward()
+            attack.step()
+        optimizer.zero_grad()
+        (loss + shift.detach().sum()).backward()
+        optimizer.step()
+
+    assert_resumes(classification(body=body), tmp_path, (5,))
+
+
 def test_frozen_parameters(tmp_path):
     def frozen() -> nn.Module:
         model = net()
@@ -650,6 +718,16 @@ def steps_with_another(run, model, optimizer):
         another.step()
 
 
+def steps_another_network(run, model, optimizer):
+    critic = nn.Linear(6, 1)
+    another = torch.optim.SGD(critic.parameters(), 0.1)
+    for points, labels in run.batches():
+        F.cross_entropy(model(points), labels).backward()
+        optimizer.step()
+        critic(points).mean().backward()
+        another.step()
+
+
 def made_before(run):
     run.data(Points())
     optimizer = torch.optim.SGD(nn.Linear(6, 4).parameters(), 0.1)
@@ -670,7 +748,8 @@ MISTAKES = {
         list(run.batches(lambda batch: {})),
     ),
     "there is one loop in a run": in_the_loop(loops_twice),
-    "Adam trains the model but is not kept: run.keep(": in_the_loop(steps_with_another),
+    "Adam steps in the loop but is not kept: run.keep(": in_the_loop(steps_with_another),
+    "SGD steps in the loop but is not kept": in_the_loop(steps_another_network),
     "has parameters that no run.model(...) has": made_before,
     "optimizer has a scheduler that is not kept": in_the_loop(
         lambda run, model, optimizer: (SCHEDULERS["StepLR"](optimizer, run), list(run.batches()))
@@ -759,16 +838,21 @@ def test_a_scheduler_of_another_class_is_named(tmp_path, capfd):
     assert "does not fit scheduler (StepLR there, ExponentialLR here)" in words
 
 
-def test_more_steps_than_one_cycle_was_made_for_are_refused_and_not_offered(tmp_path, capfd):
+@pytest.mark.parametrize("steps", [10, 20])
+def test_another_length_than_one_cycle_was_made_for_is_refused_and_not_offered(tmp_path, capfd, steps):
     train = classification(scheduler=SCHEDULERS["OneCycleLR"])
-    go(train, tmp_path)
+    go(train, tmp_path / "whole")
     output = capfd.readouterr().out
     assert "Final checkpoint: " in output and "Train further" not in output
-    arguments = ("--checkpoint-dir", tmp_path, "--resume", "latest", "--steps", 20)
-    assert "OneCycleLR was made for 13 steps, not for 20" in mistake(capfd, train, *arguments)
+    go(train, tmp_path, stop=4)
+    capfd.readouterr()
+    arguments = ("--checkpoint-dir", tmp_path, "--resume", "latest", "--steps", steps)
+    assert f"(OneCycleLR for 13 steps there, for {steps} here: " in mistake(capfd, train, *arguments)
 
 
-def test_what_a_break_offers_to_train_further_does_so(tmp_path, capfd):
+def test_a_break_is_not_called_all_steps_and_offers_no_more(tmp_path, capfd):
+    """What has ended it would end it again."""
+
     def train(run: tg.Run) -> None:
         run.data(Points())
         model = run.model(net())
@@ -782,9 +866,8 @@ def test_what_a_break_offers_to_train_further_does_so(tmp_path, capfd):
     go(train, tmp_path)
     output = capfd.readouterr().out
     assert "🎉 The loop has ended." in output and "All steps done" not in output
-    further = output.split("Train further with: ")[1].split()
-    assert further[-2:] == ["--steps", "26"]
-    assert go(train, tmp_path, *further[-4:]).step == 26
+    assert "Final checkpoint: " in output and "Train further" not in output
+    assert go(train, tmp_path, "--resume", "latest", "--steps", 20).step == 20
     assert "/final.pt\n" in capfd.readouterr().out, "nothing differs from the defaults"
 
 
