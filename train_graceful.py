@@ -1910,9 +1910,8 @@ class Run:
         self._writer: CheckpointWriter | None = None
         # The loop has begun; it trains; a batch is complete; its body has a batch, has stepped.
         self._began = self.trains = self.trained = self._in_body = self._stepped = False
-        # Who has stepped in the batch at hand; the gradients at the end of the one before.
+        # Of the batch at hand.
         self._steppers: set[Optimizer] = set()
-        self._gradients: dict[Optimizer, list] = {}
         # {name: (sum, count)} of what the batch at hand has logged.
         self._logged: dict[str, tuple[float, int]] = {}
         self._last_save: tuple[str, float] | None = None
@@ -2198,7 +2197,8 @@ class Run:
             if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not others:
                 raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
         kept = {*optimizers.values(), *optimizers_in(self._kept["state_dicts"].values())}
-        self._gradients = {optimizer: [] for optimizer in kept}
+        # At the end of the batch before.
+        self._gradients: dict[Optimizer, list] = {optimizer: [] for optimizer in kept}
         strangers = weakref.WeakKeyDictionary[Optimizer, int]()
 
         def before_step(optimizer: Optimizer, *arguments: object) -> None:
@@ -2220,7 +2220,8 @@ class Run:
         try:
             self.directory = RunDirectory(path, self.run_id, self.screen.say)
             old = home_of(self.resumed) if self.resumed else path
-            self.metrics = Metrics(path, self.run_id, self.step, old)
+            done = self.progress.metrics["done_step"]
+            self.metrics = Metrics(path, self.run_id, done, old)
         except FileExistsError:
             raise UserError(f"--checkpoint-dir {path}: a file, not a directory") from None
         except OSError as error:

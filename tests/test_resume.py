@@ -150,6 +150,15 @@ def test_resuming_from_an_older_checkpoint_cuts_the_rows_after_it(uninterrupted,
     assert_same_run(tmp_path, reference)
 
 
+def test_the_row_of_an_evaluation_that_was_cut_short_is_there_once(uninterrupted, tmp_path):
+    """Also if the session that wrote it has died before it saved: it is evaluated, and written, again."""
+    options, reference = uninterrupted("standard")
+    path = train(tmp_path, *options, stop=("evaluation", 16)).saved[1]
+    train(tmp_path, "--resume", path)
+    train(tmp_path, "--resume", path)
+    assert_same_run(tmp_path, reference)
+
+
 def test_latest_prefers_what_was_saved_after_going_back(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
     furthest = train(tmp_path, *options, stop=("batch", 17)).saved[1]
