@@ -1366,6 +1366,8 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
         self._kept: dict[int, Tensor] = {}
+        # The best state, if it could not be saved: the copy that is kept is still of it.
+        self._missed: tuple | None = None
 
     def submit(self, lay_out: Callable[[], tuple[dict, Any]], targets: dict[str, str]) -> None:
         """Saves the state as it is now to every target {exit_reason: name}; failures are reported.
@@ -1390,12 +1392,17 @@ class CheckpointWriter:
                     self._report(f"✅ Checkpoint saved: {path}")
             except SAVE_ERRORS as error:
                 self._report(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
+                if reason == "best" and not isinstance(parts, Exception):
+                    self._missed = shown, parts, {reason: name}
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when nothing is being written any more. What is best gets another chance."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        if missed := self._missed:
+            self._missed = None
+            self._write(*missed)
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -25,7 +25,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
-from conftest import SCRIPT
+from conftest import SCRIPT, as_in_a_shell
 from pexpect.fdpexpect import fdspawn
 
 TABLE: list[tuple[str, int, int]] = []  # campaign, cases, failures: conftest prints it at the end
@@ -157,6 +157,7 @@ class Child:
     @staticmethod
     def _become(argv: list[str], code: types.CodeType, kept: set[int], environment: dict[str, str]) -> None:
         """Leaves nothing of the test process that the script could notice."""
+        as_in_a_shell()
         gc.freeze()  # no finalizer of a test's object may run here
         atexit._clear()
         for fd in map(int, os.listdir("/proc/self/fd")):

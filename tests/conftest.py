@@ -15,6 +15,17 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as scripts/train_torchrun.sh sets it
 
+# Whatever the tests are started by (nohup, a script's background, a closed standard input): their children begin as in a shell.
+IGNORED = [signum for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ} if signal.getsignal(signum) is signal.SIG_IGN]
+for signum in IGNORED:
+    signal.signal(signum, lambda *args: None)  # no program inherits that
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+for fd in range(3):
+    try:
+        os.fstat(fd)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 sys.path.insert(0, str(ROOT))
@@ -26,6 +37,12 @@ MODES = {
     "controller": ["--mode", "standard", "--loop", "controller"],
     "geometric": ["--mode", "geometric"],
 }
+
+
+def as_in_a_shell() -> None:
+    """For forks of this process, which inherit what programs do not."""
+    for signum in IGNORED:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

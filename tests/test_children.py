@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT, end_groups, wait_until
+from conftest import ROOT, as_in_a_shell, end_groups, wait_until
 from pexpect.fdpexpect import fdspawn
 
 LOOP = """
@@ -44,6 +44,7 @@ def program():
         pid, terminal = pty.fork()
         if pid == 0:
             try:
+                as_in_a_shell()
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
                 exec(compile(LOOP + code, "program", "exec"), {"__name__": "__main__"})
                 os._exit(0)

@@ -17,6 +17,7 @@ import pytest
 from conftest import (
     ENDLESS,
     SCRIPT,
+    as_in_a_shell,
     end_groups,
     finish,
     processes_in_session,
@@ -74,6 +75,7 @@ def forked(code: str, argv: list[str]) -> fdspawn:
     pid, terminal = pty.fork()
     if pid == 0:
         try:
+            as_in_a_shell()
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
             # On 80 columns the validation result gives way to more than a day that is left.
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))

@@ -1,5 +1,6 @@
 """Anybody's model and data: stopped anywhere and resumed, it is the run that was never stopped; mistakes get one line."""
 
+import errno
 import math
 import os
 import random
@@ -911,6 +912,36 @@ def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):
     train = classification(kept=lambda run, module: run.keep(odd=Odd()))
     words = mistake(capfd, train, "--checkpoint-dir", tmp_path)
     assert "could not be saved: state['state_dicts']['odd']['path'] is a builtins.object" in words
+
+
+def test_the_best_state_is_saved_when_there_is_room_again(tmp_path, monkeypatch, capfd):
+    """Without a better one, no later save would have it."""
+    failures = [1, 1]
+
+    def replace(old, new, replace=os.replace):
+        if str(new).endswith("best.pt") and failures:
+            failures.pop()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+    def train(run: tg.Run) -> None:
+        run.data(Points(), Points(11))
+        model = run.model(net())
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+        def evaluate(batch):
+            return {"loss": torch.full((len(batch[0]),), float(run.step))}
+
+        for points, labels in run.batches(evaluate):
+            optimizer.zero_grad()
+            F.cross_entropy(model(points), labels).backward()
+            optimizer.step()
+
+    go(train, tmp_path, save_every=6)
+    assert capfd.readouterr().out.count("best.pt not saved: No space left on device") == 2
+    assert tg.load_checkpoint(tmp_path / "best.pt")["step"] == 4
 
 
 # ---- waiting for data
