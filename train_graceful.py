@@ -2004,9 +2004,10 @@ class Run:
             raise UserError(f"run.model({name}): {reason}")
         module, wrapped = self.processes.wrap(module, self.device)
         if self.resumed is not None:
-            others = self._state["state_dicts"]
-            saved = self._state["model_state_dict"] if name == "model" else others.get(name, {})
-            self._load(module, saved, module.state_dict(), name)
+            saved = {**self._state["state_dicts"], "model": self._state["model_state_dict"]}
+            if name not in saved:
+                raise CheckpointError(f"{self.resumed} does not fit this run: it has no {name}")
+            self._load(module, saved[name], module.state_dict(), name)
         if self.options.compile:
             module.compile()
         self._models[name] = (module, wrapped)
@@ -3966,7 +3967,7 @@ def check_model(o: argparse.Namespace, resumed: Path | None) -> None:
     # A forged one must not take memory before its weights are compared with the model's.
     at_least = o.dim * (512 + o.context + o.layers * (4 * o.dim + o.experts))
     if resumed is not None and 4 * at_least > resumed.stat().st_size:
-        raise CheckpointError(f"{resumed}: too small for a model of its sizes")
+        raise CheckpointError(f"{resumed}: of another program, or too small for its sizes")
 
 
 MODES, LOOPS = ("standard", "geometric"), ("standard", "controller")

@@ -26,6 +26,8 @@ for fd in range(3):
     except OSError:
         os.open(os.devnull, os.O_RDWR)
 
+pytest_plugins = ["jobs"]
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 sys.path.insert(0, str(ROOT))

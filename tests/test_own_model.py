@@ -831,6 +831,14 @@ def test_what_is_in_the_checkpoint_but_not_kept_is_named(tmp_path, capfd):
     assert "scheduler is in the checkpoint, but not kept by this run" in words
 
 
+def test_a_model_that_the_checkpoint_has_not_is_named(tmp_path, capfd):
+    go(classification(), tmp_path, stop=4)
+    capfd.readouterr()
+    train = two_networks(lambda step: True, lambda step: True)
+    words = mistake(capfd, train, "--checkpoint-dir", tmp_path, "--resume", "latest")
+    assert "emergency_step_4.pt does not fit this run: it has no first" in words
+
+
 def test_a_scheduler_of_another_class_is_named(tmp_path, capfd):
     go(classification(scheduler=SCHEDULERS["StepLR"]), tmp_path, stop=4)
     capfd.readouterr()
