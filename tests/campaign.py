@@ -21,6 +21,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pexpect
 import pytest
@@ -118,6 +119,34 @@ def corpus_of(path: Path, windows: int, context: int) -> Path:
     return path
 
 
+def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset(), prepare: Callable = lambda: None) -> NoReturn:
+    """In a fork: leaves nothing of the test process that the script could notice, and is the script to its end."""
+    try:
+        as_in_a_shell()
+        gc.freeze()  # no finalizer of a test's object may run here
+        atexit._clear()
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in kept:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(fd)
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
+        warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]), file=sys.stderr)  # pytest's hides them
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        tempfile.tempdir = None  # read from the environment again
+        sys.argv = argv
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        main.__file__ = argv[0]
+        prepare()
+        atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it is imported already
+        exec(program, main.__dict__) if isinstance(program, types.CodeType) else program()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(99)
+
+
 class Child:
     """The real script, run as __main__ by a fork of this process, in a session and on a terminal of its own.
 
@@ -134,49 +163,22 @@ class Child:
         self.peak = 0
         self.pid, terminal = pty.fork()
         if self.pid == 0:
-            try:
-                def pause(frame) -> None:
-                    os.write(notify, b"%d\n" % threading.get_native_id())
-                    os.read(wait, 1)
+            def pause(frame) -> None:
+                os.write(notify, b"%d\n" % threading.get_native_id())
+                os.read(wait, 1)
 
-                self._become([str(SCRIPT), *map(str, args)], code, {notify, wait}, environment)
+            def prepare() -> None:
+                os.environ.update(environment)
                 moments = [(moment, act or pause) for moment, act in plan if moment is not AT_EXIT]
                 if len(moments) < len(plan):
                     atexit.register(pause, None)
-                atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it is imported already
                 if moments:
                     watch(moments)
-                program() if program else exec(code, sys.modules["__main__"].__dict__)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(99)
+
+            become([str(SCRIPT), *map(str, args)], program or code, {notify, wait}, prepare)
         os.close(notify)
         os.close(wait)
         self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
-
-    @staticmethod
-    def _become(argv: list[str], code: types.CodeType, kept: set[int], environment: dict[str, str]) -> None:
-        """Leaves nothing of the test process that the script could notice."""
-        as_in_a_shell()
-        gc.freeze()  # no finalizer of a test's object may run here
-        atexit._clear()
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if fd > 2 and fd not in kept:
-                try:
-                    os.close(fd)
-                except OSError:  # the listing's own
-                    pass
-        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
-        os.environ.update(environment)
-        warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]), file=sys.stderr)  # pytest's hides them
-        warnings.resetwarnings()
-        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-            warnings.simplefilter("ignore", kind)
-        tempfile.tempdir = None  # read from the environment again
-        sys.argv = argv
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-        sys.modules["__main__"] = main = types.ModuleType("__main__")
-        main.__file__ = argv[0]
 
     def paused(self) -> int:
         """Waits until the child has reached its moment; the id of the thread that did."""

@@ -1,15 +1,20 @@
 """A tiny corpus, tiny options, and the real script in a pseudo-terminal that is always reaped."""
 
 import csv
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import zipfile
 from pathlib import Path
 
 import pexpect
+import ptyprocess
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
@@ -121,14 +126,32 @@ def pytest_terminal_summary(terminalreporter) -> None:
             terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")
 
 
+class Fork(pexpect.spawn):
+    """The script as a fork of this process, which has imported torch already."""
+
+    def _spawnpty(self, args, dimensions, **kwargs):
+        from campaign import become, warm
+
+        code = warm()
+        pid, terminal = pty.fork()
+        if pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", *dimensions, 0, 0))
+            become([os.fsdecode(arg) for arg in args[1:]], code)
+        return ptyprocess.PtyProcess(pid, terminal)
+
+
 @pytest.fixture
 def spawn():
-    """spawn(*args) starts the real script in a pseudo-terminal; it is killed and reaped after the test."""
+    """spawn(*args) runs the real script in a pseudo-terminal, command=[...] any program; it is killed and reaped after the test.
+
+    With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it.
+    """
     children = []
 
     def start(*args, command=None, **kwargs):
         argv = command or [sys.executable, str(SCRIPT), *map(str, args)]
-        child = pexpect.spawn(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
+        kind = pexpect.spawn if command or kwargs else Fork
+        child = kind(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
         children.append(child)
         return child
 

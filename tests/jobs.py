@@ -1,0 +1,109 @@
+"""Forks of the test process, one for each core, run the tests, a file at a time; the process itself reports them."""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection, wait
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--jobs", type=int, default=os.cpu_count(), help="so many processes run the tests (default: one for each core)")
+
+
+def pytest_runtestloop(session) -> bool | None:
+    config, files = session.config, {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    if min(config.option.jobs, len(files)) < 2 or config.option.collectonly or config.option.usepdb or session.testsfailed:
+        return None
+    config._tmp_path_factory.getbasetemp()  # one for all, made once
+    # Whoever is free reads the number of the next file; those with the most tests come first.
+    order = sorted(files.values(), key=len, reverse=True)
+    next_file, queue = os.pipe()
+    os.write(queue, bytes(range(len(order))))
+    os.close(queue)
+    workers = [start(session, order, next_file) for _ in range(config.option.jobs)]
+    try:
+        report_all(session, [reports for reports, _ in workers])
+    finally:
+        for _, process in workers:
+            process.terminate()
+            process.join()
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    return True
+
+
+def start(session, order: list[list], next_file: int) -> tuple[Connection, multiprocessing.Process]:
+    reports, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=work, args=(session, order, next_file, send))
+    process.start()
+    send.close()
+    return reports, process
+
+
+def report_all(session, left: list[Connection]) -> None:
+    from campaign import TABLE
+
+    hook, config, running = session.config.hook, session.config, {}
+    while left and not session.shouldfail:
+        for reports in wait(left):
+            try:
+                kind, data = reports.recv()
+            except EOFError:
+                left.remove(reports)
+                if reports in running:
+                    session.shouldfail = f"the process that ran {running[reports]} has died"
+                continue
+            if kind == "start":
+                running[reports] = data
+            elif kind == "table":
+                TABLE.extend(data)
+                running.pop(reports, None)
+            else:
+                hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=config, data=data))
+
+
+class Sender:
+    """In a worker, in the place of the reporter on the terminal."""
+
+    def __init__(self, config, reports: Connection) -> None:
+        self.config, self.reports = config, reports
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.reports.send(("start", nodeid))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.reports.send(("report", self.config.hook.pytest_report_to_serializable(config=self.config, report=report)))
+
+
+def work(session, order: list[list], next_file: int, reports: Connection) -> None:
+    from campaign import TABLE
+
+    signal.signal(signal.SIGTERM, lambda *args: os._exit(1))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config, plugins = session.config, session.config.pluginmanager
+    plugins.unregister(name="terminalreporter")
+    plugins.register(Sender(config, reports))
+    # The files that output is caught in are the parent's.
+    capture = plugins.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    capture.start_global_capturing()
+
+    def items():
+        while number := os.read(next_file, 1):
+            yield from order[number[0]]
+        # Behind the last one, fixtures are torn down.
+        yield None
+
+    with contextlib.suppress(KeyboardInterrupt):
+        for item, following in itertools.pairwise(items()):
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    reports.send(("table", TABLE))
+    reports.close()
+    capture.stop_global_capturing()
+    sys.stdout.flush()
+    os._exit(0)
