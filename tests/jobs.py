@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
 from multiprocessing.connection import Connection, wait
 
@@ -30,7 +29,7 @@ def pytest_runtestloop(session) -> bool | None:
         report_all(session, [reports for reports, _ in workers])
     finally:
         for _, process in workers:
-            process.terminate()
+            process.kill()
             process.join()
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
@@ -83,8 +82,6 @@ class Sender:
 def work(session, order: list[list], next_file: int, reports: Connection) -> None:
     from campaign import TABLE
 
-    signal.signal(signal.SIGTERM, lambda *args: os._exit(1))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config, plugins = session.config, session.config.pluginmanager
     plugins.unregister(name="terminalreporter")
     plugins.register(Sender(config, reports))
