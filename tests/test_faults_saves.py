@@ -179,7 +179,9 @@ def report_of(error: str) -> str:
 
 def fails_after_q(fork, options, directory, fallback, error: str, call: str, nth: int) -> None:
     """The run says so in one line and trains on; q again saves and leaves."""
-    waits = [(batch_complete(5), None), at("emergency")[1]]
+    # It may be heard a moment after it has been acknowledged: after this batch, or the next.
+    begins = Moment("_save", where=lambda frame: frame.f_locals["name"].startswith("emergency_exit/"))
+    waits = [(batch_complete(5), None), (begins, None)]
     child = fork(*options, "--steps", 10**6, "--checkpoint-dir", directory, plan=waits, TMPDIR=str(fallback))
     child.paused()
     child.terminal.send("q\n")
