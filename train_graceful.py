@@ -1419,7 +1419,7 @@ class RunDirectory:
     def __init__(self, path: Path, run_id: str, report: Callable[[str], None]) -> None:
         self.path, self.run_id = path, run_id
         self._own: set[Path] = set()
-        self._report = report
+        self._report, self._lock_file = report, -1
         self.hold()
         for leftover in (*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")):
             # Of a killed run; in the way of nothing.
@@ -1431,22 +1431,26 @@ class RunDirectory:
 
     def hold(self) -> None:
         """Makes the directory and takes its lock: at first, and where somebody has deleted it."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock_file), os.stat(self.path / "run.lock")):
+                return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock_file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._lock()
+        lock_file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock(lock_file)
+        self._lock_file = lock_file
         self.write_outcome("")
 
-    def _lock(self) -> None:
+    def _lock(self, lock_file: int) -> None:
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 text = f"no locks there ({error.strerror}); see to it that no other run uses it"
                 self._report(f"⚠️ {self.path}: {text}")
                 return
-            words = os.pread(self._lock_file, 256, 0).decode(errors="replace").split()
+            words = os.pread(lock_file, 256, 0).decode(errors="replace").split()
             pid, host = (words + ["unknown", "unknown"])[:2]
-            os.close(self._lock_file)
+            os.close(lock_file)
             text = f"it is in use by another run (pid {pid} on {host}); give this one its own"
             raise OSError(errno.EBUSY, text) from None
 
@@ -1603,8 +1607,8 @@ def generators_in(*roots: object) -> list:
             found.append(value)
         elif isinstance(value, (list, tuple, dict)) and len(value) <= 1000:
             left += value.values() if isinstance(value, dict) else value
-        elif not isinstance(value, Tensor):
-            left += getattr(value, "__dict__", {}).values()
+        elif type(value).__dictoffset__ and not isinstance(value, Tensor):
+            left += vars(value).values()
     return found
 
 
@@ -2393,13 +2397,6 @@ class Run:
     def _note(self, **metrics: Any) -> None:
         self.progress = self.progress._replace(metrics={**self.progress.metrics, **metrics})
 
-    def _settle(self) -> None:
-        """Makes what is there a boundary: that of the last one, if nothing has stepped since."""
-        if self._stepped:
-            self._mark_boundary()
-        else:
-            self._back_to_boundary()
-
     def _mark_boundary(self) -> None:
         self._stepped = False
         buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
@@ -2411,8 +2408,14 @@ class Run:
         self._boundary = Boundary(self.progress, copies, small)
 
     @torch.no_grad()
-    def _back_to_boundary(self) -> None:
-        """Undoes what batches have changed since the last boundary without an optimizer's step."""
+    def _settle(self) -> None:
+        """Makes what is there a boundary.
+
+        Undoes what batches have changed since the last one, unless an optimizer has stepped.
+        """
+        if self._stepped:
+            self._mark_boundary()
+            return
         for buffer, saved in self._boundary.buffers:
             buffer.copy_(saved)
         for part, state in self._boundary.small:
@@ -2661,8 +2664,7 @@ class Run:
 
     def _path_to_save(self, name: str) -> str:
         # Somebody may have deleted it; without it the rows that wait could not be written.
-        if not os.path.exists(self.directory.path / "run.lock"):
-            self.directory.hold()
+        self.directory.hold()
         self.metrics.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -2764,7 +2766,7 @@ class Run:
             self._name_newest()
             self.screen.say(f"❌ {one_line(incomplete)}: nothing half-updated is saved.")
             return
-        self._back_to_boundary()
+        self._settle()
         self._save_last(f"exception_{name}", together=False)
 
     def close(self) -> None:
@@ -3247,8 +3249,10 @@ def prepared(options: dict[str, Option], given: dict, processes: Processes, scre
     processes.sharded = config.shard
     with fitting(path, "this program"):
         run = Run(config, processes, screen, resumed)
-    changed = sorted(n for n in stored.keys() - given.keys() if stored[n] != options[n].default)
-    run.differs = "".join(f", {flag(name)} {stored[name]}" for name in changed)
+    # As texts: a tensor, say, has no one answer.
+    own = {name: f"{stored[name]}" for name in sorted(stored.keys() - given.keys())}
+    changed = (name for name, text in own.items() if text != f"{options[name].default}")
+    run.differs = "".join(f", {flag(name)} {own[name]}" for name in changed)
     return run
 
 
@@ -3389,9 +3393,12 @@ def leave_process(code: int) -> NoReturn:
     # What the program has written to files that are still open is not lost either.
     opened = (one for one in gc.get_objects() if issubclass(type(one), buffered))
     for stream in filter(None, (sys.stdout, sys.stderr, *opened)):
-        # Gone with the terminal, or closed.
+        # Gone with the terminal, or closed. Who reads another pipe may have stopped.
         with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+            if stream in (sys.stdout, sys.stderr) or stat.S_ISREG(
+                os.fstat(stream.fileno()).st_mode
+            ):
+                stream.flush()
     os._exit(code)
 
 

@@ -388,6 +388,21 @@ def test_a_directory_that_is_deleted_under_a_run_costs_no_save(spawn, options, t
     assert child.exitstatus == 0 and path.parent == tmp_path / "ck" / "emergency_exit" and t.load_checkpoint(path)["step"]
 
 
+def test_a_directory_that_another_run_has_taken_since_it_was_deleted_is_not_saved_into(spawn, options, tmp_path):
+    first = spawn(*options, *ENDLESS)
+    first.expect(r"step \d+/")
+    shutil.rmtree(tmp_path / "ck")
+    second = spawn(*options, *ENDLESS)
+    second.expect(r"step \d+/")
+    first.sendline("q")
+    first.expect(f"not saved: it is in use by another run .pid {second.pid} on .*Training goes on")
+    second.sendline("q")
+    assert saved_path(finish(second)).exists() and second.exitstatus == 0
+    first.sendline("q")
+    assert saved_path(finish(first)).exists() and first.exitstatus == 0
+    assert len(list((tmp_path / "ck" / "emergency_exit").glob("*.pt"))) == 2
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_path, code):
     """Lustre without -o flock, NFS without lockd."""
