@@ -112,7 +112,8 @@ def stopped_and_resumed(fork, options, reference, directory, moment: Moment, ste
     saved = t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", output)[1])
     assert saved["exit_reason"] == reason
     if steps:
-        assert saved["step"] in steps
+        # It may be heard a moment after it has been acknowledged: after this batch, or the next.
+        assert saved["step"] in steps or saved["step"] == steps.stop < STEPS
         child = fork("--resume", "latest", "--checkpoint-dir", directory)
         output = child.finish()
         assert child.exitcode == 0 and f"Resumed at step {saved['step']} of" in output, output
