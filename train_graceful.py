@@ -193,16 +193,19 @@ def declared(own: dict[str, Any]) -> dict[str, Option]:
     """The options of a program: the common ones, overlaid with main()'s keyword arguments."""
     options = dict(COMMON_OPTIONS)
     for name, value in own.items():
-        common = options.get(name, Option(None))
         if name in NOT_STORED:
             raise UserError(f"main({name}=...): that is for the command line alone")
-        one = value if isinstance(value, Option) else common._replace(default=value)
-        # A common one keeps its type and bounds.
-        kind = one.kind or common.kind or (common.default is not None and type(common.default))
-        one = one._replace(kind=kind or None, least=max(one.least, common.least))
+        common = COMMON_OPTIONS.get(name)
+        one = (
+            value if isinstance(value, Option) else (common or Option(None))._replace(default=value)
+        )
+        if common is not None:
+            # It keeps its type and bounds.
+            kind = one.kind or common.kind or type(common.default)
+            one = one._replace(kind=kind, least=max(one.least, common.least))
         try:
             default = mapped(one.default, savable)
-            if name in COMMON_OPTIONS and type(default) in (int, float, str):
+            if common is not None and type(default) in (int, float, str):
                 default = one.value(str(default))
         except (TypeError, argparse.ArgumentTypeError) as error:
             raise UserError(f"main({name}=...): {str(error).strip()}") from None
@@ -1782,11 +1785,13 @@ class Loader:
                     self._report(f"⚠️ No batch for {pause:.0f} s: {self._state_of_workers()}.")
 
     def _state_of_workers(self) -> str:
-        if not self._workers:
-            return "the dataset is slow or stands still"
-        states = {one.pid: f"has died (exit code {one.exitcode})" for one in self._workers}
-        states |= {one.pid: "stands still or is slow" for one in self._workers if one.is_alive()}
-        return ", ".join(f"worker {pid} {state}" for pid, state in states.items())
+        states = [
+            f"worker {worker.pid} stands still or is slow"
+            if worker.is_alive()
+            else f"worker {worker.pid} has died (exit code {worker.exitcode})"
+            for worker in self._workers
+        ]
+        return ", ".join(states) or "the dataset is slow or stands still"
 
     def close(self) -> None:
         self._closed.set()

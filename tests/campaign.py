@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
 import gc
 import multiprocessing.util
@@ -11,6 +12,7 @@ import pty
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -145,6 +147,15 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
     except BaseException:
         traceback.print_exc()
     os._exit(99)
+
+
+def on_a_terminal(argv: list[str], program: types.CodeType, rows: int = 24, columns: int = 120) -> tuple[int, int]:
+    """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        become(argv, program)
+    return pid, terminal
 
 
 class Child:

@@ -1,15 +1,11 @@
 """A tiny corpus, tiny options, and the real script in a pseudo-terminal that is always reaped."""
 
 import csv
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import zipfile
 from pathlib import Path
 
@@ -130,14 +126,9 @@ class Fork(pexpect.spawn):
     """The script as a fork of this process, which has imported torch already."""
 
     def _spawnpty(self, args, dimensions, **kwargs):
-        from campaign import become, warm
+        from campaign import on_a_terminal, warm
 
-        code = warm()
-        pid, terminal = pty.fork()
-        if pid == 0:
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", *dimensions, 0, 0))
-            become([os.fsdecode(arg) for arg in args[1:]], code)
-        return ptyprocess.PtyProcess(pid, terminal)
+        return ptyprocess.PtyProcess(*on_a_terminal([os.fsdecode(arg) for arg in args[1:]], warm(), *dimensions))
 
 
 @pytest.fixture

@@ -1,23 +1,18 @@
 """Leaving a training of one's own: every request and exit code, in forks with a terminal each."""
 
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import sys
-import termios
 import time
-import traceback
 from pathlib import Path
 
 import pexpect
 import pytest
+from campaign import on_a_terminal
 from conftest import (
     ENDLESS,
     SCRIPT,
-    as_in_a_shell,
     end_groups,
     finish,
     processes_in_session,
@@ -72,18 +67,8 @@ PLACES = ("SAMPLE", "BEFORE", "VALUE", "EVALUATE", "BODY", "AFTER")
 
 def forked(code: str, argv: list[str]) -> fdspawn:
     """A fork of this process, which has imported torch, in a session and on a terminal of its own."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        try:
-            as_in_a_shell()
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
-            # On 80 columns the validation result gives way to more than a day that is left.
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-            sys.argv = ["mine.py", *argv]
-            exec(compile(code, "mine.py", "exec"), {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-        os._exit(99)
+    # On 80 columns the validation result gives way to more than a day that is left.
+    pid, terminal = on_a_terminal(["mine.py", *argv], compile(code, "mine.py", "exec"), columns=120)
     child = fdspawn(terminal, encoding="utf-8", timeout=30)
     child.pid = pid
     return child
@@ -221,7 +206,9 @@ def test_after_a_signal_a_failed_save_goes_to_the_temporary_directory(
     (tmp_path / "ck").mkdir()
     (tmp_path / "ck" / "emergency_exit").write_text("a file where the directory should be")
     (tmp_path / "elsewhere").mkdir()
+    # Ours, to ask where that is, and the fork's.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
     if not another_place:
         t.fallback_directory(tmp_path / "ck").write_text("in the way")
     child = own("--save-every", 5)

@@ -479,20 +479,30 @@ def test_early_stopping_with_patience(tmp_path):
     assert state["step"] < 100 and state["exit_reason"] == "completed"
 
 
-@pytest.mark.parametrize("stepped", [True, False])
-def test_break_completes_a_batch_in_which_an_optimizer_has_stepped_and_no_other(tmp_path, stepped):
+def ends_itself(at: int, how: str):
+    """train(run) that leaves its loop in the batch behind so many."""
+
     def train(run: tg.Run) -> None:
         run.data(Points())
         model = run.model(net())
         optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
         for points, labels in run.batches():
             F.cross_entropy(model(points), labels).backward()
-            if run.step == 6 and not stepped:
+            here = how if run.step == at else ""
+            if here == "break before the step":
                 break
             optimizer.step()
-            if run.step == 6:
+            if here == "break":
+                break
+            if here == "return":
                 return
 
+    return train
+
+
+@pytest.mark.parametrize("how", ["return", "break", "break before the step"])
+def test_break_completes_a_batch_in_which_an_optimizer_has_stepped_and_no_other(tmp_path, how):
+    train, stepped = ends_itself(6, how), how != "break before the step"
     run = go(train, tmp_path)
     state = tg.load_checkpoint(tmp_path / "final.pt")
     assert state["step"] == run.step == 6 + stepped and state["exit_reason"] == "completed"
@@ -861,17 +871,7 @@ def test_another_length_than_one_cycle_was_made_for_is_refused_and_not_offered(t
 
 def test_a_break_is_not_called_all_steps_and_offers_no_more(tmp_path, capfd):
     """What has ended it would end it again."""
-
-    def train(run: tg.Run) -> None:
-        run.data(Points())
-        model = run.model(net())
-        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
-        for points, labels in run.batches():
-            F.cross_entropy(model(points), labels).backward()
-            optimizer.step()
-            if run.step == 5:
-                break
-
+    train = ends_itself(5, "break")
     go(train, tmp_path)
     output = capfd.readouterr().out
     assert "🎉 The loop has ended." in output and "All steps done" not in output
