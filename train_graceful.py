@@ -2250,7 +2250,7 @@ class Run:
             except ImportError:
                 raise UserError("--tensorboard needs pip install tensorboard") from None
             # What a run that died has written of later steps will come again.
-            self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=self.step + 1)
+            self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=done + 1)
             self._undo.callback(self._tensorboard.close)
 
     def _restore(self) -> None:

@@ -155,3 +155,19 @@ t.main(train, **t.OPTIONS)
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     assert [event.step for event in events.Scalars("val/loss")] == [8, 16]
     assert events.Scalars("lr/adamw")[-1].value == pytest.approx(float(rows[-1]["lr_adamw"]))
+
+
+def test_tensorboard_shows_an_evaluation_that_was_cut_short_once(options, tmp_path):
+    """Whatever became of the session that made up for it, as in metrics.csv."""
+    pytest.importorskip("tensorboard", reason="tensorboard is missing: make test-integrations")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from test_resume import train
+
+    arguments = "--steps 16 --log-every 1 --eval-every 8 --tensorboard".split()
+    path = train(None, *options, *arguments, stop=("evaluation", 8)).saved[1]
+    train(None, "--resume", path)
+    train(None, "--resume", path)
+    events = EventAccumulator(str(tmp_path / "ck" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 17))
+    assert [event.step for event in events.Scalars("val/loss")] == [8, 16]
