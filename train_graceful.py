@@ -2879,15 +2879,13 @@ class Processes:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
+            here = os.environ["LOCAL_WORLD_SIZE"]
+            if int(here) > torch.cuda.device_count():
                 text = f"processes, but only {torch.cuda.device_count()} GPUs here"
-                raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} {text}")
+                raise UserError(f"{here} {text}")
             torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl"
-        store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun keeps it over a restart, with what those that have died have said.
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        self._store = dist.PrefixStore(f"attempt_{attempt}", store)
+        self._store = torchruns_store()
         size = self.world_size
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=size)
         # Who leaves for a mistake now leaves no other alone in the middle of connecting.
@@ -3158,6 +3156,13 @@ class StoreWriters(OneWriter):
         return answered(*json.loads(self._store.get(key)))
 
 
+def torchruns_store() -> dist.Store:
+    """What torchrun's processes share before anything else."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps it over a restart, with what those that have died have said.
+    return dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
 def attempt(function: Callable, *arguments: object) -> tuple[Any, tuple | None]:
     """(result, error), one of them None, for another process."""
     try:
@@ -3193,7 +3198,7 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
         # Of --help.
         code = end.code if isinstance(end.code, int) else 0
     except UserError as error:
-        complain_of(error)
+        complain_for_all(error)
         code = 2
     if argv is None:
         leave_process(code)
@@ -3366,9 +3371,20 @@ def last_words(run: Run, error: BaseException | None) -> int:
 
 
 def complain_of(mistake: UserError) -> None:
-    """In one line."""
-    if is_first_rank():
-        complain(f"error: {' '.join(str(mistake).splitlines())}\n")
+    complain(f"error: {' '.join(str(mistake).splitlines())}\n")
+
+
+def complain_for_all(mistake: UserError) -> None:
+    """Of one process: torchrun ends all of them with the first that leaves."""
+    if not dist.is_torchelastic_launched():
+        return complain_of(mistake)
+    key, store = "mistake", torchruns_store()
+    if not is_first_rank():
+        # The first makes the same one, as a rule.
+        with contextlib.suppress(RuntimeError):
+            return store.wait([key], datetime.timedelta(seconds=10))
+    complain_of(mistake)
+    store.set(key, "")
 
 
 def choose_device(name: str) -> torch.device:

@@ -497,6 +497,27 @@ def test_a_mistake_is_not_buried_by_torchrun(spawn):
     assert len(lines) <= 3  # beside it what torchrun says of the process that failed first, and of the other
 
 
+SECOND_ALONE = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_graceful as tg
+
+def train(run):
+    if os.environ["RANK"] == "1":
+        raise tg.UserError("the second disk is not there")
+
+tg.main(train)
+"""
+
+
+def test_a_mistake_that_the_second_process_makes_alone_is_said(spawn, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SECOND_ALONE)
+    child = torchrun(spawn, script, "--checkpoint-dir", tmp_path)
+    text = finish(child)
+    assert child.exitstatus == 1 and text.count("error: the second disk is not there") == 1 and "exitcode  : 2" in text
+
+
 def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_windows, tmp_path):
     environment = {**os.environ, "PS1": "$ "}
     shell = spawn(command=["bash", "--norc", "--noprofile", "-i"], env=environment)
