@@ -47,6 +47,8 @@ import itertools
 import json
 import math
 import mmap
+import multiprocessing.resource_tracker
+import multiprocessing.sharedctypes
 import multiprocessing.util
 import operator
 import os
@@ -405,8 +407,8 @@ class ExitMonitor:
     torch operation. A second SIGINT, half a second or more after the first, ends the process at
     once with code 130. On leaving the block, terminal and signal handlers are as before.
 
-    Children that are forked in the block, DataLoader workers say, never reach it (see
-    SignalsOfChildren). Raises ValueError when entered outside the main thread.
+    Children, DataLoader workers say, never reach it (see SignalsOfChildren). Raises ValueError
+    when entered outside the main thread.
     """
 
     KEYS = "Keys: q + Enter saves and leaves, s + Enter saves"
@@ -445,6 +447,7 @@ class ExitMonitor:
         return self.requests[0][1] if self.requests else 0
 
     def __enter__(self) -> ExitMonitor:
+        global signals_of_children
         with contextlib.ExitStack() as undo:
             pipes = [*os.pipe(), *os.pipe()]
             self._signal_pipe, self._wakeup, self._stop_pipe, self._stop = pipes
@@ -458,13 +461,16 @@ class ExitMonitor:
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before_fd)
             self._pid = os.getpid()
+            if signals_of_children.pid != self._pid:
+                signals_of_children = SignalsOfChildren()
             before: dict[int, Any] = {
                 signum: signal.getsignal(signum) or signal.SIG_DFL for signum in EXIT_SIGNALS
             }
             # nohup's promise.
             if before[SIGHUP] is signal.SIG_IGN:
                 del before[SIGHUP]
-            self._children = undo.enter_context(SignalsOfChildren(before))
+            self._children = signals_of_children
+            undo.enter_context(self._children.watched(before))
             for signum in (*before, self.WAKE):
                 previous = signal.signal(signum, self._handler)
                 undo.callback(signal.signal, signum, previous or signal.SIG_DFL)
@@ -638,74 +644,69 @@ def open_keyboard(fd: int) -> int:
 
 
 class SignalsOfChildren:
-    """What signals do in the children of a process that an ExitMonitor watches; a context manager.
+    """What signals do in the children of a process that an ExitMonitor watches.
 
     A terminal or a scheduler signals the whole group. A child leaves to its parent what the parent
     has heard too, within a second; else it does what it would without a monitor, so that
     terminate() ends it. Its handlers are Python's, which a program that it executes does not
-    inherit (as it would an ignored or a blocked signal).
+    inherit (as it would an ignored or a blocked signal). What multiprocessing starts, in any of its
+    ways, has them even if it is older than the monitor.
     """
 
-    active: SignalsOfChildren | None = None
+    def __init__(self, heard: Any = None) -> None:
+        # Whose it is; the parent's is not for a monitor in a child.
+        self.pid = os.getpid() if heard is None else 0
+        # The handlers whose place a monitor has taken, or this.
+        self.before: dict[int, Any] = {}
+        # When the parent last heard each signal, by number; at 0 stands how many monitors it has.
+        self.heard = heard
+        if heard is None:
+            try:
+                self.heard = multiprocessing.sharedctypes.RawArray("d", signal.NSIG)
+            except OSError:
+                # Without a place for a file only what is forked shares it.
+                self.heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 
-    def __init__(self, before: dict[int, Any]) -> None:
-        self._before = before
-        # Shared with the children: when the parent last heard each signal.
-        self.heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+    def __reduce__(self) -> tuple:
+        """In a child that was not forked its signals begin with this."""
+        return begin_child, (None if isinstance(self.heard, memoryview) else self.heard,)
 
-    def __enter__(self) -> SignalsOfChildren:
-        self._outer, SignalsOfChildren.active = SignalsOfChildren.active, self
-        process: Any = multiprocessing.process.BaseProcess
-        self._terminate = process.terminate
-
-        def terminate(child: multiprocessing.process.BaseProcess) -> None:
-            # This one is meant for the child.
-            self.heard[SIGTERM] = 0.0
-            self._terminate(child)
-
-        process.terminate = terminate
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        process: Any = multiprocessing.process.BaseProcess
-        process.terminate = self._terminate
-        SignalsOfChildren.active = self._outer
+    @contextlib.contextmanager
+    def watched(self, before: dict[int, Any]) -> Iterator[None]:
+        """While a monitor has taken the place of these handlers."""
+        outer, self.before = self.before, before
+        self.heard[0] += 1
+        try:
+            yield
+        finally:
+            self.heard[0] -= 1
+            self.before = outer
 
     def in_child(self) -> None:
-        # The pipe is the parent's.
-        signal.set_wakeup_fd(-1)
-        for signum in self._before:
-            signal.signal(signum, self._in_child)
-        workers: Any = sys.modules.get("torch.utils.data._utils.signal_handling")
-        if workers is not None:
-            # A DataLoader worker takes a handler for SIGTERM that ends it whoever has sent it.
-            set_handlers = workers._set_worker_signal_handlers
-
-            def set_our_handler_too() -> None:
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, (SIGTERM,))
-                set_handlers()
-                signal.signal(SIGTERM, self._in_child)
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-            workers._set_worker_signal_handlers = set_our_handler_too
+        for signum in EXIT_SIGNALS:
+            handler = signal.getsignal(signum)
+            if handler not in (None, signal.SIG_IGN):
+                self.before.setdefault(signum, handler)
+                signal.signal(signum, self._in_child)
 
     def _in_child(self, signum: int, frame: object) -> None:
         deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
+        while self.heard[0] and time.monotonic() < deadline:
             if time.monotonic() - self.heard[signum] < 1:
                 return
             # The parent's monitor may not have come to it yet, and nothing will tell.
             time.sleep(0.005)
-        signal.signal(signum, self._before[signum])
+        signal.signal(signum, self.before[signum])
         signal.raise_signal(signum)
 
 
+signals_of_children = SignalsOfChildren()
 _forking = threading.local()
 
 
 def before_fork() -> None:
     """Until a child's handlers are there, its signals wait."""
-    if SignalsOfChildren.active is not None:
+    if signals_of_children.heard[0]:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
 
 
@@ -715,12 +716,64 @@ def after_fork() -> None:
 
 
 def in_child() -> None:
-    if SignalsOfChildren.active is not None:
-        SignalsOfChildren.active.in_child()
+    if signals_of_children.heard[0]:
+        # The pipe is the parent's.
+        signal.set_wakeup_fd(-1)
+        signals_of_children.in_child()
     after_fork()
 
 
+def begin_child(heard: Any) -> SignalsOfChildren:
+    """In one that multiprocessing has started: by a fork of its server, or anew."""
+    global signals_of_children
+    signals_of_children = SignalsOfChildren(heard)
+    signals_of_children.in_child()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_SIGNALS)
+    return signals_of_children
+
+
+def hand_signals_on(process: Any, workers: Any) -> None:
+    """Makes multiprocessing's children, and PyTorch's among them, do as SignalsOfChildren says."""
+    start, terminate = process.start, process.terminate
+    set_handlers = workers._set_worker_signal_handlers
+
+    def quiet_start(child: Any) -> None:
+        child._signals = signals_of_children
+        if (child._start_method or multiprocessing.get_start_method()) == "fork":
+            return start(child)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
+        try:
+            # Starting it unblocks two of them.
+            multiprocessing.resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
+            # It begins without a handler, as does the server that forks it.
+            return start(child)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate_one(child: Any) -> None:
+        # This one is meant for the child.
+        signals_of_children.heard[SIGTERM] = 0.0
+        terminate(child)
+
+    def set_other_handlers() -> None:
+        # PyTorch's handler for SIGTERM ends a worker whoever has sent it.
+        handler = signal.getsignal(SIGTERM)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (SIGTERM,))
+        set_handlers()
+        if callable(handler):
+            signal.signal(SIGTERM, handler)
+            # As PyTorch's does with what the parent has sent, at the end of a program say.
+            signals_of_children.before[SIGTERM] = lambda *_: os._exit(0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    process.start, process.terminate = quiet_start, terminate_one
+    workers._set_worker_signal_handlers = set_other_handlers
+
+
 os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=in_child)
+multiprocessing.util.register_after_fork(begin_child, lambda _: signals_of_children.in_child())
+hand_signals_on(multiprocessing.process.BaseProcess, torch.utils.data._utils.signal_handling)
 
 
 def end_children() -> None:
@@ -1686,15 +1739,11 @@ class Batches(Dataset):
 
 
 def begin_worker(number: int) -> None:
-    """In a worker; of one that forkserver or spawn has started, signals are the parent's affair."""
+    """In a worker."""
     # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
     sys.excepthook = lambda *error: None
     if multiprocessing.get_start_method() == "fork":
         return
-    for signum in EXIT_SIGNALS:
-        # Not SIG_IGN, which programs that it executes would inherit.
-        signal.signal(signum, lambda signum, frame: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_SIGNALS)
 
     def end_with_parent() -> None:
         # Its parent is the forkserver, for torch; this is the process that trains.
@@ -1737,8 +1786,10 @@ class Loader:
             generator=torch.Generator(),
         )
         others, on_child = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        with quiet_start(workers):
-            self._items = iter(loader)
+        if workers:
+            # Made here, it is the workers' too, and is removed however they end.
+            multiprocessing.util.get_temp_dir()
+        self._items = iter(loader)
         # torch's handler raises wherever the main thread is when a worker dies, in the middle of
         # an optimizer step too; without it the loader says so at the next batch.
         signal.signal(signal.SIGCHLD, on_child)
@@ -1798,29 +1849,6 @@ class Loader:
         for worker in self._workers:
             worker.kill()
             worker.join()
-
-
-@contextlib.contextmanager
-def quiet_start(workers: int) -> Iterator[None]:
-    """While workers start, signals wait: those that are not forked begin without a handler."""
-    if workers:
-        # Made here, it is the workers' too, and is removed however they end.
-        multiprocessing.util.get_temp_dir()
-    if not workers or multiprocessing.get_start_method() == "fork":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-    try:
-        from multiprocessing import forkserver, resource_tracker
-
-        # Starting it unblocks two of them.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-        if multiprocessing.get_start_method() == "forkserver":
-            forkserver.ensure_running()
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def difference(saved: list, own: list) -> str | None:

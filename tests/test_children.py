@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT, as_in_a_shell, end_groups, wait_until
+from conftest import ROOT, as_in_a_shell, end_groups, finish, wait_until
 from pexpect.fdpexpect import fdspawn
 
 LOOP = """
@@ -285,6 +285,50 @@ def test_a_library_that_takes_the_wakeup_descriptor_makes_nobody_deaf(program, f
     child.send("\x03")
     child.expect("@left signal_SIGINT 1\r")
     assert ended(child) == 0
+
+
+OTHER_CHILDREN = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+{LOOP}
+def slow(number):
+    time.sleep(0.02)
+    return number
+
+if __name__ == "__main__":
+    if HOW == "pool":
+        pool = fork.Pool(2)
+        batches = pool.imap(slow, range(10**6))
+    elif HOW == "older workers":
+        batches = iter(torch.utils.data.DataLoader(Data(), 4, num_workers=2))
+    with ExitMonitor() as monitor:
+        if HOW in ("spawn", "forkserver"):
+            batches = torch.utils.data.DataLoader(Data(), 4, num_workers=2, multiprocessing_context=HOW)
+        for step, batch in enumerate(batches):
+            if step == 10:
+                print("@training", flush=True)
+            if monitor.exit_requested:
+                break
+        # These come from the children too.
+        print("@more", sum(1 for _ in zip(range(20), batches)), flush=True)
+        save_checkpoint({{"step": step}}, sys.argv[1])
+    if HOW == "pool":
+        pool.terminate()
+        pool.join()
+    sys.exit(monitor.exit_code)
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver", "older workers", "pool"])
+def test_children_that_are_older_than_the_monitor_or_not_forked_live_on_too(spawn, tmp_path, how):
+    (tmp_path / "mine.py").write_text(f"HOW = {how!r}" + OTHER_CHILDREN)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        child = spawn(command=[sys.executable, str(tmp_path / "mine.py"), str(tmp_path / f"{signum}.pt")])
+        child.expect("@training")
+        os.killpg(child.pid, signum)
+        child.expect("@more 20")
+        text = finish(child)
+        assert child.exitstatus == 128 + signum and "Traceback" not in text, text
+        assert (tmp_path / f"{signum}.pt").exists()
 
 
 def test_in_a_real_shell_a_second_program_is_no_part_of_it(tmp_path):
