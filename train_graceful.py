@@ -461,7 +461,7 @@ class ExitMonitor:
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before_fd)
             self._pid = os.getpid()
-            if signals_of_children.pid != self._pid:
+            if signals_of_children is None or signals_of_children.pid != self._pid:
                 signals_of_children = SignalsOfChildren()
             before: dict[int, Any] = {
                 signum: signal.getsignal(signum) or signal.SIG_DFL for signum in EXIT_SIGNALS
@@ -700,13 +700,14 @@ class SignalsOfChildren:
         signal.raise_signal(signum)
 
 
-signals_of_children = SignalsOfChildren()
+# Made where first there may be something to tell.
+signals_of_children: SignalsOfChildren | None = None
 _forking = threading.local()
 
 
 def before_fork() -> None:
     """Until a child's handlers are there, its signals wait."""
-    if signals_of_children.heard[0]:
+    if signals_of_children and signals_of_children.heard[0]:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
 
 
@@ -716,11 +717,17 @@ def after_fork() -> None:
 
 
 def in_child() -> None:
-    if signals_of_children.heard[0]:
+    if signals_of_children and signals_of_children.heard[0]:
         # The pipe is the parent's.
         signal.set_wakeup_fd(-1)
         signals_of_children.in_child()
     after_fork()
+
+
+def in_forked_child(_: object) -> None:
+    """In one that multiprocessing has forked: the parent's monitor may come yet."""
+    if signals_of_children:
+        signals_of_children.in_child()
 
 
 def begin_child(heard: Any) -> SignalsOfChildren:
@@ -738,7 +745,8 @@ def hand_signals_on(process: Any, workers: Any) -> None:
     set_handlers = workers._set_worker_signal_handlers
 
     def quiet_start(child: Any) -> None:
-        child._signals = signals_of_children
+        global signals_of_children
+        signals_of_children = child._signals = signals_of_children or SignalsOfChildren()
         if (child._start_method or multiprocessing.get_start_method()) == "fork":
             return start(child)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
@@ -753,7 +761,8 @@ def hand_signals_on(process: Any, workers: Any) -> None:
 
     def terminate_one(child: Any) -> None:
         # This one is meant for the child.
-        signals_of_children.heard[SIGTERM] = 0.0
+        if signals_of_children:
+            signals_of_children.heard[SIGTERM] = 0.0
         terminate(child)
 
     def set_other_handlers() -> None:
@@ -761,7 +770,7 @@ def hand_signals_on(process: Any, workers: Any) -> None:
         handler = signal.getsignal(SIGTERM)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (SIGTERM,))
         set_handlers()
-        if callable(handler):
+        if signals_of_children and callable(handler):
             signal.signal(SIGTERM, handler)
             # As PyTorch's does with what the parent has sent, at the end of a program say.
             signals_of_children.before[SIGTERM] = lambda *_: os._exit(0)
@@ -772,7 +781,7 @@ def hand_signals_on(process: Any, workers: Any) -> None:
 
 
 os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=in_child)
-multiprocessing.util.register_after_fork(begin_child, lambda _: signals_of_children.in_child())
+multiprocessing.util.register_after_fork(in_forked_child, in_forked_child)
 hand_signals_on(multiprocessing.process.BaseProcess, torch.utils.data._utils.signal_handling)
 
 
