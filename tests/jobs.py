@@ -82,6 +82,7 @@ class Sender:
 
 def work(session, order: list[list], next_file: int, reports: Connection) -> None:
     from campaign import TABLE
+
     from train_graceful import EXIT_SIGNALS
 
     for signum in EXIT_SIGNALS:  # What is tested here is no child of multiprocessing's.
