@@ -535,7 +535,7 @@ class ExitMonitor:
         self.signals_heard += 1
         if signum not in EXIT_SIGNALS:
             return
-        self._children.heard[signum] = time.monotonic()
+        self._children.tell(signum, time.monotonic())
         if signum == SIGINT:
             now, last = time.monotonic(), self._last_interrupt
             self._last_interrupt = now
@@ -659,27 +659,35 @@ class SignalsOfChildren:
         # The handlers whose place a monitor has taken, or this.
         self.before: dict[int, Any] = {}
         # When the parent last heard each signal, by number; at 0 stands how many monitors it has.
-        self.heard = heard
-        if heard is None:
-            try:
-                self.heard = multiprocessing.sharedctypes.RawArray("d", signal.NSIG)
-            except OSError:
-                # Without a place for a file only what is forked shares it.
-                self.heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+        self.heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d") if heard is None else heard
+        # The same for those that are not forked, in a file: made with the first of them.
+        self._filed = heard
+
+    def tell(self, number: int, value: float) -> None:
+        for times in filter(None, (self.heard, self._filed)):
+            times[number] = value
+
+    def file(self) -> None:
+        """Before a child is started that will not be forked."""
+        if self._filed is None:
+            # An error: there is no place for a file.
+            with contextlib.suppress(OSError):
+                self._filed = multiprocessing.sharedctypes.RawArray("d", signal.NSIG)
+                self._filed[:] = self.heard[: signal.NSIG].tolist()
 
     def __reduce__(self) -> tuple:
         """In a child that was not forked its signals begin with this."""
-        return begin_child, (None if isinstance(self.heard, memoryview) else self.heard,)
+        return begin_child, (self._filed,)
 
     @contextlib.contextmanager
     def watched(self, before: dict[int, Any]) -> Iterator[None]:
         """While a monitor has taken the place of these handlers."""
         outer, self.before = self.before, before
-        self.heard[0] += 1
+        self.tell(0, self.heard[0] + 1)
         try:
             yield
         finally:
-            self.heard[0] -= 1
+            self.tell(0, self.heard[0] - 1)
             self.before = outer
 
     def in_child(self) -> None:
@@ -749,6 +757,7 @@ def hand_signals_on(process: Any, workers: Any) -> None:
         signals_of_children = child._signals = signals_of_children or SignalsOfChildren()
         if (child._start_method or multiprocessing.get_start_method()) == "fork":
             return start(child)
+        signals_of_children.file()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
         try:
             # Starting it unblocks two of them.
@@ -762,7 +771,7 @@ def hand_signals_on(process: Any, workers: Any) -> None:
     def terminate_one(child: Any) -> None:
         # This one is meant for the child.
         if signals_of_children:
-            signals_of_children.heard[SIGTERM] = 0.0
+            signals_of_children.tell(SIGTERM, 0.0)
         terminate(child)
 
     def set_other_handlers() -> None:

@@ -42,9 +42,9 @@ MODES = {
 }
 
 
-def as_in_a_shell() -> None:
+def as_in_a_shell(signals=IGNORED) -> None:
     """For forks of this process, which inherit what programs do not."""
-    for signum in IGNORED:
+    for signum in signals:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 

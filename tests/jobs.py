@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
 from multiprocessing.connection import Connection, wait
 
@@ -82,11 +81,11 @@ class Sender:
 
 def work(session, order: list[list], next_file: int, reports: Connection) -> None:
     from campaign import TABLE
+    from conftest import as_in_a_shell
 
     from train_graceful import EXIT_SIGNALS
 
-    for signum in EXIT_SIGNALS:  # What is tested here is no child of multiprocessing's.
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    as_in_a_shell(EXIT_SIGNALS)  # what is tested here is no child of multiprocessing's
     config, plugins = session.config, session.config.pluginmanager
     plugins.unregister(name="terminalreporter")
     plugins.register(Sender(config, reports))
