@@ -2757,7 +2757,7 @@ class Run:
         if self.saved is None:
             if reason != USER_REQUEST:
                 self.exit_code = 1
-                self._name_newest()
+                self.name_newest()
             return False
         self.completed = reason == "completed"
         self.screen.say("✅ {} saved: {}".format(*self.saved))
@@ -2783,13 +2783,12 @@ class Run:
                 self.screen.say(f"❌ {label} not saved: {one_line(error)}. {hint}")
         return None
 
-    def _name_newest(self) -> None:
+    def name_newest(self) -> None:
         """For a summary after which nothing new is on the disk."""
-        if self.rank == 0:
-            # Where there is none, the summary names none.
-            with contextlib.suppress(CheckpointError, OSError):
-                newest = latest_checkpoint(self.directory.path, self.screen.say)
-                self.saved = "Newest whole checkpoint", newest
+        # Where there is none, the summary names none.
+        with contextlib.suppress(CheckpointError, OSError):
+            newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
+            self.saved = "Newest whole checkpoint", newest
 
     def end(self) -> None:
         """After train() has returned: a loop that was left by break or return is completed."""
@@ -2814,7 +2813,7 @@ class Run:
         try:
             writers.lead(check_same_step, writers.each(lambda: step))
         except SAVE_ERRORS as incomplete:
-            self._name_newest()
+            self.name_newest()
             self.screen.say(f"❌ {one_line(incomplete)}: nothing half-updated is saved.")
             return
         self._settle()
@@ -2894,10 +2893,15 @@ def own_command() -> str:
         python = "python"
     if dist.is_torchelastic_launched():
         count, wrapper = os.environ["LOCAL_WORLD_SIZE"], here.parent / "scripts/train_torchrun.sh"
-        if wrapper.exists():
-            variable = "" if script == here else f"SCRIPT={name} "
-            return f"{variable}{shlex.quote(str(wrapper))} {count}"
+        variables = "" if script == here else f"SCRIPT={name} "
         python += f" -m torch.distributed.run --nproc-per-node={count}"
+        if (nodes := os.environ["GROUP_WORLD_SIZE"]) != "1":
+            store = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+            meeting = shlex.quote(os.environ.get("RENDEZVOUS", store))
+            variables = f"NNODES={nodes} RENDEZVOUS={meeting} {variables}"
+            python += f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint={meeting}"
+        if wrapper.exists():
+            return f"{variables}{shlex.quote(str(wrapper))} {count}"
     if not (script.parent / here.name).exists():
         # Started by one of the scripts, which have said where to import this file from.
         python = f"PYTHONPATH={shlex.quote(str(here.parent))} {python}"
@@ -2917,25 +2921,26 @@ class Processes:
 
     def __init__(self, monitor: ExitMonitor) -> None:
         self.monitor, self.save_requested = monitor, False
-        self.rank, self.world_size, self.sharded = 0, 1, False
+        self.rank, self.local_rank, self.world_size, self.sharded = 0, 0, 1, False
         self.many = dist.is_torchelastic_launched()
         self._mesh: Any = None
         if not self.many:
             return
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
+        backend, self.local_rank = "gloo", int(os.environ["LOCAL_RANK"])
         if torch.cuda.is_available():
             here = os.environ["LOCAL_WORLD_SIZE"]
             if int(here) > torch.cuda.device_count():
                 text = f"processes, but only {torch.cuda.device_count()} GPUs here"
                 raise UserError(f"{here} {text}")
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         self._store = torchruns_store()
         size = self.world_size
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=size)
         # Who leaves for a mistake now leaves no other alone in the middle of connecting.
         self._gather(None)
+        give_up_silent_peers()
         self._saves = itertools.count()
         # The signals heard before a failure, after which torchrun signals that one has died.
         self._signals_before: int | None = None
@@ -3136,13 +3141,11 @@ class Processes:
         if not self.sharded:
             return
         self._signals_before = self.monitor.signals_heard
-        store = int(os.environ["MASTER_PORT"])
-        for fd in map(int, os.listdir("/dev/fd")):
-            # gloo's connections, which abort() does not close. An error: it is no connection.
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-                ports = connection.getpeername()[1:2], connection.getsockname()[1:2]
-                if connection.family != socket.AF_UNIX and (store,) not in ports:
-                    connection.shutdown(socket.SHUT_RDWR)
+        # gloo's connections, which abort() does not close.
+        for connection in tcp_connections():
+            ports = connection.getpeername()[1:2], connection.getsockname()[1:2]
+            if (int(os.environ["MASTER_PORT"]),) not in ports:
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Of a run that has left gracefully."""
@@ -3202,11 +3205,39 @@ class StoreWriters(OneWriter):
         return answered(*json.loads(self._store.get(key)))
 
 
+def tcp_connections() -> Iterator[socket.socket]:
+    """Those of this process, each open until the next."""
+    for fd in map(int, os.listdir("/dev/fd")):
+        # An error: it has been closed, or is not connected.
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    if connection.family != socket.AF_UNIX and connection.getpeername():
+                        yield connection
+
+
+def give_up_silent_peers() -> None:
+    """Makes it an error that the system of a connected process answers nothing for SILENCE seconds.
+
+    The default is 60. A process that merely stands still has a system that answers.
+    """
+    seconds = int(os.environ.get("SILENCE", "60"))
+    limits = {"KEEPIDLE": seconds // 4, "KEEPINTVL": seconds // 4, "USER_TIMEOUT": 1000 * seconds}
+    for connection in tcp_connections():
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in limits.items():
+            # Linux has them all.
+            if hasattr(socket, f"TCP_{name}"):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+
+
 def torchruns_store() -> dist.Store:
     """What torchrun's processes share before anything else."""
     store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps it over a restart, with what those that have died have said.
-    return dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # torchrun keeps it over a restart, with what those that have died have said. Of several machines
+    # only scripts/torchrun.py counts alike on all.
+    attempt = os.environ.get("RENDEZVOUS_ROUND", os.environ["TORCHELASTIC_RESTART_COUNT"])
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def attempt(function: Callable, *arguments: object) -> tuple[Any, tuple | None]:
@@ -3402,6 +3433,10 @@ def last_words(run: Run, error: BaseException | None) -> int:
         elif not isinstance(error, SystemExit):
             complain("".join(traceback.format_exception(error)))
     if run.trains:
+        if error is not None and run.rank and run.processes.local_rank == 0:
+            # The first machine may be gone.
+            run.name_newest()
+            complain(f"{run.summary()}\n")
         summary = run.summary()
         screen.say(summary)
         if run.rank == 0:
@@ -3760,9 +3795,9 @@ def cosine(progress: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def cubic(progress: float) -> float:
-    """From 1 down to 0.03, most of it early: only a lower rate averages out Muon's large steps."""
-    return 0.03 + 0.97 * (1 - progress) ** 3
+def linear(progress: float) -> float:
+    """From 1 straight down to 0 (Bergsma et al., "Straight to Zero", 2025)."""
+    return 1 - progress
 
 
 def warmup_decay(
@@ -3925,7 +3960,7 @@ class GeometricTrainingController(TrainingController):
             "embedding": adamw,
         }
         self.schedulers = {
-            name: warmup_decay(optimizer, o.warmup_steps, run.total_steps, cubic)
+            name: warmup_decay(optimizer, o.warmup_steps, run.total_steps, linear)
             for name, optimizer in self.optimizers.items()
         }
 

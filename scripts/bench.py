@@ -12,7 +12,6 @@ wanted of it.
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -27,18 +26,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "examples")]
 import bench_bare
+import bench_geometric
 import bench_scaling
 import own_model
 from bench_tools import (
@@ -430,78 +427,26 @@ def resuming(scale: float, folder: Path) -> Iterator[Figure]:
 # ---- What does the geometric mode cost, and what is it good for? ------------------------------
 
 
-def steps_in_turn(batch_size: int, rounds: int) -> list[list[float]]:
-    training, _ = t.text_datasets((), 128, Path("/nowhere"))
-    batch = torch.stack([training[index] for index in range(batch_size)]).long()
-
-    def step_of(kind: type[t.TrainingController]) -> Callable[[], float]:
-        torch.manual_seed(0)
-        model = t.ByteLM(128, 4, 4, 128, 4, 0.0, kind is t.GeometricTrainingController)
-
-        def loss(batch: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-        # What a controller needs of a run.
-        run = types.SimpleNamespace(
-            options=types.SimpleNamespace(),
-            total_steps=2000,
-            average=lambda mean: mean,
-            clip_gradients=lambda norm: torch.nn.utils.clip_grad_norm_(model.parameters(), norm),
-        )
-        controller = kind(run, model, loss)
-        return lambda: 1e3 * seconds_to(controller.training_step, batch)
-
-    steps = step_of(t.StandardTrainingController), step_of(t.GeometricTrainingController)
-    interleaved(3, *steps)
-    return interleaved(rounds, *steps)
-
-
 def step_time(scale: float, folder: Path) -> Iterator[Figure]:
     for batch_size in (16, 32):
         rounds = max(3, round(40 * scale))
-        standard, geometric = child(steps_in_turn, batch_size=batch_size, rounds=rounds)
+        standard, geometric = child(
+            bench_geometric.steps_in_turn, batch_size=batch_size, rounds=rounds
+        )
         name = f"a geometric step / a standard one, batch {batch_size}"
         yield Figure(name, "ms", geometric, 1.15, standard)
 
 
-def losses(directory: Path) -> list[tuple[int, float]]:
-    """(step, validation loss) of every evaluation."""
-    with open(directory / "metrics.csv") as file:
-        rows = [(row["step"], row["val_loss"]) for row in csv.DictReader(file)]
-    return [(int(step), float(loss)) for step, loss in rows if loss]
-
-
 def convergence(scale: float, folder: Path) -> Iterator[Figure]:
-    """As many runs at a time as there are cores, one thread each: no time is measured here."""
-    steps, seeds, rates = round(2000 * scale), range(3), (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
-    options = ["--eval-every", max(1, steps // 80), "--save-every", NEVER]
-    if scale < 1:
-        seeds, rates = range(1), rates[:2]
-        options += [*TINY, "--steps", steps, "--warmup-steps", 2]
-
-    def run_all(variants: dict[str, list[object]]) -> None:
-        def run(name: str) -> None:
-            directory = ["--checkpoint-dir", folder / name]
-            trained(*options, *variants[name], *directory, OMP_NUM_THREADS="1")
-
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(run, variants))
-
-    run_all({f"lr_{rate:g}": ["--lr", rate] for rate in rates})
-    finals = {rate: losses(folder / f"lr_{rate:g}")[-1][1] for rate in rates}
-    best = min(rates, key=lambda rate: finals[rate])
-    run_all({f"geometric_{seed}": ["--mode", "geometric", "--seed", seed] for seed in seeds})
-    run_all({f"standard_{seed}": ["--lr", best, "--seed", seed] for seed in seeds})
-    reached = []
-    for seed in seeds:
-        target, curve = (
-            losses(folder / f"standard_{seed}")[-1][1],
-            losses(folder / f"geometric_{seed}"),
-        )
-        reached.append(float(next((step for step, loss in curve if loss <= target), NEVER)))
-    tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in finals.items())
-    name = f"steps of the geometric mode to the loss of AdamW (lr {best:g}, best of {tried})"
-    yield Figure(f"{name} / AdamW's", "steps", reached, 0.55, [float(steps)] * len(reached))
+    """Of runs whose schedules end where they end; one row in steps, one in time."""
+    best, reached, steps = bench_geometric.steps_saved(scale, folder)
+    name = f"the geometric mode's way to the loss of AdamW ({best}) / AdamW's"
+    yield Figure(f"{name}, in steps", "steps", reached, 0.5, [steps] * len(reached))
+    rounds = max(3, round(40 * scale))
+    pairs = child(bench_geometric.steps_in_turn, batch_size=16, rounds=rounds)
+    standard, geometric = (statistics.median(times) / 1e3 for times in pairs)
+    ours, theirs = [geometric * count for count in reached], [standard * steps] * len(reached)
+    yield Figure(f"{name}, in time", "s", ours, 0.575, theirs)
 
 
 # ---- And other trainers? ----------------------------------------------------------------------

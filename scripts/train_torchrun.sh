@@ -5,7 +5,12 @@
 # leave together: q + Enter and Ctrl-C work as with one, and so do the exit codes. A process that dies outright makes torchrun
 # start all of them anew, from the last save; that happens at most RESTARTS times. Relative paths start at the repository's root.
 #
+# On several machines the same command is given on each, with the same NNODES and RENDEZVOUS; they need a common file system.
+#
+# NNODES=n     machines (default: 1)
+# RENDEZVOUS=host:port  one of the machines, as all of them call it, and a free port there
 # RESTARTS=n   (default: 0; give --resume latest with it)
+# SILENCE=s    seconds after which a machine that answers nothing counts as gone (4 or more, default: 60)
 # PATIENCE=s   seconds that torchrun leaves them for their last save before it kills them (default: 600)
 # SCRIPT=path  a script of your own instead of train_graceful.py; relative paths then start where you are
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
@@ -30,30 +35,25 @@ case $processes in
         ;;
 esac
 
+if [ -n "${NNODES:-}" ] && [ "$NNODES" != 1 ]; then
+    [ -n "${RENDEZVOUS:-}" ] || { echo "NNODES=$NNODES needs RENDEZVOUS=host:port, the same on all machines" >&2; exit 2; }
+    set -- --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" "$program" "$@"
+elif [ -n "${PET_NNODES:-}" ]; then
+    set -- "$program" "$@" # torchrun reads these itself
+else
+    set -- --standalone "$program" "$@"
+fi
+
+case ${SILENCE:-60} in
+    [1-3] | *[!0-9]* | 0*) echo "SILENCE=$SILENCE is no number of seconds from 4 on" >&2; exit 2 ;;
+esac
+
 find_python
 
-# torchrun itself would return 1 and a page of traceback, below which the program's last lines are lost.
-torchrun='
-import signal, sys
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-signals = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2,SIGXCPU"
-if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
-    signals += ",SIGHUP"
-sys.argv.insert(1, "--signals-to-handle=" + signals)
-try:
-    main()
-except ChildFailedError as error:
-    code = error.get_first_failure()[1].exitcode
-    sys.exit(code if code > 0 else 128 - code)
-except SignalException as error:
-    sys.exit(128 + error.sigval)
-'
 # glibc's heap would keep most of what a model frees when it is sharded, tensors below 32 MiB that is.
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 # DDP would warn that all parameters take part in a batch, which is no trouble.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
-exec "$PYTHON" -c "$torchrun" --standalone --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
-    --shutdown-timeout="${PATIENCE:-600}" "$program" "$@"
+exec "$PYTHON" "$root/scripts/torchrun.py" --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
+    --shutdown-timeout="${PATIENCE:-600}" "$@"

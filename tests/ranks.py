@@ -47,6 +47,7 @@ class Group:
                 TORCHELASTIC_RUN_ID="test",
                 TORCHELASTIC_MAX_RESTARTS="0",
                 TORCHELASTIC_RESTART_COUNT="0",
+                GROUP_WORLD_SIZE="1",
             )
             for rank in range(size)
         ]

@@ -360,7 +360,7 @@ def test_a_longer_run_goes_on_from_final_and_says_what_becomes_of_the_learning_r
     name = "rotation" if mode == "geometric" else "adamw"
     before = finished["optimizer_state_dicts"][name]["param_groups"][0]["lr"]
     # What a run of 37 steps has after 31 of them.
-    decay = t.cubic if mode == "geometric" else t.cosine
+    decay = t.linear if mode == "geometric" else t.cosine
     after = (1e-2 if mode == "geometric" else 3e-3) * decay((31 - 3) / (37 - 3))
     line = f"📈 The learning rate goes on at {after:.2e}, after {before:.2e}: 37 steps"
     assert f"{line} are another schedule.\n" in output

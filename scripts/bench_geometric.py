@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""What the geometric mode is good for: `make bench` measures its steps, `make ablation` its parts.
+
+make ablation        a Markdown table of validation losses, in most of an hour on 2 cores
+"""
+
+import argparse
+import csv
+import math
+import os
+import statistics
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from bench_tools import child, interleaved, seconds_to, words
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_graceful as t
+
+TINY = ["--context=16", "--layers=2", "--heads=2", "--dim=16", "--experts=2", "--batch-size=4"]
+GEOMETRIC = ["--mode", "geometric"]
+# Adam moves an angle by about its learning rate a step.
+FROZEN = [*GEOMETRIC, "--rotation-lr", 1e-12]
+NEVER = 1e9
+LOSSES = ("orthogonality_loss", "rotation_efficiency_loss", "specialization_loss")
+
+
+def to_zero(progress: float) -> float:
+    """Half a cosine, from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Unrotated(t.GeometricTrainingController):
+    """With angles of zero, R is the identity."""
+
+    def __init__(self, run: t.Run, model: torch.nn.Module, loss: Callable) -> None:
+        super().__init__(run, model, loss)
+        with torch.no_grad():
+            for experts in self.experts:
+                experts.theta.zero_()
+
+
+def trained(options: list, folder: str, left_out: tuple = (), **replaced: str) -> float:
+    """The last validation loss of a run of the program with some of its parts left out or replaced."""
+    for name in left_out:
+        setattr(t, name, lambda angles, *_: angles.new_zeros(()))
+    for name, other in replaced.items():
+        setattr(t, name, globals()[other])
+    given = [*options, "--eval-every", 10**9, "--save-every", 10**9, "--checkpoint-dir", folder]
+    code = t.main(t.train, argv=[*words(given), "--no-keyboard"], **t.OPTIONS)
+    assert code == 0
+    with open(Path(folder, "metrics.csv")) as file:
+        return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
+
+
+def all_trained(runs: dict[str, dict], folder: Path) -> dict[str, float]:
+    """As many at a time as there are cores, with one thread each: no time is measured here."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    def one(name: str) -> float:
+        return child(trained, folder=folder / name, **runs[name])
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(runs, threads.map(one, runs)))
+
+
+def budget(scale: float, steps: int) -> list[object]:
+    steps = round(steps * scale)
+    return ["--steps", steps, *([*TINY, "--warmup-steps", 2] if scale < 1 else [])]
+
+
+# ---- How many steps does it save? -------------------------------------------------------------
+
+
+def crossing(curve: dict[int, float], target: float) -> float:
+    """The smallest budget that reaches the loss, between two that were tried, or NEVER."""
+    budgets = sorted(curve)
+    for fewer, more in zip(budgets, budgets[1:]):
+        if curve[fewer] > target >= curve[more]:
+            share = (curve[fewer] - target) / (curve[fewer] - curve[more])
+            return fewer * (more / fewer) ** share
+    return float(budgets[0]) if curve[budgets[0]] <= target else NEVER
+
+
+def steps_saved(scale: float, folder: Path) -> tuple[str, list[float], float]:
+    """AdamW at its best; for each seed the budget that reaches its loss; AdamW's own budget."""
+    seeds, rates, fractions = range(3), (2e-3, 3e-3), (0.35, 0.45, 0.55)
+    if scale < 1:
+        seeds, rates = range(2), rates[:1]
+    adamw = budget(scale, 2000)
+    decays: dict[str, dict] = {"a tenth": {}, "zero": {"cosine": "to_zero"}}
+    tried = {
+        f"lr {rate:g} to {decay}": {"options": [*adamw, "--lr", rate], **replaced}
+        for rate in rates
+        for decay, replaced in decays.items()
+    }
+    finals = all_trained(tried, folder)
+    best = min(finals, key=lambda name: finals[name])
+    runs = {
+        f"adamw {seed}": {**tried[best], "options": [*tried[best]["options"], "--seed", seed]}
+        for seed in seeds
+    }
+    budgets = {round(2000 * scale * part): part for part in fractions}
+    for seed in seeds:
+        for steps, part in budgets.items():
+            options = [*budget(scale, round(2000 * part)), *GEOMETRIC, "--seed", seed]
+            runs[f"geometric {seed} {steps}"] = {"options": options}
+    losses = all_trained(runs, folder)
+    reached = []
+    for seed in seeds:
+        curve = {steps: losses[f"geometric {seed} {steps}"] for steps in budgets}
+        reached.append(crossing(curve, losses[f"adamw {seed}"]))
+    others = ", ".join(f"{name}: {loss:.3f}" for name, loss in finals.items())
+    return f"{best}, best of {others}", reached, 2000 * scale
+
+
+def steps_in_turn(batch_size: int, rounds: int) -> list[list[float]]:
+    """Milliseconds of steps of the two controllers."""
+    training, _ = t.text_datasets((), 128, Path("/nowhere"))
+    batch = torch.stack([training[index] for index in range(batch_size)]).long()
+
+    def step_of(kind: type[t.TrainingController]) -> Callable[[], float]:
+        torch.manual_seed(0)
+        model = t.ByteLM(128, 4, 4, 128, 4, 0.0, kind is t.GeometricTrainingController)
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+        # What a controller needs of a run.
+        run = types.SimpleNamespace(
+            options=types.SimpleNamespace(),
+            total_steps=2000,
+            average=lambda mean: mean,
+            clip_gradients=lambda norm: torch.nn.utils.clip_grad_norm_(model.parameters(), norm),
+        )
+        controller = kind(run, model, loss)
+        return lambda: 1e3 * seconds_to(controller.training_step, batch)
+
+    steps = step_of(t.StandardTrainingController), step_of(t.GeometricTrainingController)
+    interleaved(3, *steps)
+    return interleaved(rounds, *steps)
+
+
+# ---- Which of its parts help? -----------------------------------------------------------------
+
+VARIANTS: dict[str, dict] = {
+    "AdamW (standard mode)": {"options": []},
+    "AdamW, decayed to zero": {"options": [], "cosine": "to_zero"},
+    "Muon without rotations": {
+        "options": FROZEN,
+        "left_out": LOSSES,
+        "GeometricTrainingController": "Unrotated",
+    },
+    "rotations frozen at their start": {"options": FROZEN},
+    "rotations learned: geometric mode": {"options": GEOMETRIC},
+    **{
+        f"geometric mode without {name.replace('_', ' ')}": {
+            "options": GEOMETRIC,
+            "left_out": [name],
+        }
+        for name in LOSSES
+    },
+}
+
+
+def ablation(scale: float, steps: int, folder: Path) -> None:
+    """Prints the table; a gain counts if it is larger than the spread of the seeds."""
+    seeds = range(3)
+    runs = {
+        f"{name}, seed {seed}": {
+            **variant,
+            "options": [*variant["options"], *budget(scale, steps), "--seed", seed],
+        }
+        for seed in seeds
+        for name, variant in VARIANTS.items()
+    }
+    losses = all_trained(runs, folder)
+    columns = " | ".join(f"seed {seed}" for seed in seeds)
+    print(
+        f"| {round(steps * scale):,} steps | {columns} | mean |\n|---|{'---|' * (len(seeds) + 1)}"
+    )
+    for name in VARIANTS:
+        values = [losses[f"{name}, seed {seed}"] for seed in seeds]
+        cells = [f"{value:.4f}" for value in [*values, statistics.mean(values)]]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def main() -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
+    parser.add_argument("--quick", action="store_true", help="so small that it says nothing")
+    parser.add_argument("--dir", default="checkpoints", help="where to write (default checkpoints)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ablation_", dir=arguments.dir) as folder:
+        ablation(0.02 if arguments.quick else 1, arguments.steps, Path(folder).absolute())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

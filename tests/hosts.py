@@ -1,0 +1,174 @@
+"""Hosts that can be unplugged, stopped and switched off: each a set of namespaces of its own on this machine."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from conftest import ROOT
+
+TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
+NETWORK = "10.213.7"
+
+
+class Host:
+    """A network address, a name, a table of processes; the files are this machine's.
+
+    Its process 1 is `init`, a shell that waits; everything on the host ends with it.
+    """
+
+    def __init__(self, number: int, switch: int, folder: Path) -> None:
+        self.name, self.address = f"host{number}", f"{NETWORK}.{number}"
+        self._spawned: list[pexpect.spawn] = []
+        namespaces = ["--net", "--uts", "--mount", "--pid"]
+        alone = ["unshare", *namespaces, "--fork", "--kill-child", "--mount-proc"]
+        # Reads its own end from a pipe: it dies with these tests, however they end.
+        self._unshare = subprocess.Popen(
+            [*alone, "sh", "-c", "trap '' CHLD; echo; read wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._unshare.stdout.readline()
+        self.init = int(
+            Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text()
+        )
+        self.enter = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid"]
+        hosts = folder / f"{self.name}.hosts"
+        hosts.write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{NETWORK}.{n} host{n}\n" for n in range(1, 10))
+        )
+        plug = f"plug{number}"
+        for command in (
+            [
+                "ip",
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                str(self.init),
+                "type",
+                "veth",
+                "peer",
+                "name",
+                plug,
+                "netns",
+                str(switch),
+            ],
+            [*self.enter, "hostname", self.name],
+            [*self.enter, "mount", "--bind", str(hosts), "/etc/hosts"],
+            [*self.enter, "ip", "address", "add", f"{self.address}/24", "dev", "eth0"],
+            [*self.enter, "ip", "link", "set", "lo", "up"],
+            [*self.enter, "ip", "link", "set", "eth0", "up"],
+            [
+                "nsenter",
+                f"--target={switch}",
+                "--net",
+                "ip",
+                "link",
+                "set",
+                plug,
+                "master",
+                "switch",
+                "up",
+            ],
+        ):
+            subprocess.run(command, check=True)
+
+    def run(self, *words: object) -> None:
+        subprocess.run([*self.enter, *map(str, words)], check=True)
+
+    def spawn(self, *words: object, **environment: object) -> pexpect.spawn:
+        """A command in a pseudo-terminal of this host."""
+        command = [
+            *self.enter,
+            "env",
+            *(f"{name}={value}" for name, value in environment.items()),
+            *words,
+        ]
+        first, *others = [str(word) for word in command]
+        self._spawned.append(
+            pexpect.spawn(first, others, encoding="utf-8", timeout=60, dimensions=(24, 120))
+        )
+        return self._spawned[-1]
+
+    def pids(self) -> list[int]:
+        """Of the processes that live on this host, but for init."""
+        space = os.readlink(f"/proc/{self.init}/ns/pid")
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != self.init:
+                try:
+                    if os.readlink(entry / "ns" / "pid") == space:
+                        found.append(int(entry.name))
+                except OSError:
+                    # It has just ended, or waits to be reaped.
+                    continue
+        return found
+
+    def stand_still(self) -> None:
+        for pid in self.pids():
+            os.kill(pid, signal.SIGSTOP)
+
+    def move_on(self) -> None:
+        # nsenter has stopped with its child.
+        for pid in [*self.pids(), *(child.pid for child in self._spawned)]:
+            os.kill(pid, signal.SIGCONT)
+
+    def unplug(self) -> None:
+        self.run("ip", "link", "set", "eth0", "down")
+
+    def plug(self) -> None:
+        self.run("ip", "link", "set", "eth0", "up")
+
+    def switch_off(self) -> None:
+        """No packet says good-bye."""
+        if self._unshare.poll() is None:
+            self.unplug()
+            os.kill(self.init, signal.SIGKILL)
+            self._unshare.wait()
+            self._unshare.stdin.close()
+            self._unshare.stdout.close()
+
+
+class Hosts:
+    """hosts[0] and so on, each made when it is first asked for, all on one switch."""
+
+    def __init__(self, folder: Path) -> None:
+        missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+        if missing or os.getuid() or sys.platform != "linux":
+            pytest.skip(
+                f"hosts of their own need Linux, root and iproute2 (missing: {' '.join(missing) or 'root'})"
+            )
+        self._folder, self._hosts = folder, {}
+        self._switch = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "echo; read wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        if not self._switch.stdout.readline():
+            pytest.skip("this machine lets nobody make namespaces")
+        enter = ["nsenter", f"--target={self._switch.pid}", "--net"]
+        subprocess.run([*enter, "ip", "link", "add", "switch", "type", "bridge"], check=True)
+        subprocess.run([*enter, "ip", "link", "set", "switch", "up"], check=True)
+
+    def __getitem__(self, number: int) -> Host:
+        if number not in self._hosts:
+            self._hosts[number] = Host(number + 1, self._switch.pid, self._folder)
+        return self._hosts[number]
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            host.switch_off()
+        self._switch.communicate()
+
+
+def train(host: Host, *options: object, size: int = 2, **environment: object) -> pexpect.spawn:
+    """scripts/train_torchrun.sh, which meets that of another host unless NNODES is 1."""
+    together = {"NNODES": 2, "RENDEZVOUS": "host1:29500", "OMP_NUM_THREADS": 1, **environment}
+    return host.spawn(ROOT / "scripts" / "train_torchrun.sh", size, *options, **together)

@@ -1,0 +1,179 @@
+"""Several machines train one model: hosts with addresses and processes of their own, two ranks on each."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from conftest import MODES, assert_same_run, finish, saved_path, wait_until
+from hosts import Hosts, train
+from ranks import OPTIONS, final
+
+import train_graceful as t
+
+# Seconds after which a host that answers nothing is given up: in them no host here gets as little of the CPUs.
+SILENCE = 8
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    hosts = Hosts(tmp_path)
+    yield hosts
+    hosts.close()
+
+
+def resumed(said: str) -> str:
+    """The command that a run has said to go on with."""
+    return re.search(r"Resume with: (.+)\r\n", said)[1]
+
+
+def both(hosts, *options: object, **environment: object) -> list:
+    return [train(hosts[number], *options, **environment) for number in (0, 1)]
+
+
+def codes(children: list, seconds: float = 120) -> list[int]:
+    """How the torchruns of the hosts have ended, once no process is left there."""
+    for child in children:
+        child.timeout = seconds
+        finish(child)
+    return [child.exitstatus for child in children]
+
+
+MINE = '''
+import torch
+from torch import nn
+import train_graceful as tg
+
+def train(run):
+    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    run.data(torch.utils.data.TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)))
+    model = run.model(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.GELU(), nn.Linear(16, 1)))
+    optimizer = run.keep(optimizer=torch.optim.AdamW(model.parameters(), run.options.lr))
+    for inputs, targets in run.batches():
+        loss = (model(inputs) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+
+if __name__ == "__main__":
+    tg.main(train, lr=0.01, batch_size=8, steps=8)
+'''
+
+
+@pytest.mark.parametrize(
+    "model, way",
+    [
+        ("built-in", "--shard"),
+        ("of one's own", "plain"),
+        pytest.param("built-in", "plain", marks=pytest.mark.campaign),
+        pytest.param("of one's own", "--shard", marks=pytest.mark.campaign),
+    ],
+)
+def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_windows, tmp_path, model, way):
+    """q on the first, SIGTERM to the torchrun of the second; then on both again, and as 1, 2 and 4 processes of one."""
+    environment, options, steps = {}, [*OPTIONS, *MODES["geometric"], "--data", forty_windows], 150
+    if model != "built-in":
+        (tmp_path / "mine.py").write_text(MINE)
+        environment, options = {"SCRIPT": tmp_path / "mine.py"}, ["--log-every", 1]
+        steps = 1500
+    shard, directory = ["--shard"] * (way == "--shard"), tmp_path / "ck"
+    often = ["--save-every", 10**6, "--eval-every", 50]
+    fresh = [*options, *shard, "--steps", steps, *often]
+    first, second = both(hosts, *fresh, "--checkpoint-dir", directory, **environment)
+    first.expect("step [0-9]+/")
+    first.send("q\n")
+    first.expect("Exit requested")
+    assert codes([first, second]) == [0, 0] and second.before == ""
+    assert hosts[0].pids() == hosts[1].pids() == []
+    step, path = int(re.search(r"Completed Steps: (\d+)", first.before)[1]), saved_path(first.before)
+    assert t.load_checkpoint(path)["step"] == step < steps
+    assert "NNODES=2 RENDEZVOUS=host1:29500 " in resumed(first.before)
+    assert resumed(first.before).endswith(f" 2 --resume {path}")
+
+    children = both(hosts, "--resume", path, *shard, **environment)
+    children[0].expect("step ")
+    os.kill(hosts[1].pids()[0], signal.SIGTERM)
+    assert codes(children) == [143, 143]
+    path = saved_path(children[0].before)
+    state = t.load_checkpoint(path)
+    assert step < state["step"] < steps and state["exit_reason"] == "signal_SIGTERM"
+
+    assert codes(both(hosts, "--resume", path, *shard, "--checkpoint-dir", tmp_path / "hosts", **environment)) == [0, 0]
+    alone = {"NNODES": 1, **environment}
+    for size in (1, 2, 4):
+        some = shard if size > 1 else []
+        child = train(hosts[0], "--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone)
+        assert codes([child]) == [0], child.before
+    whole = train(hosts[0], *fresh, "--checkpoint-dir", tmp_path / "whole", size=4, **alone)
+    assert codes([whole]) == [0]
+    assert_same_run(tmp_path / "hosts", tmp_path / "whole")
+    for name in ("1", "2", "4"):
+        assert final(tmp_path / name)["step"] == steps
+    for name, weight in final(tmp_path / "4")["model_state_dict"].items():
+        assert torch.equal(weight, final(tmp_path / "whole")["model_state_dict"][name]), name
+
+
+@pytest.mark.parametrize("way", ["plain", "--shard"])
+@pytest.mark.parametrize("fault", ["unplugged", "killed", "switched off", "the first switched off"])
+def test_what_a_host_that_is_lost_leaves(hosts, forty_windows, tmp_path, whole, way, fault):
+    if not whole and (fault, way) not in [("unplugged", "plain"), ("the first switched off", "--shard")]:
+        pytest.skip("the whole of it is a campaign")
+    directory = tmp_path / "ck"
+    options = [*OPTIONS, "--steps", 10**6, "--save-every", 20, "--eval-every", 10**6, "--data", forty_windows, "--checkpoint-dir", directory]
+    children = both(hosts, *options, *["--shard"] * (way == "--shard"), SILENCE=SILENCE)
+    wait_until((directory / "step_40.pt").exists)
+    lost, left = (0, 1) if fault == "the first switched off" else (1, 0)
+    if fault == "unplugged":
+        hosts[lost].unplug()
+    elif fault == "killed":
+        for pid in hosts[lost].pids():
+            os.kill(pid, signal.SIGKILL)
+    else:
+        hosts[lost].switch_off()
+    began = time.monotonic()
+    assert codes([children[left]]) == [1]
+    # Those that wait find out at once, others by the silence of their next message.
+    assert time.monotonic() - began < 4 * SILENCE + 30
+    said = children[left].before
+    if fault == "unplugged":
+        assert codes([children[lost]]) == [1] and "Newest whole checkpoint: " in children[lost].before
+        assert hosts[lost].pids() == []
+    assert hosts[left].pids() == []
+    assert not [path for path in directory.rglob("*") if path.suffix not in (".pt", ".csv", ".lock")]
+    newest = t.latest_checkpoint(directory)
+    assert f" --resume {newest}" in resumed(said), said
+    assert newest.parent.name == ("emergency_exit" if way == "plain" and left == 0 else "ck")
+
+
+def test_a_host_that_stands_still_for_a_while_holds_the_other_up_and_nothing_more(hosts, forty_windows, tmp_path, whole):
+    options = [*OPTIONS, "--steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6, "--data", forty_windows]
+    children = both(hosts, *options, "--checkpoint-dir", tmp_path / "ck", SILENCE=4)
+    children[0].expect("step [0-9]+/")
+    hosts[1].stand_still()
+    # Longer than a host may be silent: this one's system answers.
+    time.sleep(20 if whole else 6)
+    hosts[1].move_on()
+    children[0].expect("step [0-9]+/")
+    children[0].expect("step [0-9]+/")
+    children[0].send("q\n")
+    assert codes(children) == [0, 0]
+
+
+def test_the_rest_and_a_new_host_go_on_from_the_last_save(hosts, forty_windows, tmp_path):
+    directory = tmp_path / "ck"
+    options = [*OPTIONS, "--steps", 400, "--save-every", 20, "--eval-every", 10**6, "--data", forty_windows, "--checkpoint-dir", directory]
+    children = both(hosts, *options, "--resume", "latest", RESTARTS=2, SILENCE=SILENCE)
+    wait_until((directory / "step_20.pt").exists)
+    hosts[1].switch_off()
+    third = train(hosts[2], *options, "--resume", "latest", RESTARTS=2, SILENCE=SILENCE)
+    children[0].expect("Resumed at step")
+    assert codes([children[0], third]) == [0, 0]
+    assert final(directory)["step"] == 400
+
+
+def test_mistakes_of_several_machines_are_one_line(hosts):
+    child = train(hosts[0], RENDEZVOUS="")
+    assert codes([child]) == [2] and child.before.count("\n") == 1 and "NNODES=2 needs RENDEZVOUS=host:port" in child.before
