@@ -1050,7 +1050,7 @@ def write_parts(parts: Sequence[Part] | Exception, path: Path) -> list[int]:
     """Writes parts of records to their places and flushes them; returns what moved() returns."""
     if isinstance(parts, Exception):
         raise parts
-    with open(path, "r+b", buffering=0) as file:
+    with opened_to_write(path) as file:
         try:
             records = read_records(file)
         except ValueError as error:
@@ -1074,9 +1074,20 @@ def write_parts(parts: Sequence[Part] | Exception, path: Path) -> list[int]:
     return checksums
 
 
+def several_machines() -> bool:
+    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+
+
+def opened_to_write(path: Path) -> Any:
+    """A file to change bytes of, without a buffer."""
+    # Else a client of NFS may write a whole page, with what it has seen there of another machine's.
+    synchronous = os.O_DSYNC if several_machines() else 0
+    return open(path, "r+b", 0, opener=lambda name, flags: os.open(name, flags | synchronous))
+
+
 def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None:
     """Puts the checksums, of which each process knows its share, into the file; then its name."""
-    with open(temporary, "r+b", buffering=0) as file:
+    with opened_to_write(temporary) as file:
         for record, shares in zip(read_records(file), zip(*checksums)):
             crc = functools.reduce(operator.xor, shares).to_bytes(4, "little")
             os.pwrite(file.fileno(), crc, record.crc_at)
@@ -1084,6 +1095,9 @@ def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None
                 # Behind the bytes torch has written a signature and, again, the checksum.
                 os.pwrite(file.fileno(), crc, record.start + record.size + 4)
         flush_to_disk(file.fileno())
+        if several_machines():
+            # A client may keep what it has read before the other machines wrote.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     os.replace(temporary, path)
     flush_names(path.parent)
 
@@ -3234,8 +3248,8 @@ def give_up_silent_peers() -> None:
 def torchruns_store() -> dist.Store:
     """What torchrun's processes share before anything else."""
     store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps it over a restart, with what those that have died have said. Of several machines
-    # only scripts/torchrun.py counts alike on all.
+    # torchrun keeps it over a restart, with what those that have died have said. Machines count
+    # alike where scripts/torchrun.py has started them.
     attempt = os.environ.get("RENDEZVOUS_ROUND", os.environ["TORCHELASTIC_RESTART_COUNT"])
     return dist.PrefixStore(f"attempt_{attempt}", store)
 

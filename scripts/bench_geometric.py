@@ -194,7 +194,7 @@ def ablation(scale: float, steps: int, folder: Path) -> None:
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
+    parser.add_argument("--steps", type=int, default=500, help="of each run (default 500)")
     parser.add_argument("--quick", action="store_true", help="so small that it says nothing")
     parser.add_argument("--dir", default="checkpoints", help="where to write (default checkpoints)")
     arguments = parser.parse_args()

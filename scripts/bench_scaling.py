@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sharded training against world size: measured here, and computed for machines that are not here.
 
-    make bench-scaling        two Markdown tables, in some minutes
+    make bench-scaling        two Markdown tables, in some minutes (2, 4 and 8 processes here)
 
 What is computed follows from what was measured and from assumptions that are printed with it.
 """
@@ -44,9 +44,11 @@ PAPER_SIZES = (64, 256, 1024, 4096)
 def sharded(folder: str, options: list, saves: int) -> dict:
     """What a rank of a sharded run holds and writes, and how long that takes.
 
-    Beside it, what rank 0 takes to save all of it alone, and the ranks to agree on something.
+    Beside it, what rank 0 takes to save all of it alone, the ranks to verify a checkpoint as they
+    resume, and to tell each other between two batches who has asked for what.
     """
-    times: dict[str, list[float]] = {"write_parts": [], "save": [], "whole": [], "agreement": []}
+    names = "write_parts", "save", "whole", "verify", "exchange"
+    times: dict[str, list[float]] = {name: [] for name in names}
     result: dict[str, typing.Any] = {}
     write_parts = t.write_parts
 
@@ -71,14 +73,16 @@ def sharded(folder: str, options: list, saves: int) -> dict:
             times["save"].append(seconds_to(t.write_checkpoint, *laid_out, shared, writers))
             t.write_parts = write_parts
             dist.barrier()
+            times["verify"].append(seconds_to(run.processes.read, shared))
+            dist.barrier()
             if run.rank == 0:
                 alone.unlink(missing_ok=True)
                 os.sync()
                 times["whole"].append(seconds_to(t.save_checkpoint, whole, alone))
             dist.barrier()
-        for _ in range(500):
+        for _ in range(200):
             dist.barrier()
-            times["agreement"].append(seconds_to(dist.all_reduce, torch.zeros(2)))
+            times["exchange"].append(seconds_to(run.processes.exchange, {"loss": (1.0, 1)}))
 
     def train(run: t.Run) -> None:
         batches = run.batches
@@ -124,12 +128,12 @@ def table(*rows: Sequence[object]) -> None:
 
 
 def measured_table(quick: bool, directory: str) -> None:
-    modes, sizes, model, saves = ("standard", "geometric"), (1, 2, 4), MEASURED, 5
+    modes, sizes, model, saves = ("standard", "geometric"), (2, 4, 8), MEASURED, 3
     if quick:
         modes, sizes, model, saves = ("geometric",), (2,), SMALL, 1
     head = "processes", "mode", "peak memory of each", "of it the program", "size of its part"
-    head += "its part written in", "save as a whole", "agreement"
-    table(head, ["---:", "---", *["---:"] * 6])
+    head += "its part written in", "save as a whole", "verified in", "exchange"
+    table(head, ["---:", "---", *["---:"] * 7])
     # As train_torchrun.sh does.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")
     rates, state = [], 0.0
@@ -141,13 +145,13 @@ def measured_table(quick: bool, directory: str) -> None:
             if not quick:
                 empty, few = where / "small", [*SMALL, *options]
                 base = child(sharded, size, folder=empty, options=few, saves=1)
-            names = "write_parts", "save", "agreement"
-            writing, save, agreement = (statistics.median(own[name]) for name in names)
+            names = "write_parts", "save", "verify", "exchange"
+            writing, save, verify, exchanged = (statistics.median(own[name]) for name in names)
             state = size * own["size"]
             rates.append(state / writing / GIB)
             cells = [f"{own['peak'] / MIB:,.0f} MiB", f"{base['peak'] / MIB:,.0f} MiB"]
             cells += [f"{own['size'] / MIB:,.1f} MiB", f"{writing:.2f} s", f"{save:.2f} s"]
-            table([size, mode, *cells, f"{1e3 * agreement:.3f} ms"])
+            table([size, mode, *cells, f"{verify:.2f} s", f"{1e3 * exchanged:.2f} ms"])
     parameters = own["parameters"]
     print(
         f"\nThe model has {parameters / 1e6:.1f} million parameters, its weights"
@@ -165,7 +169,7 @@ def computed_table(quick: bool) -> None:
         f" {NETWORK_BANDWIDTH / GIB:g} GiB/s.\nMeasured: {1e9 * seconds:.0f} ns of rank 0, and"
         f" {size:.0f} bytes, for the checksum of each tensor of each rank.\n"
     )
-    head = "processes", "agreement travels", "size of each part", "parts written in"
+    head = "processes", "exchange travels", "size of each part", "parts written in"
     table([*head, "checksums", "save as a whole"], ["---:"] * 6)
     for ranks in PAPER_SIZES:
         part = 12 * PARAMETERS / ranks
@@ -174,6 +178,11 @@ def computed_table(quick: bool) -> None:
         cells = [f"{2e3 * (ranks - 1) * HOP_SECONDS:.1f} ms", f"{part / MIB:,.0f} MiB"]
         cells += [f"{one:.1f} s" for one in (writing, checksums, writing + checksums)]
         table([f"{ranks:,}", *cells])
+    print(
+        "\nAn exchange stands between two batches: where it takes more than a hundredth of a batch,"
+        " take larger batches,\nor more memory of fewer processes. A save is beside training:"
+        " its checksums are what grows with the processes."
+    )
 
 
 def main() -> int:

@@ -7,13 +7,15 @@
 #SBATCH --open-mode=append
 # Usage: sbatch [options of sbatch] scripts/train_slurm.sh [options of train_graceful.py]
 #
-# Trains under Slurm on one node, with a process for each GPU of the job (or NPROC). Submit it from the repository's root.
+# Trains under Slurm on any number of nodes (--nodes=2), with a process for each GPU of a node (or NPROC). Submit it from the
+# repository's root; several nodes need that on a common file system. In a job array %a in an option is the task's number
+# (--array=1-4 ... --seed %a), and each task saves in a directory of its own below --checkpoint-dir.
 # Two minutes before its time is up, or when it is preempted, the run saves and the job goes back into the queue; when it
 # comes back it goes on from there, as often as it takes. All steps done or scancel ends it for good. A longer save needs an
 # earlier warning: sbatch --signal=USR1@600. It saves in --checkpoint-dir (default: checkpoints), also when it resumes.
 #
 # SCRIPT=path  a script of your own instead of train_graceful.py, from the repository's root
-# NPROC=n      processes (default: the GPUs of the job, else 1)
+# NPROC=n      processes on each node (default: its GPUs in the job, else 1)
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
 
 set -eu
@@ -25,12 +27,16 @@ fi
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "This is a job for Slurm: sbatch scripts/train_slurm.sh" >&2; exit 2; }
 cd "$SLURM_SUBMIT_DIR"
 
-directory=checkpoints previous=
+task=${SLURM_ARRAY_TASK_ID:-} directory=checkpoints previous=
 for word; do
+    shift
+    [ -z "$task" ] || word=$(printf '%s\n' "$word" | sed "s/%a/$task/g")
     case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
     [ "$previous" != --checkpoint-dir ] || directory=$word
+    set -- "$@" "$word"
     previous=$word
 done
+directory=$directory${task:+/$task}
 set -- "$@" --checkpoint-dir "$directory"
 mkdir -p "$directory"
 started=$directory/.slurm_job_$SLURM_JOB_ID
@@ -42,7 +48,9 @@ fi
 
 before=$(cat "$directory/run.lock" 2>/dev/null || :)
 code=0
-PATIENCE=3600 RESTARTS=0 srun --nodes=1 --ntasks=1 --cpu-bind=none \
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export NNODES="$SLURM_JOB_NUM_NODES" RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 10000))" PATIENCE=3600 RESTARTS=0
+srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
     scripts/train_torchrun.sh "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --no-keyboard "$@" || code=$?
 
 # How it ended stands there, unless it never began. 138 and 143 are Slurm's wish; after scancel the job is not running any more.

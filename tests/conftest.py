@@ -94,6 +94,16 @@ def group(fork):
     ranks.close()
 
 
+@pytest.fixture
+def hosts(tmp_path):
+    """hosts[0] and so on: machines of their own; see hosts.Hosts."""
+    from hosts import Hosts
+
+    hosts = Hosts(tmp_path)
+    yield hosts
+    hosts.close()
+
+
 @pytest.fixture(scope="session")
 def forty_windows(tmp_path_factory) -> Path:
     """A corpus with 44 training windows of --context 16: five batches of eight, and some that fill none."""

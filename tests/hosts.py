@@ -18,7 +18,7 @@ NETWORK = "10.213.7"
 class Host:
     """A network address, a name, a table of processes; the files are this machine's.
 
-    Its process 1 is `init`, a shell that waits; everything on the host ends with it.
+    Its process 1 is `init`, which waits; everything on the host ends with it.
     """
 
     def __init__(self, number: int, switch: int, folder: Path) -> None:
@@ -26,9 +26,10 @@ class Host:
         self._spawned: list[pexpect.spawn] = []
         namespaces = ["--net", "--uts", "--mount", "--pid"]
         alone = ["unshare", *namespaces, "--fork", "--kill-child", "--mount-proc"]
-        # Reads its own end from a pipe: it dies with these tests, however they end.
+        # Dies with these tests, however they end. No parent waits for what it inherits.
+        waits = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
         self._unshare = subprocess.Popen(
-            [*alone, "sh", "-c", "trap '' CHLD; echo; read wait"],
+            [*alone, sys.executable, "-c", waits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

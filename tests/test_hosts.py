@@ -1,27 +1,24 @@
 """Several machines train one model: hosts with addresses and processes of their own, two ranks on each."""
 
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import MODES, assert_same_run, finish, saved_path, wait_until
-from hosts import Hosts, train
+from conftest import MODES, ROOT, assert_same_run, finish, saved_path, wait_until
+from hosts import train
 from ranks import OPTIONS, final
 
 import train_graceful as t
 
 # Seconds after which a host that answers nothing is given up: in them no host here gets as little of the CPUs.
 SILENCE = 8
-
-
-@pytest.fixture
-def hosts(tmp_path):
-    hosts = Hosts(tmp_path)
-    yield hosts
-    hosts.close()
 
 
 def resumed(said: str) -> str:
@@ -66,19 +63,21 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "model, way",
     [
+        ("built-in", "plain"),
         ("built-in", "--shard"),
         ("of one's own", "plain"),
-        pytest.param("built-in", "plain", marks=pytest.mark.campaign),
-        pytest.param("of one's own", "--shard", marks=pytest.mark.campaign),
+        ("of one's own", "--shard"),
     ],
 )
-def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_windows, tmp_path, model, way):
+def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_windows, tmp_path, whole, model, way):
     """q on the first, SIGTERM to the torchrun of the second; then on both again, and as 1, 2 and 4 processes of one."""
-    environment, options, steps = {}, [*OPTIONS, *MODES["geometric"], "--data", forty_windows], 150
+    if not whole and (model, way) != ("of one's own", "--shard"):
+        pytest.skip("the whole of it is a campaign")
+    environment, options, steps = {}, [*OPTIONS, *MODES["geometric"], "--data", forty_windows], 30
     if model != "built-in":
         (tmp_path / "mine.py").write_text(MINE)
         environment, options = {"SCRIPT": tmp_path / "mine.py"}, ["--log-every", 1]
-        steps = 1500
+        steps = 400
     shard, directory = ["--shard"] * (way == "--shard"), tmp_path / "ck"
     often = ["--save-every", 10**6, "--eval-every", 50]
     fresh = [*options, *shard, "--steps", steps, *often]
@@ -103,15 +102,15 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
 
     assert codes(both(hosts, "--resume", path, *shard, "--checkpoint-dir", tmp_path / "hosts", **environment)) == [0, 0]
     alone = {"NNODES": 1, **environment}
-    for size in (1, 2, 4):
+    sizes = (1, 2, 4) if whole else (4,)
+    for size in sizes:
         some = shard if size > 1 else []
         child = train(hosts[0], "--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone)
         assert codes([child]) == [0], child.before
     whole = train(hosts[0], *fresh, "--checkpoint-dir", tmp_path / "whole", size=4, **alone)
     assert codes([whole]) == [0]
     assert_same_run(tmp_path / "hosts", tmp_path / "whole")
-    for name in ("1", "2", "4"):
-        assert final(tmp_path / name)["step"] == steps
+    assert {final(tmp_path / str(size))["step"] for size in sizes} == {steps}
     for name, weight in final(tmp_path / "4")["model_state_dict"].items():
         assert torch.equal(weight, final(tmp_path / "whole")["model_state_dict"][name]), name
 
@@ -142,7 +141,7 @@ def test_what_a_host_that_is_lost_leaves(hosts, forty_windows, tmp_path, whole, 
         assert codes([children[lost]]) == [1] and "Newest whole checkpoint: " in children[lost].before
         assert hosts[lost].pids() == []
     assert hosts[left].pids() == []
-    assert not [path for path in directory.rglob("*") if path.suffix not in (".pt", ".csv", ".lock")]
+    assert not [path for path in directory.rglob("*.*") if path.suffix not in (".pt", ".csv", ".lock")]
     newest = t.latest_checkpoint(directory)
     assert f" --resume {newest}" in resumed(said), said
     assert newest.parent.name == ("emergency_exit" if way == "plain" and left == 0 else "ck")
@@ -177,3 +176,37 @@ def test_the_rest_and_a_new_host_go_on_from_the_last_save(hosts, forty_windows, 
 def test_mistakes_of_several_machines_are_one_line(hosts):
     child = train(hosts[0], RENDEZVOUS="")
     assert codes([child]) == [2] and child.before.count("\n") == 1 and "NNODES=2 needs RENDEZVOUS=host:port" in child.before
+
+
+@pytest.mark.campaign
+def test_two_hosts_write_one_file_on_a_network_file_system(hosts, forty_windows, tmp_path):
+    """GlusterFS, a client on each: the ranks' rows of one matrix lie in one page of the file, a hundred times."""
+    if missing := [tool for tool in ("glusterd", "gluster", "mount.glusterfs") if shutil.which(tool) is None]:
+        pytest.skip(f"needs Debian's packages glusterfs-server and glusterfs-client (missing: {' '.join(missing)})")
+    directory = "/mnt/shared/ck"
+    for number in (0, 1):
+        for folder in ("/var/lib/glusterd", "/var/log/glusterfs", "/run", "/mnt"):
+            hosts[number].run("mount", "-t", "tmpfs", "none", folder)
+        hosts[number].run("mkdir", "-p", "/run/gluster", "/mnt/bricks", "/mnt/shared")
+    hosts[0].spawn("glusterd", "--no-daemon")
+    gluster = [*hosts[0].enter, "gluster", "--mode=script", "volume"]
+    wait_until(lambda: subprocess.run([*gluster, "list"], capture_output=True).returncode == 0)
+    hosts[0].run(*gluster[-3:], "create", "shared", "host1:/mnt/bricks", "force")
+    hosts[0].run(*gluster[-3:], "start", "shared")
+    for number in (0, 1):
+        hosts[number].run("mount", "-t", "glusterfs", "host1:/shared", "/mnt/shared")
+    often = ["--steps", 100, "--save-every", 1, "--keep", 200, "--eval-every", 1000]
+    options = [*OPTIONS, *often, "--shard", "--data", forty_windows, "--checkpoint-dir", directory]
+    children = both(hosts, *options)
+    children[0].expect("Training started")
+    # The lock of a run holds on the other host too.
+    other = train(hosts[1], *OPTIONS, "--data", forty_windows, "--checkpoint-dir", directory, size=1, NNODES=1)
+    assert codes([other]) == [2] and "another run" in other.before
+    assert codes(children, 300) == [0, 0]
+    read = "import glob, train_graceful as t; print([t.load_checkpoint(p)['step'] for p in glob.glob('/mnt/shared/ck/step_*.pt')])"
+    for number in (0, 1):
+        command = [*hosts[number].enter, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", read]
+        steps = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        assert sorted(steps) == list(range(1, 101))
+    for number in (0, 1):
+        hosts[number].run("umount", "/mnt/shared")

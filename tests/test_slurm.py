@@ -1,4 +1,4 @@
-"""scripts/train_slurm.sh under a real Slurm: one node, this machine, configured and started here."""
+"""scripts/train_slurm.sh under a real Slurm, configured and started here: one node, this machine, or two hosts of their own."""
 
 import os
 import re
@@ -7,7 +7,8 @@ import socket
 import subprocess
 
 import pytest
-from conftest import ROOT, assert_same_run, wait_until
+from conftest import ROOT, assert_same_run, finish, wait_until
+from hosts import train
 
 import train_graceful as t
 
@@ -17,12 +18,14 @@ OPTIONS = ["--context", 16, "--layers", 2, "--heads", 2, "--dim", 16, "--experts
 
 
 class Slurm:
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, hosts=None) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         if missing or os.getuid():
             pytest.skip(f"needs root and Debian's packages slurm-wlm and munge (missing: {' '.join(missing) or 'root'})")
         folder.mkdir()
-        host = socket.gethostname()
+        self.hosts = [hosts[0], hosts[1]] if hosts else []
+        nodes = {host.name: host.address for host in self.hosts} or {socket.gethostname(): "127.0.0.1"}
+        controller = next(iter(nodes))
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o400)
         with socket.socket() as first, socket.socket() as second:
@@ -30,28 +33,36 @@ class Slurm:
             second.bind(("127.0.0.1", 0))
             ports = first.getsockname()[1], second.getsockname()[1]
         (folder / "slurm.conf").write_text("\n".join([
-            "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", "SlurmUser=root", f"SlurmctldPort={ports[0]}", f"SlurmdPort={ports[1]}",
+            "ClusterName=test", f"SlurmctldHost={controller}({nodes[controller]})", "SlurmUser=root", f"SlurmctldPort={ports[0]}", f"SlurmdPort={ports[1]}",
             f"AuthInfo=socket={folder}/munge.sock", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SwitchType=switch/none",
             "MpiDefault=none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", f"StateSaveLocation={folder}/state",
-            f"SlurmdSpoolDir={folder}/spool", f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/slurmd.pid",
-            f"SlurmctldLogFile={folder}/ctld.log", f"SlurmdLogFile={folder}/slurmd.log", "ReturnToService=2",
-            "JobAcctGatherType=jobacct_gather/none", "SchedulerParameters=sched_interval=1", f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
-            f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP"]) + "\n")
+            f"SlurmdSpoolDir={folder}/spool.%n", f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/slurmd.%n.pid",
+            f"SlurmctldLogFile={folder}/ctld.log", f"SlurmdLogFile={folder}/slurmd.%n.log", "ReturnToService=2",
+            "JobAcctGatherType=jobacct_gather/none", "SchedulerParameters=sched_interval=1", *(f"NodeName={name} NodeAddr={address} CPUs={os.cpu_count()} State=UNKNOWN" for name, address in nodes.items()),
+            f"PartitionName=main Nodes={','.join(nodes)} Default=YES MaxTime=INFINITE State=UP"]) + "\n")
         (folder / "state").mkdir()
-        (folder / "spool").mkdir()
+        for name in nodes:
+            (folder / f"spool.{name}").mkdir()
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "NPROC": "2"}
         self.log = open(folder / "daemons.log", "w")
         self.daemons = [self.start("munged", "--force", "--foreground", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock",
                                    f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed")]
         wait_until((folder / "munge.sock").exists, self.daemons[0])
-        self.daemons += [self.start("slurmctld", "-D"), self.start("slurmd", "-D")]
-        wait_until(lambda: "idle" in self.run("sinfo", "--noheader", check=False), self.daemons[1])
+        self.daemons += [self.start("slurmctld", "-D"), *(self.start("slurmd", "-D", on=number) for number in range(len(nodes)))]
+        idle = f"{len(nodes)} +idle"
+        wait_until(lambda: re.search(idle, self.run("sinfo", "--noheader", check=False)), self.daemons[1])
 
-    def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+    def on(self, number: int, *command: object) -> list[str]:
+        """A command, in the repository, on one of the nodes."""
+        enter = [*self.hosts[number].enter, "env", f"--chdir={ROOT}"] if self.hosts else []
+        return [*enter, *map(str, command)]
+
+    def start(self, *command: str, on: int = 0) -> subprocess.Popen:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
+        return subprocess.Popen(self.on(on, *command), env=self.environment, **streams)
 
     def run(self, *command: object, check: bool = True) -> str:
-        return subprocess.run([str(word) for word in command], env=self.environment, cwd=ROOT, check=check, capture_output=True, text=True).stdout
+        return subprocess.run(self.on(0, *command), env=self.environment, cwd=ROOT, check=check, capture_output=True, text=True).stdout
 
     def submit(self, log, *arguments: object, limits=("--time=10",)) -> str:
         """The job's number."""
@@ -72,6 +83,13 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     slurm = Slurm(tmp_path_factory.mktemp("slurm") / "slurm")
+    yield slurm
+    slurm.close()
+
+
+@pytest.fixture
+def two_nodes(hosts, tmp_path):
+    slurm = Slurm(tmp_path / "slurm", hosts)
     yield slurm
     slurm.close()
 
@@ -152,6 +170,46 @@ def test_a_script_of_ones_own_is_requeued_and_goes_on(slurm, tmp_path, monkeypat
     wait_until(logged(log, f"from {emergency}"))
     slurm.run("scancel", job)
     wait_until(lambda: not slurm.run("squeue", "--noheader"))
+
+
+@pytest.mark.parametrize("way", ["plain", "--shard"])
+def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(two_nodes, forty_windows, tmp_path, whole, way):
+    if not whole and way == "plain":
+        pytest.skip("the whole of it is a campaign")
+    options = [*OPTIONS, *["--shard"] * (way == "--shard"), "--steps", 60, "--data", forty_windows]
+    log, directory = tmp_path / "job.log", tmp_path / "ck"
+    job = two_nodes.submit(log, *options, "--checkpoint-dir", directory, limits=("--time=10", "--nodes=2"))
+    wait_until(logged(log, "Training started"))
+    two_nodes.run("scancel", "--signal=USR1", job)
+    wait_until(logged(log, "Back into the queue"))
+    wait_until(lambda: two_nodes.state(job) == "PENDING")
+    [emergency] = (directory / "emergency_exit").iterdir()
+    state = t.load_checkpoint(emergency)
+    assert state["exit_reason"] == "signal_SIGUSR1" and state["step"] < 60
+    two_nodes.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
+    wait_until(lambda: two_nodes.state(job) == "COMPLETED", timeout=120)
+    assert log.read_text().count("4 x cpu") == 2 and f"Resumed at step {state['step']} of 60" in log.read_text()
+    uninterrupted = train(two_nodes.hosts[0], *options, "--checkpoint-dir", tmp_path / "whole", size=4, NNODES=1)
+    finish(uninterrupted)
+    assert_same_run(directory, tmp_path / "whole")
+
+
+def test_each_task_of_an_array_has_a_run_of_its_own(slurm, forty_windows, tmp_path):
+    options = [*OPTIONS, "--steps", 10**6, "--data", forty_windows, "--checkpoint-dir", tmp_path / "ck", "--seed", "%a"]
+    slurm.environment["NPROC"] = "1"
+    job = slurm.submit(tmp_path / "job_%a.log", *options, limits=("--time=10", "--array=3-4"))
+    logs = [tmp_path / f"job_{task}.log" for task in (3, 4)]
+    for log in logs:
+        wait_until(logged(log, "step 10/"))
+    slurm.run("scancel", "--signal=USR1", f"{job}_4")
+    wait_until(logged(logs[1], "Back into the queue"))
+    slurm.run("scancel", job)
+    wait_until(lambda: not slurm.run("squeue", "--noheader"))
+    slurm.environment["NPROC"] = "2"
+    for task, reason in ((3, "signal_SIGTERM"), (4, "signal_SIGUSR1")):
+        [emergency] = (tmp_path / "ck" / str(task) / "emergency_exit").iterdir()
+        state = t.load_checkpoint(emergency)
+        assert state["exit_reason"] == reason and state["config"]["seed"] == task
 
 
 MINE = """
