@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot transcript test test-integrations campaign bench bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot transcript test test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -75,10 +75,13 @@ campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS
 bench: .venv/installed ## measure what README claims, most of an hour on 2 cores (ARGS="--only saving resuming", --quick)
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
 
+ablation: .venv/installed ## which parts of the geometric mode help, half an hour on 2 cores (ARGS="--steps 1000")
+	$(VENV_PYTHON) scripts/bench_geometric.py $(ARGS)
+
 bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the bare loop, in an environment of their own
 	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
 
-bench-scaling: .venv/installed ## sharded training on 1, 2 and 4 processes, and what follows for up to 4,096
+bench-scaling: .venv/installed ## sharded training on 2, 4 and 8 processes, and what follows for up to 4,096
 	$(VENV_PYTHON) scripts/bench_scaling.py $(ARGS)
 
 lint: .venv/installed .venv-lint/installed ## ruff, mypy and shellcheck, in an environment of their own

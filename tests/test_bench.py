@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -60,3 +61,15 @@ def test_rounds_alternate_and_their_order_rotates():
     measures = [lambda name=name: order.append(name) or ord(name) for name in "abc"]
     assert bench.interleaved(3, *measures) == [[97] * 3, [98] * 3, [99] * 3]
     assert order == list("abcbcacab")
+
+
+def test_a_short_ablation_prints_a_row_for_every_variant(tmp_path, whole):
+    if not whole:
+        pytest.skip("part of the campaign: a run for each of its rows")
+    lines = quick("bench_geometric.py", "--dir", tmp_path).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows[2:]] == list(bench.bench_geometric.VARIANTS)
+    for row in rows[2:]:
+        *losses, mean = map(float, row[1:])
+        assert losses and mean == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert list(tmp_path.iterdir()) == []
