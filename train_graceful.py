@@ -1064,14 +1064,19 @@ def write_parts(parts: Sequence[Part] | Exception, path: Path) -> list[int]:
             while done < len(data):
                 count = os.pwrite(file.fileno(), data[done : done + CACHED_BYTES], start + done)
                 crc, done = zlib.crc32(data[done : done + count], crc), done + count
-            with contextlib.suppress(AttributeError, OSError):
-                # On Linux this starts the write to the disk without waiting for it.
-                os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
+            # On Linux this starts the write to the disk without waiting for it.
+            drop_cached(file.fileno(), start, len(data))
             return crc
 
         checksums = moved(parts, write, records)
         flush_to_disk(file.fileno())
     return checksums
+
+
+def drop_cached(fd: int, start: int, length: int) -> None:
+    """Bytes of a file need not stay in memory; a length of 0 is all that follow."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def several_machines() -> bool:
@@ -1097,7 +1102,7 @@ def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None
         flush_to_disk(file.fileno())
         if several_machines():
             # A client may keep what it has read before the other machines wrote.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_cached(file.fileno(), 0, 0)
     os.replace(temporary, path)
     flush_names(path.parent)
 
@@ -2799,10 +2804,11 @@ class Run:
 
     def name_newest(self) -> None:
         """For a summary after which nothing new is on the disk."""
-        # Where there is none, the summary names none.
-        with contextlib.suppress(CheckpointError, OSError):
-            newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
-            self.saved = "Newest whole checkpoint", newest
+        if self.processes.local_rank == 0:
+            # Where there is none, the summary names none.
+            with contextlib.suppress(CheckpointError, OSError):
+                newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
+                self.saved = "Newest whole checkpoint", newest
 
     def end(self) -> None:
         """After train() has returned: a loop that was left by break or return is completed."""
@@ -3157,9 +3163,11 @@ class Processes:
         self._signals_before = self.monitor.signals_heard
         # gloo's connections, which abort() does not close.
         for connection in tcp_connections():
-            ports = connection.getpeername()[1:2], connection.getsockname()[1:2]
-            if (int(os.environ["MASTER_PORT"]),) not in ports:
-                connection.shutdown(socket.SHUT_RDWR)
+            # An error: the other end has gone.
+            with contextlib.suppress(OSError):
+                ports = connection.getpeername()[1:2], connection.getsockname()[1:2]
+                if (int(os.environ["MASTER_PORT"]),) not in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Of a run that has left gracefully."""
@@ -3226,16 +3234,21 @@ def tcp_connections() -> Iterator[socket.socket]:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
                 with socket.socket(fileno=os.dup(fd)) as connection:
-                    if connection.family != socket.AF_UNIX and connection.getpeername():
+                    stream = connection.type == socket.SOCK_STREAM
+                    if stream and connection.family != socket.AF_UNIX and connection.getpeername():
                         yield connection
 
 
 def give_up_silent_peers() -> None:
     """Makes it an error that the system of a connected process answers nothing for SILENCE seconds.
 
-    The default is 60. A process that merely stands still has a system that answers.
+    The default is 60. A process that merely stands still has a system that answers. Raises
+    UserError for other words.
     """
-    seconds = int(os.environ.get("SILENCE", "60"))
+    text = os.environ.get("SILENCE", "60")
+    if not text.isdecimal() or int(text) < 4:
+        raise UserError(f"SILENCE={text} is no number of seconds from 4 on")
+    seconds = int(text)
     limits = {"KEEPIDLE": seconds // 4, "KEEPINTVL": seconds // 4, "USER_TIMEOUT": 1000 * seconds}
     for connection in tcp_connections():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -147,6 +147,45 @@ def test_what_a_host_that_is_lost_leaves(hosts, forty_windows, tmp_path, whole, 
     assert newest.parent.name == ("emergency_exit" if way == "plain" and left == 0 else "ck")
 
 
+SLOW = MINE.replace("import train_graceful as tg\n", """import os, pathlib, time
+import train_graceful as tg
+
+folder, write_parts = pathlib.Path(__file__).parent, tg.write_parts
+
+def slow_parts(*arguments):
+    # The test pulls the plug in the middle of the second machine's part.
+    if os.environ["RANK"] == "2" and (folder / "pull").exists():
+        (folder / "pull").rename(folder / "pulling")
+        while (folder / "pulling").exists():
+            time.sleep(0.05)
+    return write_parts(*arguments)
+
+tg.write_parts = slow_parts
+""")
+
+
+def test_the_link_is_cut_while_the_machines_save(hosts, tmp_path):
+    (tmp_path / "mine.py").write_text(SLOW)
+    directory = tmp_path / "ck"
+    options = ["--shard", "--steps", 10**6, "--save-every", 20, "--checkpoint-dir", directory]
+    children = both(hosts, *options, SCRIPT=tmp_path / "mine.py", SILENCE=SILENCE)
+    wait_until((directory / "step_40.pt").exists)
+    (tmp_path / "pull").touch()
+    wait_until((tmp_path / "pulling").exists)
+    before = set(directory.glob("*.pt"))
+    hosts[1].unplug()
+    (tmp_path / "pulling").unlink()
+    began = time.monotonic()
+    assert codes(children) == [1, 1]
+    assert time.monotonic() - began < 4 * SILENCE + 90
+    assert hosts[0].pids() == hosts[1].pids() == []
+    # What was being written has no name; a checkpoint that stays may be of before, and is whole.
+    assert set(directory.glob("*.pt")) <= before
+    newest = t.latest_checkpoint(directory)
+    for child in children:
+        assert f" --resume {newest}" in resumed(child.before), child.before
+
+
 def test_a_host_that_stands_still_for_a_while_holds_the_other_up_and_nothing_more(hosts, forty_windows, tmp_path, whole):
     options = [*OPTIONS, "--steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6, "--data", forty_windows]
     children = both(hosts, *options, "--checkpoint-dir", tmp_path / "ck", SILENCE=4)
