@@ -30,7 +30,7 @@ import train_graceful as t
 
 MIB, GIB = 2**20, 2**30
 LAYERS = ["--layers", 16, "--heads", 8, "--experts", 4, "--context", 64, "--batch-size", 8]
-MEASURED, SMALL = [*LAYERS, "--dim", 512], [*LAYERS, "--dim", 16]
+MEASURED, SMALL = [*LAYERS, "--dim", 256], [*LAYERS, "--dim", 16]
 # Of the model on paper; weights and two moments of each make its state.
 PARAMETERS, TENSORS = 7e9, 1500
 RANKS_A_MACHINE = 8
