@@ -851,6 +851,7 @@ class OneWriter:
     """Who writes one checkpoint: this process. With StoreWriters many do, each with its Rows."""
 
     rank = 0
+    on_several_machines = False
 
     def lead(self, function: Callable, *arguments: object) -> Any:
         """Calls function on rank 0; what it returns, or one of SAVE_ERRORS, is for all."""
@@ -890,8 +891,9 @@ def write_checkpoint(
         raise OSError(errno.EEXIST, f"{path} is a directory, pipe or device, no checkpoint")
     try:
         writers.lead(write_without_data, shown, temporary)
-        checksums = writers.each(write_parts, parts, temporary)
-        writers.lead(publish, temporary, checksums, path)
+        shared = writers.on_several_machines
+        checksums = writers.each(write_parts, parts, temporary, shared)
+        writers.lead(publish, temporary, checksums, path, shared)
     except BaseException:
         if writers.rank == 0:
             # On a file system that takes no change the next start clears up.
@@ -1046,11 +1048,16 @@ def read_records(file: BinaryIO) -> list[Record]:
     return [found[number] for number in sorted(found)]
 
 
-def write_parts(parts: Sequence[Part] | Exception, path: Path) -> list[int]:
-    """Writes parts of records to their places and flushes them; returns what moved() returns."""
+def write_parts(parts: Sequence[Part] | Exception, path: Path, shared: bool = False) -> list[int]:
+    """Writes parts of records to their places and flushes them; returns what moved() returns.
+
+    shared: other machines write theirs into the file at the same time.
+    """
     if isinstance(parts, Exception):
         raise parts
-    with opened_to_write(path) as file:
+    # Else a client of NFS may write a whole page, with what it has seen there of another machine's.
+    synchronous = os.O_DSYNC if shared else 0
+    with open(os.open(path, os.O_RDWR | synchronous), "r+b", buffering=0) as file:
         try:
             records = read_records(file)
         except ValueError as error:
@@ -1079,20 +1086,11 @@ def drop_cached(fd: int, start: int, length: int) -> None:
         os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
 
 
-def several_machines() -> bool:
-    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-
-
-def opened_to_write(path: Path) -> Any:
-    """A file to change bytes of, without a buffer."""
-    # Else a client of NFS may write a whole page, with what it has seen there of another machine's.
-    synchronous = os.O_DSYNC if several_machines() else 0
-    return open(path, "r+b", 0, opener=lambda name, flags: os.open(name, flags | synchronous))
-
-
-def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None:
+def publish(
+    temporary: Path, checksums: Sequence[list[int]], path: Path, shared: bool = False
+) -> None:
     """Puts the checksums, of which each process knows its share, into the file; then its name."""
-    with opened_to_write(temporary) as file:
+    with open(temporary, "r+b", buffering=0) as file:
         for record, shares in zip(read_records(file), zip(*checksums)):
             crc = functools.reduce(operator.xor, shares).to_bytes(4, "little")
             os.pwrite(file.fileno(), crc, record.crc_at)
@@ -1100,7 +1098,7 @@ def publish(temporary: Path, checksums: Sequence[list[int]], path: Path) -> None
                 # Behind the bytes torch has written a signature and, again, the checksum.
                 os.pwrite(file.fileno(), crc, record.start + record.size + 4)
         flush_to_disk(file.fileno())
-        if several_machines():
+        if shared:
             # A client may keep what it has read before the other machines wrote.
             drop_cached(file.fileno(), 0, 0)
     os.replace(temporary, path)
@@ -3189,6 +3187,7 @@ class StoreWriters(OneWriter):
         self, store: dist.Store, rank: int, world_size: int, others_may_live: Callable[[], bool]
     ) -> None:
         self._store, self.rank, self.world_size = store, rank, world_size
+        self.on_several_machines = os.environ["GROUP_WORLD_SIZE"] != "1"
         self._others_may_live = others_may_live
         self._exchanges, self._began = itertools.count(), time.monotonic()
 
@@ -3460,12 +3459,14 @@ def last_words(run: Run, error: BaseException | None) -> int:
         elif not isinstance(error, SystemExit):
             complain("".join(traceback.format_exception(error)))
     if run.trains:
-        if error is not None and run.rank and run.processes.local_rank == 0:
-            # The first machine may be gone.
+        # The first machine may be gone.
+        alone = error is not None and run.rank and run.processes.local_rank == 0
+        if alone:
             run.name_newest()
-            complain(f"{run.summary()}\n")
         summary = run.summary()
         screen.say(summary)
+        if alone:
+            complain(f"{summary}\n")
         if run.rank == 0:
             # On a full disk scripts/stop.sh will know less.
             with contextlib.suppress(OSError):

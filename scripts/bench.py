@@ -39,6 +39,8 @@ import bench_geometric
 import bench_scaling
 import own_model
 from bench_tools import (
+    NEVER,
+    TINY,
     Terminal,
     child,
     child_command,
@@ -51,8 +53,7 @@ from bench_tools import (
 
 import train_graceful as t
 
-MIB, GIB, NEVER = 2**20, 2**30, 10**9
-TINY = ["--context=16", "--layers=2", "--heads=2", "--dim=16", "--experts=2", "--batch-size=4"]
+MIB, GIB = 2**20, 2**30
 NO_SAVES = ["--save-every", NEVER, "--eval-every", NEVER]
 ENDLESS = ["--steps", NEVER, *NO_SAVES]
 

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from ptyprocess import PtyProcess
 
+# Options of a model that is so small that it says nothing.
+TINY = ["--context=16", "--layers=2", "--heads=2", "--dim=16", "--experts=2", "--batch-size=4"]
+NEVER = 10**9
 # With a program that says nothing.
 PATIENCE_SECONDS = 300
 

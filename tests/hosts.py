@@ -46,52 +46,23 @@ class Host:
         )
         plug = f"plug{number}"
         for command in (
-            [
-                "ip",
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                str(self.init),
-                "type",
-                "veth",
-                "peer",
-                "name",
-                plug,
-                "netns",
-                str(switch),
-            ],
-            [*self.enter, "hostname", self.name],
-            [*self.enter, "mount", "--bind", str(hosts), "/etc/hosts"],
-            [*self.enter, "ip", "address", "add", f"{self.address}/24", "dev", "eth0"],
-            [*self.enter, "ip", "link", "set", "lo", "up"],
-            [*self.enter, "ip", "link", "set", "eth0", "up"],
-            [
-                "nsenter",
-                f"--target={switch}",
-                "--net",
-                "ip",
-                "link",
-                "set",
-                plug,
-                "master",
-                "switch",
-                "up",
-            ],
+            f"ip link add eth0 netns {self.init} type veth peer name {plug} netns {switch}",
+            f"nsenter --target={switch} --net ip link set {plug} master switch up",
         ):
-            subprocess.run(command, check=True)
+            subprocess.run(command.split(), check=True)
+        self.run("hostname", self.name)
+        self.run("mount", "--bind", hosts, "/etc/hosts")
+        self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
+        self.run("ip", "link", "set", "lo", "up")
+        self.run("ip", "link", "set", "eth0", "up")
 
     def run(self, *words: object) -> None:
         subprocess.run([*self.enter, *map(str, words)], check=True)
 
     def spawn(self, *words: object, **environment: object) -> pexpect.spawn:
         """A command in a pseudo-terminal of this host."""
-        command = [
-            *self.enter,
-            "env",
-            *(f"{name}={value}" for name, value in environment.items()),
-            *words,
-        ]
+        variables = (f"{name}={value}" for name, value in environment.items())
+        command = [*self.enter, "env", *variables, *words]
         first, *others = [str(word) for word in command]
         self._spawned.append(
             pexpect.spawn(first, others, encoding="utf-8", timeout=60, dimensions=(24, 120))
@@ -123,9 +94,6 @@ class Host:
 
     def unplug(self) -> None:
         self.run("ip", "link", "set", "eth0", "down")
-
-    def plug(self) -> None:
-        self.run("ip", "link", "set", "eth0", "up")
 
     def switch_off(self) -> None:
         """No packet says good-bye."""

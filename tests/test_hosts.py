@@ -228,10 +228,10 @@ def test_two_hosts_write_one_file_on_a_network_file_system(hosts, forty_windows,
             hosts[number].run("mount", "-t", "tmpfs", "none", folder)
         hosts[number].run("mkdir", "-p", "/run/gluster", "/mnt/bricks", "/mnt/shared")
     hosts[0].spawn("glusterd", "--no-daemon")
-    gluster = [*hosts[0].enter, "gluster", "--mode=script", "volume"]
-    wait_until(lambda: subprocess.run([*gluster, "list"], capture_output=True).returncode == 0)
-    hosts[0].run(*gluster[-3:], "create", "shared", "host1:/mnt/bricks", "force")
-    hosts[0].run(*gluster[-3:], "start", "shared")
+    volume = ["gluster", "--mode=script", "volume"]
+    wait_until(lambda: subprocess.run([*hosts[0].enter, *volume, "list"], capture_output=True).returncode == 0)
+    hosts[0].run(*volume, "create", "shared", "host1:/mnt/bricks", "force")
+    hosts[0].run(*volume, "start", "shared")
     for number in (0, 1):
         hosts[number].run("mount", "-t", "glusterfs", "host1:/shared", "/mnt/shared")
     often = ["--steps", 100, "--save-every", 1, "--keep", 200, "--eval-every", 1000]
