@@ -122,7 +122,7 @@ def test_any_nesting_keeps_the_order_of_the_records(tmp_path):
         assert_same(t.load_checkpoint(tmp_path / "a.pt"), state)
 
 
-class Exchange(t.Processes):
+class Exchange(t.OneWriter):
     """What many processes tell each other about a save, here between threads."""
 
     def __init__(self, rank: int, size: int, shared: dict, barrier: threading.Barrier) -> None:
