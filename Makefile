@@ -16,22 +16,29 @@ endif
 export SCRIPT
 
 VENV_PYTHON = .venv/bin/python
+PROGRAM = $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py)
 TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
 
 # $(call need,tool): one line that says what to install where the tool is missing
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
 
+# $(call train,command): shows and runs it. What was asked to save and leave, and did, is no error of make's; the trap keeps
+# the shell until then.
+train = $(info $(1))@trap : INT; code=0; $(1) || code=$$?; case $$code in 129|130|138|140|143|152) ;; *) exit $$code ;; esac
+
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*##+ ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@printf '\nTo work on this project itself:\n'
+	@awk -F ':.*##+ ' '/^[a-z-]+:[^#]*### / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500", SCRIPT=mine.py)
-	$(VENV_PYTHON) $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py) $(TRAIN_ARGS)
+	$(call train,$(VENV_PYTHON) $(PROGRAM) $(TRAIN_ARGS))
 
 train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
-	@PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS)
+	$(call train,PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS))
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(VENV_PYTHON) $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py) --resume "$(or $(CKPT),latest)" $(ARGS)
+	$(call train,$(VENV_PYTHON) $(PROGRAM) --resume "$(or $(CKPT),latest)" $(ARGS))
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)
@@ -40,7 +47,7 @@ attach: ## attach to the tmux session (SESSION=train); Ctrl-b d detaches
 	$(call need,tmux)
 	@tmux $(if $(TMUX),switch-client,attach-session) -t "=$(SESSION)"
 
-nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=checkpoints/train.log)
+nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=train.log in the checkpoint directory)
 	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(TRAIN_ARGS)
 
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
@@ -59,32 +66,32 @@ plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg"
 	$(call need,$(PYTHON))
 	@$(PYTHON) scripts/plot.py $(ARGS)
 
-transcript: .venv/installed ## record the session that README shows: half a minute of training in tmux, then q
+transcript: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
 	@scripts/record.sh
 
-test: .venv/installed ## run the tests (ARGS="-k sentence")
+test: .venv/installed ### run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
 
-test-integrations: .venv-peers/installed ## README's examples for transformers, lightning and accelerate, in an environment of their own
+test-integrations: .venv-peers/installed ### README's examples for transformers, lightning and accelerate, in an environment of their own
 	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
 
-campaign: .venv/installed ## the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
+campaign: .venv/installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
-bench: .venv/installed ## measure what README claims, most of an hour on 2 cores (ARGS="--only saving resuming", --quick)
+bench: .venv/installed ### measure what README claims, most of an hour on 2 cores (ARGS="--only saving resuming", --quick)
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
 
-ablation: .venv/installed ## which parts of the geometric mode help, half an hour on 2 cores (ARGS="--steps 1000")
+ablation: .venv/installed ### which parts of the geometric mode help, half an hour on 2 cores (ARGS="--steps 1000")
 	$(VENV_PYTHON) scripts/bench_geometric.py $(ARGS)
 
-bench-peers: .venv/installed .venv-peers/installed ## other trainers beside the bare loop, in an environment of their own
+bench-peers: .venv/installed .venv-peers/installed ### other trainers beside the bare loop, in an environment of their own
 	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
 
-bench-scaling: .venv/installed ## sharded training on 2, 4 and 8 processes, and what follows for up to 4,096
+bench-scaling: .venv/installed ### sharded training on 2, 4 and 8 processes, and what follows for up to 4,096
 	$(VENV_PYTHON) scripts/bench_scaling.py $(ARGS)
 
-lint: .venv/installed .venv-lint/installed ## ruff, mypy and shellcheck, in an environment of their own
+lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an environment of their own
 	$(call need,shellcheck)
 	shellcheck scripts/*.sh .ci/run
 	.venv-lint/bin/ruff check

@@ -1542,8 +1542,8 @@ class RunDirectory:
             words = os.pread(lock_file, 256, 0).decode(errors="replace").split()
             pid, host = (words + ["unknown", "unknown"])[:2]
             os.close(lock_file)
-            text = f"it is in use by another run (pid {pid} on {host}); give this one its own"
-            raise OSError(errno.EBUSY, text) from None
+            text = f"in use by another run (pid {pid} on {host}): kill {pid} lets that one save and"
+            raise OSError(errno.EBUSY, text + " leave, a directory of its own lets both train") from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""

@@ -44,6 +44,14 @@ class Unrotated(t.GeometricTrainingController):
                 experts.theta.zero_()
 
 
+class OneMatrix(t.Experts):
+    """All experts have the same first matrix: only rotations tell apart what they see."""
+
+    def __init__(self, dim: int, experts: int, rotations: bool = True) -> None:
+        super().__init__(dim, experts, rotations)
+        self.w_in = torch.nn.ParameterList([self.w_in[0]] * experts)
+
+
 def trained(options: list, folder: str, left_out: tuple = (), **replaced: str) -> float:
     """The last validation loss of a run of the program with some of its parts left out or replaced."""
     for name in left_out:
@@ -165,6 +173,14 @@ VARIANTS: dict[str, dict] = {
         }
         for name in LOSSES
     },
+    "one matrix for all experts, without rotations": {
+        "options": FROZEN,
+        "left_out": LOSSES,
+        "GeometricTrainingController": "Unrotated",
+        "Experts": "OneMatrix",
+    },
+    "one matrix, rotations frozen": {"options": FROZEN, "Experts": "OneMatrix"},
+    "one matrix, rotations learned": {"options": GEOMETRIC, "Experts": "OneMatrix"},
 }
 
 

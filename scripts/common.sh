@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034 # what is set here is for those that source it
 # Sourced by the other scripts: what is run, and where.
 #
 # SCRIPT=path runs a script of your own, which can import train_graceful, instead of train_graceful.py. Relative paths then
@@ -10,12 +10,9 @@ if [ "${1:-}" = --help ]; then
     exit
 fi
 root=${root:-$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)}
-# shellcheck disable=SC2034 # by those that source this file
-program=train_graceful.py
+program=${SCRIPT:-train_graceful.py}
 if [ -n "${SCRIPT:-}" ]; then
-    # shellcheck disable=SC2034
-    program=$SCRIPT
-    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    case ":${PYTHONPATH:-}:" in *":$root:"*) ;; *) export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" ;; esac
 else
     cd "$root" || exit
 fi
@@ -30,4 +27,14 @@ find_python() {
     [ -z "${PYTHON:-}" ] || return 0
     PYTHON=$root/.venv/bin/python
     [ -x "$PYTHON" ] || { need python3 python; PYTHON=$(command -v python3); }
+}
+
+# find_directory OPTION... sets directory to what --checkpoint-dir says among them, as the program reads it
+find_directory() {
+    directory=checkpoints previous=
+    for word; do
+        case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
+        [ "$previous" != --checkpoint-dir ] || directory=$word
+        previous=$word
+    done
 }

@@ -16,11 +16,16 @@ set -eu
 find_python
 
 exec "$PYTHON" -I - "${1:-checkpoints}" <<'END'
-import contextlib, fcntl, os, signal, struct, sys
+import contextlib, fcntl, glob, os, signal, sys
 
 def leave(message, code):
     print(message, file=sys.stderr)
     sys.exit(code)
+
+def has_it_open(pid, path):
+    """A pid in a file may be a stranger's by now, or count in another container. Without /proc it is believed."""
+    files = glob.glob(f"/proc/{pid}/fd/*")
+    return any(os.path.exists(one) and os.path.samefile(one, path) for one in files) or not os.path.isdir("/proc/self")
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if (os.environ.get("LC_ALL") or os.environ.get("LANG")) in ("C", "POSIX"):  # no symbols, as the run itself does
@@ -28,16 +33,14 @@ if (os.environ.get("LC_ALL") or os.environ.get("LANG")) in ("C", "POSIX"):  # no
 sys.stdout.reconfigure(errors="replace")
 try:
     lock = open(os.path.join(sys.argv[1], "run.lock"), encoding="utf-8")
-    # The kernel knows who holds the lock. The pid in the file may be stale, or count in another container.
-    layout, kind, length, pid = ("qqihh", 3, 1, 2) if sys.platform == "darwin" else ("hhqqi", 0, 3, 4)  # struct flock
-    question = [0] * 5
-    question[kind], question[length] = fcntl.F_RDLCK, 1
-    answer = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(layout, *question)))
-    if answer[kind] == fcntl.F_UNLCK:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         leave(f"No run holds {sys.argv[1]}.", 2)
-    pid, host = answer[pid], (lock.readline().split() + ["", "an unknown host"])[1]
-    if host != os.uname().nodename or pid < 1:
-        leave(f"The run that holds {sys.argv[1]} is on {host}: stop it there.", 2)
+    pid, host = (lock.readline().split() + ["0", "an unknown host"])[:2]
+    pid = int(pid) if pid.isdigit() else 0
+    if host != os.uname().nodename or not has_it_open(pid, lock.name):
+        leave(f"The run that holds {sys.argv[1]} is not among the processes here, but on {host} or in a container:"
+              " stop it there.", 2)
     with contextlib.suppress(ProcessLookupError):  # it may be leaving of its own accord
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)  # one that was stopped with Ctrl-Z has to wake up for it

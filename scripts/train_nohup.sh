@@ -4,7 +4,7 @@
 # Trains in the background; closing the terminal or logging out does not stop it. Returns once training has begun, or
 # with the run's own output and exit code where it has ended before that. Relative paths start at the repository's root.
 #
-# LOG=path     where its output is appended (default: checkpoints/train.log)
+# LOG=path     where its output is appended (default: train.log in the checkpoint directory)
 # SCRIPT=path  a script of your own instead of train_graceful.py; relative paths then start where you are
 # PYTHON=path  the interpreter (default: .venv/bin/python, else python3)
 
@@ -16,14 +16,9 @@ find_python
 
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 
-directory=checkpoints previous=
-for word; do
-    case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
-    [ "$previous" != --checkpoint-dir ] || directory=$word
-    previous=$word
-done
+find_directory "$@"
 directory=$(absolute "$directory")
-log=$(absolute "${LOG:-checkpoints/train.log}")
+log=$(absolute "${LOG:-$directory/train.log}")
 mkdir -p "$(dirname "$log")"
 : >>"$log"
 old_bytes=$(wc -c <"$log")

@@ -20,22 +20,18 @@
 
 set -eu
 
-if [ "${1:-}" = --help ]; then
-    sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "$0"
-    exit
-fi
+root=${SLURM_SUBMIT_DIR:-$(dirname -- "$0")/..}
+. "$root/scripts/common.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "This is a job for Slurm: sbatch scripts/train_slurm.sh" >&2; exit 2; }
 cd "$SLURM_SUBMIT_DIR"
 
-task=${SLURM_ARRAY_TASK_ID:-} directory=checkpoints previous=
+task=${SLURM_ARRAY_TASK_ID:-}
 for word; do
     shift
     [ -z "$task" ] || word=$(printf '%s\n' "$word" | sed "s/%a/$task/g")
-    case $word in --checkpoint-dir=*) directory=${word#*=} ;; esac
-    [ "$previous" != --checkpoint-dir ] || directory=$word
     set -- "$@" "$word"
-    previous=$word
 done
+find_directory "$@"
 directory=$directory${task:+/$task}
 set -- "$@" --checkpoint-dir "$directory"
 mkdir -p "$directory"

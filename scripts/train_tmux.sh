@@ -1,9 +1,9 @@
 #!/bin/sh
 # Usage: scripts/train_tmux.sh [session] [options of train_graceful.py]
 #
-# Trains in a tmux session (default: train), or attaches where that session is already there. Detach with Ctrl-b d:
-# training goes on. When it has ended, its summary stays on the screen above a shell. Without a terminal the session
-# is started detached. Relative paths start at the repository's root.
+# Trains in a tmux session (default: train), or attaches where one trains in it already. Detach with Ctrl-b d: training
+# goes on. When it has ended, its summary stays on the screen above a shell; the next one has a new window there. Without
+# a terminal the session is started detached. Relative paths start at the repository's root.
 #
 # SCRIPT=path runs a script of your own instead of train_graceful.py; relative paths then start where you are.
 # PYTHON=path chooses the interpreter (default: .venv/bin/python, else python3).
@@ -23,8 +23,8 @@ esac
 
 need tmux
 
-if tmux has-session -t "=$session" 2>/dev/null; then
-    echo "The tmux session '$session' is already there; nothing new is started."
+if [ -n "$(tmux show-options -qv -t "=$session:" @training 2>/dev/null)" ]; then
+    echo "A run trains in the tmux session '$session' already; nothing new is started."
 else
     find_python
     set -- env ${PYTHONPATH+PYTHONPATH="$PYTHONPATH"} "$PYTHON" "$program" "$@"
@@ -32,13 +32,20 @@ else
     [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || set -- env CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES" "$@"
     # The trap keeps the shell alive through the Ctrl-C that the run answers with a save.
     # shellcheck disable=SC2016 # expanded by the shell inside tmux
-    tmux new-session -d -s "$session" -c "$PWD" sh -c '
+    set -- -c "$PWD" sh -c '
         trap : INT QUIT
         code=0
         "$@" || code=$?
+        tmux set-option -u @training
         printf "\nThe run has ended with exit code %s. This is a shell; exit closes it.\n" "$code"
         exec "${SHELL:-/bin/sh}"' sh "$@"
-    echo "Started in the tmux session '$session'."
+    if tmux has-session -t "=$session" 2>/dev/null; then
+        tmux set-option -t "=$session:" @training yes ";" new-window -t "=$session:" "$@"
+        echo "Started in a new window of the tmux session '$session', whose last run has ended."
+    else
+        tmux new-session -d -s "$session" "$@" ";" set-option -t "=$session:" @training yes
+        echo "Started in the tmux session '$session'."
+    fi
 fi
 
 echo "Attach: tmux attach -t '$session'    Detach: Ctrl-b d (training goes on)"

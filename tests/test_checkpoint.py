@@ -382,7 +382,7 @@ def test_a_directory_that_is_deleted_under_a_run_costs_no_save(spawn, options, t
     shutil.rmtree(tmp_path / "ck")
     child.sendline("s")
     child.expect("Checkpoint saved: ")
-    assert f"it is in use by another run (pid {child.pid} on " in refused(*options), "the lock is there again"
+    assert f"in use by another run (pid {child.pid} on " in refused(*options), "the lock is there again"
     child.sendline("q")
     path = saved_path(finish(child))
     assert child.exitstatus == 0 and path.parent == tmp_path / "ck" / "emergency_exit" and t.load_checkpoint(path)["step"]
@@ -395,7 +395,7 @@ def test_a_directory_that_another_run_has_taken_since_it_was_deleted_is_not_save
     second = spawn(*options, *ENDLESS)
     second.expect(r"step \d+/")
     first.sendline("q")
-    first.expect(f"not saved: it is in use by another run .pid {second.pid} on .*Training goes on")
+    first.expect(f"not saved: in use by another run .pid {second.pid} on .*Training goes on")
     second.sendline("q")
     assert saved_path(finish(second)).exists() and second.exitstatus == 0
     first.sendline("q")

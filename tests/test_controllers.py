@@ -80,6 +80,32 @@ def test_theta_at_zero_is_exactly_the_unrotated_model(built):
     assert rotated(tokens).equal(plain(tokens))
 
 
+def test_a_rotation_that_is_not_learned_only_chooses_where_muon_starts(built, float32_muon):
+    """W R x is (W R) x, and Muon's step for W R is its step for W, rotated: the two never part."""
+    args = "--mode", "geometric", "--dropout", 0, "--weight-decay", 0.1
+    (rotated, batches), (folded, _) = built(*args), built(*args)
+    folded.model.load_state_dict(rotated.model.state_dict())
+    started = []
+    with torch.no_grad():
+        for ours, theirs in zip(rotated.experts, folded.experts, strict=True):
+            angles = t.MAX_ANGLE * ours.theta.tanh()
+            for w, angle, turned in zip(ours.w_in, angles, theirs.w_in):
+                turned.copy_(t.rotate_columns(w[None], angle[None])[0])
+            theirs.theta.zero_()
+            started.append(theirs.w_in[0].clone())
+    for controller in (rotated, folded):
+        for experts in controller.experts:
+            experts.theta.requires_grad_(False)
+    for batch in batches[:20]:
+        loss, same = rotated.training_step(batch), folded.training_step(batch)
+        torch.testing.assert_close(loss, same, atol=1e-5, rtol=0)
+    # They have gone far, and together.
+    assert all((theirs.w_in[0] - w).abs().max() > 0.02 for theirs, w in zip(folded.experts, started))
+    for ours, theirs in zip(rotated.experts, folded.experts):
+        turned = t.rotate_columns(torch.stack(list(ours.w_in)), t.MAX_ANGLE * ours.theta.tanh())
+        torch.testing.assert_close(turned, torch.stack(list(theirs.w_in)), atol=1e-5, rtol=0)
+
+
 def test_theta_receives_its_gradient_from_the_task_loss_and_moves(built):
     controller, batches = built("--mode", "geometric", "--warmup-steps", "0")
     controller.loss(batches[0]).backward()

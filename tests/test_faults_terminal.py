@@ -213,7 +213,7 @@ def all_at_once(fork, options, directory, number: int) -> None:
     refused = {}
     winner = None
     for child in children:
-        if child.terminal.expect(["Training started", "error: .* is in use by another run \\(pid (\\S+) on"]) == 0:
+        if child.terminal.expect(["Training started", "error: .* in use by another run \\(pid (\\S+) on"]) == 0:
             assert winner is None
             winner = child
         else:

@@ -186,14 +186,12 @@ def test_stop_never_signals_the_stranger_whose_pid_a_dead_run_left_behind(strang
     assert stranger.poll() is None
 
 
-def test_stop_asks_the_process_that_holds_the_lock_whatever_pid_the_file_names(holder, stranger, tmp_path):
+def test_stop_signals_no_stranger_whom_the_file_names_while_another_holds_it(holder, stranger, tmp_path):
     run = holder()
     name_in_lock_file(stranger, tmp_path)
-    with stopping(tmp_path) as stop:
-        assert run.stdout.readline() == "asked\n"
-        run.kill()
-        stop.communicate()
-    assert stranger.poll() is None
+    result = script("stop.sh", tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "stop it there" in result.stderr
+    assert stranger.poll() is None and run.communicate()[0] == ""
 
 
 def test_stop_leaves_a_run_on_another_host_alone(holder, tmp_path):
@@ -248,15 +246,22 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, sp
     assert Path(re.search(r"Emergency checkpoint: (/.+\.pt)", screen)[1]).is_file()
     tmux("send-keys", "-t", "=train:", "echo usable $((40 + 2))", "Enter")
     wait_until(lambda: tmux.shows("usable 42"))
+    # The next one takes nothing away that is still read there.
+    assert "Started in a new window" in tmux.train(*options, "--data", "my corpus.txt", *ENDLESS, root=spaced_root)
+    wait_until(lambda: tmux.shows("Training started") and not tmux.shows("usable"))
+    assert "nothing new is started" in tmux.train(*options, root=spaced_root)
+    tmux("send-keys", "-t", "=train:", "q", "Enter")
+    wait_until(lambda: tmux.shows("exit code 0"))
+    assert tmux("list-windows", "-t", "=train:").count("\n") == 2
 
 
 def test_a_second_start_attaches_to_the_session_and_ctrl_c_there_saves(tmux, spawn, options):
     tmux.train("train", *options, *ENDLESS)
     wait_until(lambda: tmux.shows("Training started"))
-    assert "already there" in tmux.train("train", *options, *ENDLESS)
+    assert "already; nothing new is started" in tmux.train("train", *options, *ENDLESS)
     assert tmux("list-panes", "-a").count("\n") == 1
     child = spawn(command=["sh", str(ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
-    child.expect("already there")
+    child.expect("nothing new is started")
     child.expect("Training started")
     child.send("\x03")
     wait_until(lambda: tmux.shows("exit code 130"))
@@ -384,18 +389,26 @@ def test_make_alone_lists_every_target():
         assert re.search(rf"^make {target} +\S", listed, re.MULTILINE)
 
 
-def test_a_run_left_with_q_is_no_error_to_make(spawn, spaced_root, options):
-    python = spaced_root / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    (spaced_root / ".venv" / "installed").touch()
-    child = spawn(command=["make", "-C", str(spaced_root), "train", f"ARGS={shlex.join([*options, *ENDLESS])}"],
-                  env=ENVIRONMENT)
+@pytest.mark.parametrize("way", ["q", "Ctrl-C", "make stop"])
+def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, options, way):
+    make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
+    child = spawn(command=[*make, "train", f"ARGS={shlex.join([*options, *ENDLESS])}"], env=ENVIRONMENT)
     child.expect("step [0-9]+/")
-    child.sendline("q")
-    assert "make: ***" not in finish(child)
-    assert child.exitstatus == 0
+    if way == "q":
+        child.sendline("q")
+    elif way == "Ctrl-C":
+        child.sendintr()
+    else:
+        assert "Emergency checkpoint: " in subprocess.run([*make, "stop", f"DIR={tmp_path}/ck"], capture_output=True, text=True).stdout
+    said = finish(child)
+    assert "Resume with" in said and "make: ***" not in said
+    # By the rules make itself ends with Ctrl-C, so that what follows it in a script is not begun.
+    assert (child.exitstatus, child.signalstatus) == ((None, 2) if way == "Ctrl-C" else (0, None))
+
+
+def test_a_mistake_is_an_error_to_make():
+    make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
+    assert "Error 2" in subprocess.run([*make, "train", "ARGS=--stpes 3"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr
 
 
 @pytest.mark.parametrize("number", ["0", "x", "2x", "", "-0"])
