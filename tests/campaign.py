@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pexpect
+import ptyprocess
 import pytest
 import torch
 from conftest import SCRIPT, as_in_a_shell
@@ -57,10 +58,10 @@ class Campaign:
 
 
 @functools.cache
-def warm() -> types.CodeType:
+def warm(script: str = str(SCRIPT)) -> types.CodeType:
     """Imports what torch only imports for its first optimizer, so that no fork has to; the script, compiled once."""
     torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
-    return compile(SCRIPT.read_bytes(), str(SCRIPT), "exec")
+    return compile(Path(script).read_bytes(), script, "exec")
 
 
 class Moment:
@@ -138,24 +139,46 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
             warnings.simplefilter("ignore", kind)
         tempfile.tempdir = None  # read from the environment again
         sys.argv = argv
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+        # A fork of this fork will have its own in their place.
+        streams = (("r", -1), ("w", -1), ("w", 1))
+        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in enumerate(streams))
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         main.__file__ = argv[0]
         prepare()
         atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it is imported already
         exec(program, main.__dict__) if isinstance(program, types.CodeType) else program()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    os._exit(99)
+        code = 99
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def on_a_terminal(argv: list[str], program: types.CodeType, rows: int = 24, columns: int = 120) -> tuple[int, int]:
+def on_a_terminal(argv: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None,
+                  rows: int = 24, columns: int = 120) -> tuple[int, int]:
     """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        become(argv, program)
+        become(argv, program, prepare=prepare)
     return pid, terminal
+
+
+class Fork(pexpect.spawn):
+    """A program as a fork of this process, which has imported torch already, in a session and on a terminal of its own."""
+
+    def __init__(self, command: str, args: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None, **kwargs) -> None:
+        self._program, self._prepare = program, prepare
+        super().__init__(command, args, **kwargs)
+
+    def _spawnpty(self, args, dimensions, **kwargs) -> ptyprocess.PtyProcess:
+        argv = [os.fsdecode(arg) for arg in args[1:]]
+        return ptyprocess.PtyProcess(*on_a_terminal(argv, self._program, self._prepare, *dimensions))
 
 
 class Child:

@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pexpect
-import ptyprocess
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
@@ -95,11 +94,11 @@ def group(fork):
 
 
 @pytest.fixture
-def hosts(tmp_path):
+def hosts(tmp_path, spawn):
     """hosts[0] and so on: machines of their own; see hosts.Hosts."""
     from hosts import Hosts
 
-    hosts = Hosts(tmp_path)
+    hosts = Hosts(tmp_path, spawn)
     yield hosts
     hosts.close()
 
@@ -132,26 +131,21 @@ def pytest_terminal_summary(terminalreporter) -> None:
             terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")
 
 
-class Fork(pexpect.spawn):
-    """The script as a fork of this process, which has imported torch already."""
-
-    def _spawnpty(self, args, dimensions, **kwargs):
-        from campaign import on_a_terminal, warm
-
-        return ptyprocess.PtyProcess(*on_a_terminal([os.fsdecode(arg) for arg in args[1:]], warm(), *dimensions))
-
-
 @pytest.fixture
 def spawn():
     """spawn(*args) runs the real script in a pseudo-terminal, command=[...] any program; it is killed and reaped after the test.
 
-    With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it.
+    With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it, or the `program` given.
     """
+    from campaign import Fork, warm
+
     children = []
 
     def start(*args, command=None, **kwargs):
         argv = command or [sys.executable, str(SCRIPT), *map(str, args)]
-        kind = pexpect.spawn if command or kwargs else Fork
+        if not command and not kwargs:
+            kwargs["program"] = warm()
+        kind = Fork if "program" in kwargs else pexpect.spawn
         child = kind(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
         children.append(child)
         return child

@@ -1,5 +1,6 @@
 """Hosts that can be unplugged, stopped and switched off: each a set of namespaces of its own on this machine."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT
+from ranks import by_script
 
 TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
 NETWORK = "10.213.7"
@@ -21,9 +22,9 @@ class Host:
     Its process 1 is `init`, which waits; everything on the host ends with it.
     """
 
-    def __init__(self, number: int, switch: int, folder: Path) -> None:
+    def __init__(self, number: int, switch: int, folder: Path, spawn) -> None:
         self.name, self.address = f"host{number}", f"{NETWORK}.{number}"
-        self._spawned: list[pexpect.spawn] = []
+        self._spawn, self._spawned = spawn, []
         namespaces = ["--net", "--uts", "--mount", "--pid"]
         alone = ["unshare", *namespaces, "--fork", "--kill-child", "--mount-proc"]
         # Dies with these tests, however they end. No parent waits for what it inherits.
@@ -62,12 +63,27 @@ class Host:
     def spawn(self, *words: object, **environment: object) -> pexpect.spawn:
         """A command in a pseudo-terminal of this host."""
         variables = (f"{name}={value}" for name, value in environment.items())
-        command = [*self.enter, "env", *variables, *words]
-        first, *others = [str(word) for word in command]
-        self._spawned.append(
-            pexpect.spawn(first, others, encoding="utf-8", timeout=60, dimensions=(24, 120))
-        )
+        command = [*self.enter, "env", *variables, *map(str, words)]
+        self._spawned.append(self._spawn(command=list(map(str, command))))
         return self._spawned[-1]
+
+    def train(self, *options: object, size: int = 2, **environment: object) -> pexpect.spawn:
+        """What scripts/train_torchrun.sh starts, which meets that of another host unless NNODES is 1."""
+        together = {"NNODES": 2, "RENDEZVOUS": "host1:29500", "OMP_NUM_THREADS": 1, **environment}
+        self._spawned.append(by_script(self._spawn, size, *options, enter=self._go_in, **together))
+        return self._spawned[-1]
+
+    def _go_in(self) -> None:
+        """For a fork: goes on in a fork of its own, whose parent has its exit code."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        spaces = [os.open(f"/proc/{self.init}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "pid", "mnt")]
+        for space in spaces:
+            if libc.setns(space, 0):
+                raise OSError(ctypes.get_errno(), "setns")
+            os.close(space)
+        if pid := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os._exit(code if code >= 0 else 128 - code)
 
     def pids(self) -> list[int]:
         """Of the processes that live on this host, but for init."""
@@ -88,8 +104,7 @@ class Host:
             os.kill(pid, signal.SIGSTOP)
 
     def move_on(self) -> None:
-        # nsenter has stopped with its child.
-        for pid in [*self.pids(), *(child.pid for child in self._spawned)]:
+        for pid in self.pids():
             os.kill(pid, signal.SIGCONT)
 
     def unplug(self) -> None:
@@ -108,13 +123,13 @@ class Host:
 class Hosts:
     """hosts[0] and so on, each made when it is first asked for, all on one switch."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spawn) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         if missing or os.getuid() or sys.platform != "linux":
             pytest.skip(
                 f"hosts of their own need Linux, root and iproute2 (missing: {' '.join(missing) or 'root'})"
             )
-        self._folder, self._hosts = folder, {}
+        self._folder, self._spawn, self._hosts = folder, spawn, {}
         self._switch = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", "echo; read wait"],
             stdin=subprocess.PIPE,
@@ -128,16 +143,10 @@ class Hosts:
 
     def __getitem__(self, number: int) -> Host:
         if number not in self._hosts:
-            self._hosts[number] = Host(number + 1, self._switch.pid, self._folder)
+            self._hosts[number] = Host(number + 1, self._switch.pid, self._folder, self._spawn)
         return self._hosts[number]
 
     def close(self) -> None:
         for host in self._hosts.values():
             host.switch_off()
         self._switch.communicate()
-
-
-def train(host: Host, *options: object, size: int = 2, **environment: object) -> pexpect.spawn:
-    """scripts/train_torchrun.sh, which meets that of another host unless NNODES is 1."""
-    together = {"NNODES": 2, "RENDEZVOUS": "host1:29500", "OMP_NUM_THREADS": 1, **environment}
-    return host.spawn(ROOT / "scripts" / "train_torchrun.sh", size, *options, **together)

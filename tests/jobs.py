@@ -24,24 +24,23 @@ def pytest_runtestloop(session) -> bool | None:
     next_file, queue = os.pipe()
     os.write(queue, bytes(range(len(order))))
     os.close(queue)
-    workers = [start(session, order, next_file) for _ in range(config.option.jobs)]
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(config.option.jobs)]
+    # Not daemons, which may have no children.
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(session, order, next_file, pipes, send)) for _, send in pipes]
+    for worker in workers:
+        worker.start()
+    for _, send in pipes:
+        send.close()
     try:
-        report_all(session, [reports for reports, _ in workers])
+        report_all(session, [reports for reports, _ in pipes])
     finally:
-        for _, process in workers:
-            process.kill()
-            process.join()
+        for worker in workers:
+            worker.kill()
+            worker.join()
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     return True
-
-
-def start(session, order: list[list], next_file: int) -> tuple[Connection, multiprocessing.Process]:
-    reports, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=work, args=(session, order, next_file, send))
-    process.start()
-    send.close()
-    return reports, process
 
 
 def report_all(session, left: list[Connection]) -> None:
@@ -79,12 +78,17 @@ class Sender:
         self.reports.send(("report", self.config.hook.pytest_report_to_serializable(config=self.config, report=report)))
 
 
-def work(session, order: list[list], next_file: int, reports: Connection) -> None:
+def work(session, order: list[list], next_file: int, pipes: list[tuple[Connection, Connection]], reports: Connection) -> None:
     from campaign import TABLE
     from conftest import as_in_a_shell
 
     from train_graceful import EXIT_SIGNALS
 
+    # So that a report to a parent that was killed fails, and this ends too.
+    for receive, send in pipes:
+        receive.close()
+        if send is not reports:
+            send.close()
     as_in_a_shell(EXIT_SIGNALS)  # what is tested here is no child of multiprocessing's
     config, plugins = session.config, session.config.pluginmanager
     plugins.unregister(name="terminalreporter")

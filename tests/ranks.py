@@ -1,13 +1,22 @@
 """What tests of many processes share: a group of ranks without torchrun, models of one's own for them, and torchrun itself."""
 
+import atexit
+import functools
+import logging
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics_without_times
+from campaign import become, warm
+from conftest import ROOT, metrics_without_times
 
 import train_graceful as t
 
@@ -109,9 +118,83 @@ def assert_close_run(left, right) -> None:
 # ---- torchrun itself
 
 
-def torchrun(spawn, *words: object, size: int = 2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *words]
-    return spawn(command=[str(word) for word in command])
+class ForkedWorker(subprocess.Popen):
+    """What torchrun starts, as a fork of it that becomes the script."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others) -> None:
+        python, unbuffered, script, *words = args
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            os.setsid()
+            sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+            become([script, *words], warm(os.path.abspath(script)), prepare=lambda: set_environment(env))
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def plain_torchrun() -> None:
+    from torch.distributed import run
+
+    try:
+        run.main()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def torchrun(spawn, *words: object, size: int = 2, environment: dict | None = None, enter=lambda: None, script: Path | None = None):
+    """torchrun, or this project's script for it, as a fork; its workers are forks of it.
+
+    Where enter() leads, in the namespaces of a host say, is where they live.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    environment = environment or {**os.environ, "PWD": os.getcwd()}
+
+    def prepare() -> None:
+        enter()
+        set_environment(environment)
+        os.chdir(environment["PWD"])
+        subprocess_handler.Popen = ForkedWorker
+        for reference in logging._handlerList:
+            # Those that PyTorch has made write to what was the tests' own output.
+            if type(handler := reference()) is logging.StreamHandler:
+                handler.stream = sys.stderr
+
+    if script is None:
+        words = "--standalone", f"--nproc-per-node={size}", *words
+    return spawn(
+        command=[sys.executable, str(script or run.__file__), *map(str, words)],
+        program=warm(str(script)) if script else plain_torchrun,
+        prepare=prepare,
+    )
+
+
+@functools.cache
+def show() -> str:
+    """In the place of Python: a program that tells its arguments and its environment."""
+    path = Path(tempfile.mkdtemp(prefix="show_"), "show")
+    path.write_text("#!/bin/sh\nprintf '%s\\0' $# \"$@\"\nexec env PWD=\"$PWD\" env -0\n")
+    path.chmod(0o755)
+    atexit.register(shutil.rmtree, path.parent)
+    return str(path)
+
+
+def by_script(spawn, *words: object, enter=lambda: None, **environment: object):
+    """scripts/train_torchrun.sh, and then what it starts as forks."""
+    command = [ROOT / "scripts" / "train_torchrun.sh", *map(str, words)]
+    given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    told = subprocess.run(command, env={**given, "PYTHON": show()}, stdout=subprocess.PIPE, text=True, check=True).stdout
+    number, *rest = told.split("\0")[:-1]
+    arguments, variables = rest[: int(number)], rest[int(number) :]
+    started = dict(variable.split("=", 1) for variable in variables)
+    started["PYTHON"] = sys.executable
+    return torchrun(spawn, *arguments[1:], environment=started, enter=enter, script=Path(arguments[0]))
 
 
 def alive(pid: int) -> bool:

@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 from conftest import MODES, ROOT, assert_same_run, finish, saved_path, wait_until
-from hosts import train
 from ranks import OPTIONS, final
 
 import train_graceful as t
@@ -27,7 +26,7 @@ def resumed(said: str) -> str:
 
 
 def both(hosts, *options: object, **environment: object) -> list:
-    return [train(hosts[number], *options, **environment) for number in (0, 1)]
+    return [hosts[number].train(*options, **environment) for number in (0, 1)]
 
 
 def codes(children: list, seconds: float = 120) -> list[int]:
@@ -105,9 +104,9 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
     sizes = (1, 2, 4) if whole else (4,)
     for size in sizes:
         some = shard if size > 1 else []
-        child = train(hosts[0], "--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone)
+        child = hosts[0].train("--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone)
         assert codes([child]) == [0], child.before
-    whole = train(hosts[0], *fresh, "--checkpoint-dir", tmp_path / "whole", size=4, **alone)
+    whole = hosts[0].train(*fresh, "--checkpoint-dir", tmp_path / "whole", size=4, **alone)
     assert codes([whole]) == [0]
     assert_same_run(tmp_path / "hosts", tmp_path / "whole")
     assert {final(tmp_path / str(size))["step"] for size in sizes} == {steps}
@@ -206,15 +205,20 @@ def test_the_rest_and_a_new_host_go_on_from_the_last_save(hosts, forty_windows, 
     children = both(hosts, *options, "--resume", "latest", RESTARTS=2, SILENCE=SILENCE)
     wait_until((directory / "step_20.pt").exists)
     hosts[1].switch_off()
-    third = train(hosts[2], *options, "--resume", "latest", RESTARTS=2, SILENCE=SILENCE)
+    third = hosts[2].train(*options, "--resume", "latest", RESTARTS=2, SILENCE=SILENCE)
     children[0].expect("Resumed at step")
     assert codes([children[0], third]) == [0, 0]
     assert final(directory)["step"] == 400
 
 
-def test_mistakes_of_several_machines_are_one_line(hosts):
-    child = train(hosts[0], RENDEZVOUS="")
-    assert codes([child]) == [2] and child.before.count("\n") == 1 and "NNODES=2 needs RENDEZVOUS=host:port" in child.before
+@pytest.mark.parametrize("environment, message", [
+    ({"NNODES": "2"}, "NNODES=2 needs RENDEZVOUS=host:port"),
+    ({"SILENCE": "3"}, "SILENCE=3 is no number of seconds from 4 on"),
+])
+def test_mistakes_of_several_machines_are_one_line(environment, message):
+    script = ROOT / "scripts" / "train_torchrun.sh"
+    result = subprocess.run([script, "2"], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
 
 
 @pytest.mark.campaign
@@ -239,7 +243,7 @@ def test_two_hosts_write_one_file_on_a_network_file_system(hosts, forty_windows,
     children = both(hosts, *options)
     children[0].expect("Training started")
     # The lock of a run holds on the other host too.
-    other = train(hosts[1], *OPTIONS, "--data", forty_windows, "--checkpoint-dir", directory, size=1, NNODES=1)
+    other = hosts[1].train(*OPTIONS, "--data", forty_windows, "--checkpoint-dir", directory, size=1, NNODES=1)
     assert codes([other]) == [2] and "another run" in other.before
     assert codes(children, 300) == [0, 0]
     read = "import glob, train_graceful as t; print([t.load_checkpoint(p)['step'] for p in glob.glob('/mnt/shared/ck/step_*.pt')])"

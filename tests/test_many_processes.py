@@ -33,6 +33,7 @@ from ranks import (
     assert_close_run,
     final,
     finished,
+    by_script,
     torchrun,
     worker_pids,
 )
@@ -451,12 +452,6 @@ def test_q_and_enter_in_torchruns_terminal(spawn, forty_windows, tmp_path):
     assert len(workers) == 2 and not any(map(alive, workers))
 
 
-def by_script(spawn, *words: object):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    del environment["TORCH_CPP_LOG_LEVEL"]  # it sets that itself
-    return spawn(command=[str(ROOT / "scripts" / "train_torchrun.sh"), *map(str, words)], env=environment)
-
-
 def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(spawn, forty_windows, tmp_path):
     child = by_script(spawn, 2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
     child.expect(r"step \d+/")
@@ -484,8 +479,12 @@ def test_a_hangup_that_nohup_has_ignored_is_ignored_by_torchrun_too(spawn, forty
 
 
 def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_windows, tmp_path):
-    """No warning of PyTorch's, DDP's about parameters that are always used among them."""
-    child = by_script(spawn, 2, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+    """No warning of PyTorch's, DDP's about parameters that are always used among them: all of it started for real."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    # The script sets that itself.
+    del environment["TORCH_CPP_LOG_LEVEL"]
+    words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    child = spawn(command=[str(word) for word in words], env=environment)
     text = finish(child)
     assert child.exitstatus == 0 and "Warning" not in text and "[W" not in text, text
 

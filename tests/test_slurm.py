@@ -8,7 +8,6 @@ import subprocess
 
 import pytest
 from conftest import ROOT, assert_same_run, finish, wait_until
-from hosts import train
 
 import train_graceful as t
 
@@ -189,7 +188,7 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(two_nodes, fort
     two_nodes.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
     wait_until(lambda: two_nodes.state(job) == "COMPLETED", timeout=120)
     assert log.read_text().count("4 x cpu") == 2 and f"Resumed at step {state['step']} of 60" in log.read_text()
-    uninterrupted = train(two_nodes.hosts[0], *options, "--checkpoint-dir", tmp_path / "whole", size=4, NNODES=1)
+    uninterrupted = two_nodes.hosts[0].train(*options, "--checkpoint-dir", tmp_path / "whole", size=4, NNODES=1)
     finish(uninterrupted)
     assert_same_run(directory, tmp_path / "whole")
 
