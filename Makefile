@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot transcript test test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -66,8 +66,8 @@ plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg"
 	$(call need,$(PYTHON))
 	@$(PYTHON) scripts/plot.py $(ARGS)
 
-transcript: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
-	@scripts/record.sh
+picture: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
+	@text=$$(scripts/record.sh) && printf '%s\n' "$$text" | $(VENV_PYTHON) scripts/picture.py >scripts/session.svg
 
 test: .venv/installed ### run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)

@@ -2908,7 +2908,9 @@ def own_command() -> str:
         paths = paths[0].removeprefix(f"{script.parent}/"), script.name
     python, name = shlex.quote(paths[0]), shlex.quote(paths[1])
     if shutil.which("python") == sys.executable:
-        python = "python"
+        # What uv, or pipx by it, has made for this run is not on the PATH tomorrow.
+        uv = os.environ.get("UV", "")
+        python = f"{'uv' if shutil.which('uv') else shlex.quote(uv)} run" if uv else "python"
     if dist.is_torchelastic_launched():
         count, wrapper = os.environ["LOCAL_WORLD_SIZE"], here.parent / "scripts/train_torchrun.sh"
         variables = "" if script == here else f"SCRIPT={name} "

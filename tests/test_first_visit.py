@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import typing
+import xml.etree.ElementTree
 
 import pexpect
 import pytest
@@ -113,12 +114,54 @@ def test_every_public_name_is_documented_and_typed():
             assert not missing and "return" in hints, (name, function.__name__, missing)
 
 
-def test_the_transcript_of_readme_can_be_recorded_again():
-    result = subprocess.run([str(ROOT / "scripts" / "record.sh"), "25"], cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def test_the_script_itself_says_what_it_needs():
+    """For uv and pipx, which read that."""
+    tomllib = pytest.importorskip("tomllib")
+    block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "train_graceful.py").read_text(), re.M | re.S)[1]
+    needs = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
+    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
+    packages = {re.match("[a-z]+", line)[0]: line for line in required}
+    assert needs == {"requires-python": ">=3.10", "dependencies": ["torch>=2.13", "numpy"]}
+    assert set(packages) == {"torch", "numpy", "pytest", "pexpect"}
+    assert "version_info < (3, 10)" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("command", [("uv", "run"), ("pipx", "run")])
+def test_uv_and_pipx_train_with_nothing_but_the_file(command, tmp_path):
+    """Whatever pip is configured to install from is where uv looks too."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "tools"], check=True)
+    pip = tmp_path / "tools" / "bin" / "pip"
+    subprocess.run([pip, "install", "--quiet", "uv", "pipx"], check=True)
+    links = subprocess.run([pip, "config", "get", "global.find-links"], capture_output=True, text=True).stdout.strip()
+    environment = {**os.environ, "PIPX_HOME": str(tmp_path / "pipx"), "UV_CACHE_DIR": str(tmp_path / "uv"), "UV_FIND_LINKS": links}
+    (tmp_path / "alone").mkdir()
+    shutil.copy(ROOT / "train_graceful.py", tmp_path / "alone")
+    tool, verb = command
+    words = [tmp_path / "tools" / "bin" / tool, verb, "./train_graceful.py", *TINY, "--steps", "3", "--no-keyboard"]
+    result = subprocess.run([str(word) for word in words], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    recorded, shown = [[re.sub(r"(inf|[0-9▁▂▃▄▅▆▇█#-])+(\.[0-9]+)?", "N", line.strip()) for line in text.splitlines()] for text in (
-        result.stdout, (ROOT / "README.md").read_text().partition("$ make train\n")[2].partition("\n\n")[0])]
-    # Line for line what README shows, but for its figures, and the time left may be in days.
-    for ours, theirs in zip(recorded[2:], shown, strict=True):
+    assert t.load_checkpoint(tmp_path / "alone" / "checkpoints" / "final.pt")["step"] == 3
+    # What it prints works in a shell where nothing of that is on the PATH.
+    further = re.search("Train further with: (.*)", result.stdout)[1]
+    again = subprocess.run(["sh", "-c", further], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "Resumed at step 3 of 6" in again.stdout, further + again.stderr
+
+
+def test_the_picture_of_readme_can_be_recorded_again():
+    result = subprocess.run([str(ROOT / "scripts" / "record.sh"), "2"], cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    drawn = subprocess.run([sys.executable, str(ROOT / "scripts" / "picture.py")], input=result.stdout, capture_output=True, text=True).stdout
+    assert "(scripts/session.svg)" in (ROOT / "README.md").read_text()
+    recorded, shown = [[re.sub(r"(inf|[0-9▁▂▃▄▅▆▇█#-])+(\.[0-9]+)?", "N", line) for line in texts(svg)] for svg in (
+        drawn, (ROOT / "scripts" / "session.svg").read_text())]
+    # Line for line what README shows, but for its figures; without an evaluation, and with days left, they are fewer.
+    for ours, theirs in zip(recorded, shown, strict=True):
         ours = ours.replace("none yet", "N")
         assert ours == theirs or ours.endswith("train_graceful.py") or "left" in ours and "left" in theirs
+
+
+def texts(svg: str) -> list[str]:
+    """The lines of a picture of a terminal, as anybody's browser reads them."""
+    root = xml.etree.ElementTree.fromstring(svg)
+    return ["".join(element.itertext()).strip() for element in root if element.tag.endswith("text")]
