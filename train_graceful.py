@@ -1543,7 +1543,9 @@ class RunDirectory:
             pid, host = (words + ["unknown", "unknown"])[:2]
             os.close(lock_file)
             text = f"in use by another run (pid {pid} on {host}): kill {pid} lets that one save and"
-            raise OSError(errno.EBUSY, text + " leave, a directory of its own lets both train") from None
+            raise OSError(
+                errno.EBUSY, text + " leave, a directory of its own lets both train"
+            ) from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""
@@ -2917,7 +2919,7 @@ def own_command() -> str:
         python += f" -m torch.distributed.run --nproc-per-node={count}"
         if (nodes := os.environ["GROUP_WORLD_SIZE"]) != "1":
             store = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-            meeting = shlex.quote(os.environ.get("RENDEZVOUS", store))
+            meeting = shlex.quote(os.environ.get("RENDEZVOUS") or store)
             variables = f"NNODES={nodes} RENDEZVOUS={meeting} {variables}"
             python += f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint={meeting}"
         if wrapper.exists():
@@ -3965,7 +3967,9 @@ class GeometricTrainingController(TrainingController):
     loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, each
     averaged over the Experts of the model. `rotation`: Adam on their angles. `expert`: Muon (Jordan
     et al., 2024) on the 2-D matrices inside them or an nn.ModuleList. `embedding`: AdamW on the
-    rest, the routers among it. Raises UserError for a model without tg.Experts that have rotations.
+    rest, the routers among it. Muon is what lowers the loss: W (R x) = (W R) x, so a rotation adds
+    nothing to experts with matrices of their own. Raises UserError for a model without tg.Experts
+    that have rotations.
     """
 
     # Muon's learning rate relative to --lr, which is AdamW's.

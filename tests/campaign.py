@@ -29,7 +29,7 @@ import pexpect
 import ptyprocess
 import pytest
 import torch
-from conftest import SCRIPT, as_in_a_shell
+from conftest import IGNORED, SCRIPT, as_in_a_shell
 from pexpect.fdpexpect import fdspawn
 
 TABLE: list[tuple[str, int, int]] = []  # campaign, cases, failures: conftest prints it at the end
@@ -122,10 +122,11 @@ def corpus_of(path: Path, windows: int, context: int) -> Path:
     return path
 
 
-def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset(), prepare: Callable = lambda: None) -> NoReturn:
+def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset(), prepare: Callable = lambda: None,
+           reset=IGNORED) -> NoReturn:
     """In a fork: leaves nothing of the test process that the script could notice, and is the script to its end."""
     try:
-        as_in_a_shell()
+        as_in_a_shell(reset)
         gc.freeze()  # no finalizer of a test's object may run here
         atexit._clear()
         for fd in map(int, os.listdir("/proc/self/fd")):

@@ -135,15 +135,24 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def spawn():
     """spawn(*args) runs the real script in a pseudo-terminal, command=[...] any program; it is killed and reaped after the test.
 
-    With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it, or the `program` given.
+    With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it, or the `program` given,
+    or a script of somebody's own, or its source, in the folder cwd.
     """
     from campaign import Fork, warm
 
     children = []
 
-    def start(*args, command=None, **kwargs):
-        argv = command or [sys.executable, str(SCRIPT), *map(str, args)]
-        if not command and not kwargs:
+    def start(*args, command=None, script=None, source=None, cwd=None, **kwargs):
+        def prepare() -> None:
+            os.chdir(cwd or os.getcwd())
+            sys.path.insert(0, str(Path(script).parent) if script else os.getcwd())
+
+        argv = command or [sys.executable, str(script or ("-c" if source else SCRIPT)), *map(str, args)]
+        if script or source:
+            kwargs |= {"program": warm(str(script)) if script else compile(source, "-c", "exec"), "prepare": prepare}
+        elif command or kwargs or cwd:
+            kwargs["cwd"] = cwd
+        else:
             kwargs["program"] = warm()
         kind = Fork if "program" in kwargs else pexpect.spawn
         child = kind(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)

@@ -7,6 +7,8 @@ import os
 import sys
 from multiprocessing.connection import Connection, wait
 
+LONG = ("test_hosts", "test_slurm")
+
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--jobs", type=int, default=os.cpu_count(), help="so many processes run the tests (default: one for each core)")
@@ -19,8 +21,8 @@ def pytest_runtestloop(session) -> bool | None:
     if min(config.option.jobs, len(files)) < 2 or config.option.collectonly or config.option.usepdb or session.testsfailed:
         return None
     config._tmp_path_factory.getbasetemp()  # one for all, made once
-    # Whoever is free reads the number of the next file; those with the most tests come first.
-    order = sorted(files.values(), key=len, reverse=True)
+    # Whoever is free reads the number of the next file; first come the few long tests, then the files with the most.
+    order = sorted(files.values(), key=lambda tests: (tests[0].path.stem in LONG, len(tests)), reverse=True)
     next_file, queue = os.pipe()
     os.write(queue, bytes(range(len(order))))
     os.close(queue)

@@ -127,8 +127,10 @@ class ForkedWorker(subprocess.Popen):
         self._child_created = True
         if self.pid == 0:
             os.setsid()
+            # As for a program: what is ignored stays so, and nothing else of torchrun's.
+            handled = [signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))]
             sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-            become([script, *words], warm(os.path.abspath(script)), prepare=lambda: set_environment(env))
+            become([script, *words], warm(os.path.abspath(script)), prepare=lambda: set_environment(env), reset=handled)
 
 
 def set_environment(environment: dict[str, str]) -> None:

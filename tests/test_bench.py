@@ -21,7 +21,7 @@ def quick(script, *arguments) -> str:
 
 
 def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_json(tmp_path, whole):
-    sections = list(bench.SECTIONS) if whole else ["hearing", "every_step", "step_time"]
+    sections = list(bench.SECTIONS) if whole else ["hearing"]
     json_file = tmp_path / "bench.jsonl"
     output = quick("bench.py", "--dir", tmp_path, "--json", json_file, "--only", *sections)
     [line] = json_file.read_text().splitlines()
@@ -36,6 +36,7 @@ def test_a_short_benchmark_prints_a_row_for_every_figure_and_appends_them_as_jso
     assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
 
 
+@pytest.mark.campaign
 def test_a_short_scaling_benchmark_prints_what_it_measured_and_what_follows_from_it(tmp_path):
     lines = quick("bench_scaling.py", "--dir", tmp_path).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
@@ -63,9 +64,8 @@ def test_rounds_alternate_and_their_order_rotates():
     assert order == list("abcbcacab")
 
 
-def test_a_short_ablation_prints_a_row_for_every_variant(tmp_path, whole):
-    if not whole:
-        pytest.skip("part of the campaign: a run for each of its rows")
+@pytest.mark.campaign
+def test_a_short_ablation_prints_a_row_for_every_variant(tmp_path):
     lines = quick("bench_geometric.py", "--dir", tmp_path).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in rows[2:]] == list(bench.bench_geometric.VARIANTS)

@@ -155,7 +155,7 @@ def test_the_picture_of_readme_can_be_recorded_again():
     assert "(scripts/session.svg)" in (ROOT / "README.md").read_text()
     recorded, shown = [[re.sub(r"(inf|[0-9▁▂▃▄▅▆▇█#-])+(\.[0-9]+)?", "N", line) for line in texts(svg)] for svg in (
         drawn, (ROOT / "scripts" / "session.svg").read_text())]
-    # Line for line what README shows, but for its figures; without an evaluation, and with days left, they are fewer.
+    # Line for line what README shows, but for its figures, and the time left may be in days.
     for ours, theirs in zip(recorded, shown, strict=True):
         ours = ours.replace("none yet", "N")
         assert ours == theirs or ours.endswith("train_graceful.py") or "left" in ours and "left" in theirs

@@ -18,8 +18,7 @@ def example(spawn, tmp_path):
     """example(name, ...) runs scripts/examples/name in a terminal, in an empty folder; again in the same one."""
 
     def start(name: str, *arguments: object):
-        command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-        return spawn(command=command, cwd=tmp_path)
+        return spawn(*arguments, script=EXAMPLES / name, cwd=tmp_path)
 
     return start
 
@@ -50,18 +49,18 @@ def test_the_plain_loop_saves_on_s_and_q_and_goes_on(example, tmp_path):
 
 
 def test_the_own_model_left_on_q_and_resumed_is_the_run_that_was_never_stopped(example, tmp_path):
-    options = ["--epochs", 2, "--log-every", 1, "--eval-every", 20]
+    options = ["--epochs", 1, "--log-every", 1, "--eval-every", 10]
     straight = example("own_model.py", *options, "--workers", 0, "--checkpoint-dir", "straight")
     finish(straight)
     assert straight.exitstatus == 0
     child = example("own_model.py", *options)
-    child.expect(r"step \d+/62")
+    child.expect(r"step \d+/31")
     child.sendline("q")
     child.expect("Graceful exit completed!")
     finish(child)
     child = example("own_model.py", "--resume", "latest")
-    child.expect(r"Resumed at step (\d+) of 62")
-    assert 1 <= int(child.match[1]) < 62
+    child.expect(r"Resumed at step (\d+) of 31")
+    assert 1 <= int(child.match[1]) < 31
     child.expect("Best Accuracy: 0[.]")
     finish(child)
     assert child.exitstatus == 0

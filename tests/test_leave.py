@@ -145,7 +145,7 @@ t.main(t.train, **t.OPTIONS)
 def test_second_ctrl_c_abandons_a_save_that_does_not_end(spawn, options, tmp_path):
     first = run(*options, "--steps", "2")
     assert first.returncode == 0
-    child = spawn(command=[sys.executable, "-c", STUCK_IN_THE_SAVE, *options, *ENDLESS, "--workers", "2"], cwd=ROOT)
+    child = spawn(*options, *ENDLESS, "--workers", "2", source=STUCK_IN_THE_SAVE)
     child.expect("step [0-9]+/")
     before = termios.tcgetattr(child.child_fd)
     child.sendintr()
@@ -217,7 +217,7 @@ tg.main(train, steps=3)
 def test_outside_of_the_loop_a_request_ends_the_process_at_once(spawn, tmp_path, where, means, code):
     """Nothing can be lost there: all is saved, or nothing was trained."""
     source = OUTSIDE.replace("WHERE", repr(where))
-    child = spawn(command=[sys.executable, "-c", source, "--checkpoint-dir", str(tmp_path)], cwd=ROOT)
+    child = spawn("--checkpoint-dir", str(tmp_path), source=source)
     child.expect("@" + where)
     before = termios.tcgetattr(child.child_fd)
     child.sendline("q") if means == "q" else child.kill(signal.Signals[means])
@@ -271,7 +271,7 @@ with t.ExitMonitor() as monitor:
 
 @pytest.mark.parametrize("how", ["key", "signal"])
 def test_a_request_is_heard_inside_a_long_torch_operation(spawn, how):
-    child = spawn(command=[sys.executable, "-c", HEARD_IN_A_LONG_OPERATION], cwd=ROOT)
+    child = spawn(source=HEARD_IN_A_LONG_OPERATION)
     child.expect("@busy")
     child.sendline("q") if how == "key" else child.kill(signal.SIGTERM)
     child.expect("Exit requested!")
@@ -297,7 +297,7 @@ with t.ExitMonitor() as monitor:
 
 
 def test_an_idle_monitor_never_wakes_up(spawn):
-    child = spawn(command=[sys.executable, "-c", IDLE], cwd=ROOT)
+    child = spawn(source=IDLE)
     child.expect("wake-ups ([0-9]+)")
     assert child.match[1] == "0"
 

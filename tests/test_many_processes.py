@@ -466,9 +466,8 @@ def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(sp
 
 def test_a_hangup_that_nohup_has_ignored_is_ignored_by_torchrun_too(spawn, forty_windows, tmp_path):
     """torchrun itself hears it all the same, and passes it on."""
-    words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
-    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *map(str, words)]
-    child = spawn(command=command, env={**os.environ, "PYTHON": sys.executable})
+    options = [*OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    child = by_script(spawn, 2, *options, enter=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     child.expect(r"step \d+/")
     for pid in (child.pid, *worker_pids(child.pid)):
         os.kill(pid, signal.SIGHUP)

@@ -55,7 +55,7 @@ def test_the_weights_example_runs_without_this_program(options, tmp_path):
 def test_the_monitor_example_saves_on_s_and_leaves_on_q(spawn, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + MONITOR.replace(
         "    while not", "    print('@training')\n    while not")
-    child = spawn(command=[sys.executable, "-c", code], cwd=tmp_path)
+    child = spawn(source=code, cwd=tmp_path)
     child.expect("@training")
     child.sendline("s")
     child.expect("saved")

@@ -81,8 +81,8 @@ def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float
         name: weight.shape for name, weight in b["model_state_dict"].items()}
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 4),
-                                        pytest.param("controller", 2, marks=pytest.mark.campaign), pytest.param("geometric", 2, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 2),
+                                        pytest.param("controller", 2, marks=pytest.mark.campaign), pytest.param("geometric", 4, marks=pytest.mark.campaign)])
 def test_stopped_by_any_rank_and_resumed_is_the_same_run(sharded, forty_windows, tmp_path, mode, size):
     options = new(forty_windows, mode, "--dropout", 0.1)
     finished(sharded(size, tmp_path / "whole", *options))
@@ -167,8 +167,8 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
         assert codes == [0] * size
         return max(rank.peak for rank in ranks) * 1024
 
-    wide = ["--dim", 256, "--heads", 4, "--layers", 6, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
-    weights = 4 * 6 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
+    wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
+    weights = 4 * 4 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
     small = peaks(1, "small", *new(forty_windows, "geometric", *wide[6:]))
     for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt"]):
         one, four = (peaks(size, str(size), *options) - small for size in (1, 4))
@@ -256,11 +256,12 @@ def test_after_a_signal_a_full_disk_sends_all_parts_to_the_fallback(group, forty
 @pytest.mark.parametrize("mode, moment", [
     ("standard", Moment("forward", 14, where=lambda frame: type(frame.f_locals["self"]).__name__ == "Experts")),
     ("geometric", Moment("backward", 7, file="_tensor.py")),
-    pytest.param("geometric", Moment("__getitem__", 14, where=lambda frame: "corpus" in vars(frame.f_locals["self"])),
-                 marks=pytest.mark.campaign),
+    ("geometric", Moment("__getitem__", 14, where=lambda frame: "corpus" in vars(frame.f_locals["self"]))),
 ])
-def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, forty_windows, tmp_path, rank, mode, moment):
+def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, forty_windows, tmp_path, whole, rank, mode, moment):
     """Each writes its part, though no group of theirs works any more; resumed, it is the same run."""
+    if not whole and (moment.function, rank) not in [("forward", 1), ("backward", 0)]:
+        pytest.skip("the whole of it is a campaign")
     finished(sharded(2, tmp_path / "whole", *new(forty_windows, mode)))
     ranks = sharded(2, tmp_path / "ck", *new(forty_windows, mode), plans={rank: [(moment, fail)]})
     texts, codes = finished(ranks)
@@ -325,7 +326,7 @@ def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, forty_windows, 
     options = new(forty_windows, "standard", "--keep", 1)
     finished(sharded(2, tmp_path / "whole", *options))
     waits = [(Moment("_save", 3), None)]  # of step_6; step_3 and best are there
-    calls = {"openat": (2,), "pwrite64": (1, 9), "fsync": (2,), "rename": (1,)}
+    calls = {"pwrite64": (1, 9), "fsync": (2,), "rename": (1,)}
     if whole:  # each of them, up to the last, and of the parts, which are alike, some
         calls = {call: itertools.count(1) for call in ("openat", "fsync", "rename", "unlink")}
         calls |= {call: itertools.count(1, 25) for call in ("write", "pwrite64")}
@@ -370,7 +371,7 @@ def test_every_write_of_a_sharded_save_fails_on_one_rank(sharded, forty_windows,
         for rank in (0, 1):
             calls = {"openat": range(1, 7), "pwrite64": range(1, 60, 7), "fsync": range(1, 4), "rename": [1]}
             if not whole:
-                calls = {"pwrite64": [1, 2], "fsync": [1]}
+                calls = {"pwrite64": [2 - rank], "fsync": [1]}
             for call, number in ((call, nth) for call, numbers in calls.items() for nth in numbers):
                 directory, error = tmp_path / f"{rank}-{call}-{number}", next(errors)
 
