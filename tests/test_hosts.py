@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 from conftest import MODES, ROOT, assert_same_run, finish, saved_path, wait_until
 from ranks import OPTIONS, final
 

@@ -31,9 +31,9 @@ from ranks import (
     STEPS,
     alive,
     assert_close_run,
+    by_script,
     final,
     finished,
-    by_script,
     torchrun,
     worker_pids,
 )
