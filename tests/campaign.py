@@ -160,6 +160,46 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
     os._exit(code)
 
 
+def set_environment(environment: dict[str, str] | None) -> None:
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+class Forked(subprocess.Popen):
+    """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork that becomes it."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *others) -> None:
+        pipes, new_session = others[:6], others[10]
+        theirs = pipes[0], pipes[3], pipes[5]
+        words = [os.fspath(word) for word in args[1:] if word != "-u"]
+        source = words.pop(1) if words[0] == "-c" else None
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid:
+            return self._close_pipe_fds(*pipes)
+        for fd, stream in enumerate(theirs):
+            if stream != -1:
+                os.dup2(stream, fd)
+        if new_session:
+            os.setsid()
+        os.chdir(cwd or os.getcwd())
+        sys.path.insert(0, os.getcwd() if source else os.path.dirname(os.path.abspath(words[0])))
+        # As for a program: what is ignored stays so, and no handler of its parent's is called.
+        handled = [signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))]
+        program = compile(source, "-c", "exec") if source else warm(os.path.abspath(words[0]))
+        become(words, program, prepare=lambda: set_environment(env), reset={*handled, *(() if new_session else IGNORED)})
+
+
+def forked(command: list, capture_output: bool = False, input: str | None = None, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+    """subprocess.run with a fork that becomes the program."""
+    if capture_output:
+        kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Forked(command, **kwargs) as process:
+        output = process.communicate(input, timeout)
+    return subprocess.CompletedProcess(command, process.returncode, *output)
+
+
 def on_a_terminal(argv: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None,
                   rows: int = 24, columns: int = 120) -> tuple[int, int]:
     """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""

@@ -184,8 +184,10 @@ def finish(child) -> str:
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
     """The script without a terminal, to its end."""
+    from campaign import forked
+
     kwargs.setdefault("stdin", subprocess.DEVNULL)
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs)
+    return forked([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kwargs)
 
 
 def refused(*args) -> str:

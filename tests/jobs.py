@@ -1,4 +1,7 @@
-"""Forks of the test process, one for each core, run the tests, a file at a time; the process itself reports them."""
+"""Forks of the test process run the tests, a file at a time; the process itself reports them.
+
+One more than there are cores: tests of machines that are silent, and of Slurm, mostly wait.
+"""
 
 import contextlib
 import itertools
@@ -11,7 +14,8 @@ LONG = ("test_hosts", "test_slurm")
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--jobs", type=int, default=os.cpu_count(), help="so many processes run the tests (default: one for each core)")
+    default = os.cpu_count() + 1
+    parser.addoption("--jobs", type=int, default=default, help="so many processes run the tests (default: one more than cores)")
 
 
 def pytest_runtestloop(session) -> bool | None:

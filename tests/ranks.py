@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import become, warm
+from campaign import Forked, set_environment, warm
 from conftest import ROOT, metrics_without_times
 
 import train_graceful as t
@@ -118,26 +118,6 @@ def assert_close_run(left, right) -> None:
 # ---- torchrun itself
 
 
-class ForkedWorker(subprocess.Popen):
-    """What torchrun starts, as a fork of it that becomes the script."""
-
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others) -> None:
-        python, unbuffered, script, *words = args
-        self.pid = os.fork()
-        self._child_created = True
-        if self.pid == 0:
-            os.setsid()
-            # As for a program: what is ignored stays so, and nothing else of torchrun's.
-            handled = [signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))]
-            sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-            become([script, *words], warm(os.path.abspath(script)), prepare=lambda: set_environment(env), reset=handled)
-
-
-def set_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-
-
 def plain_torchrun() -> None:
     from torch.distributed import run
 
@@ -162,7 +142,7 @@ def torchrun(spawn, *words: object, size: int = 2, environment: dict | None = No
         enter()
         set_environment(environment)
         os.chdir(environment["PWD"])
-        subprocess_handler.Popen = ForkedWorker
+        subprocess_handler.Popen = Forked
         for reference in logging._handlerList:
             # Those that PyTorch has made write to what was the tests' own output.
             if type(handler := reference()) is logging.StreamHandler:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from campaign import Moment
+from campaign import Moment, forked
 from conftest import (
     ENDLESS,
     ROOT,
@@ -285,7 +285,7 @@ try:
 except OSError as error:
     print("refused", error.errno)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = forked([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "refused 27\n" and result.stderr == ""
     assert torch.equal(t.load_checkpoint(tmp_path / "a.pt")["old"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.pt"]
@@ -334,7 +334,7 @@ t.main(t.train, **t.OPTIONS)
 
 
 def test_a_failed_periodic_save_is_reported_and_never_ends_the_run(options, tmp_path):
-    result = subprocess.run([sys.executable, "-c", FULL_BEFORE_TRAINING, *options, "--steps", "20", "--save-every", "8",
+    result = forked([sys.executable, "-c", FULL_BEFORE_TRAINING, *options, "--steps", "20", "--save-every", "8",
                              "--eval-every", "12"], cwd=ROOT,
                             stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert "⚠️ step_8.pt not saved: File too large. Training goes on." in result.stdout

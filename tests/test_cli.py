@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from campaign import forked
 from conftest import MODES, ROOT, TINY, refused, run, session
 from torch import nn
 from torch.nn import functional as F
@@ -224,7 +225,7 @@ def test_own_options_are_in_help_with_their_defaults_and_choices(tmp_path):
     script.write_text(
         "import train_graceful as tg\ndef train(run):\n    'Trains something of mine.'\n"
         "tg.main(train, width=3, speed=0.5, deep=True, flavour=tg.option('mild', 'how it tastes: 100 %', choices=('mild', 'hot')), batch_size=7)")
-    result = subprocess.run([sys.executable, script, "--help"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = forked([sys.executable, script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     about, own = result.stdout.split("\nthis program:\n")
     own, common = own.split("\ntraining:\n")
@@ -330,5 +331,5 @@ def test_main_ends_the_process_with_the_exit_code_and_returns_it_in_a_notebook(t
     assert t.main(lambda run: None, argv=["--help"]) == 0 and "--batch-size" in capfd.readouterr().out
     code = "import train_graceful as tg; tg.main(lambda run: None); print('not reached')"
     for arguments, expected in (((), 0), (("--steps", "x"), 2), (("--help",), 0)):
-        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        result = forked([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert result.returncode == expected and "not reached" not in result.stdout and "Traceback" not in result.stderr

@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from campaign import Forked
 from conftest import ROOT, assert_same
 
 import train_graceful as t
@@ -290,7 +291,7 @@ def test_two_that_write_one_path_at_the_same_time_leave_the_file_of_one_of_them(
     for thread in threads:
         thread.join()
     assert_one_of_two(path)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in (1, 2)]
+    writers = [Forked([sys.executable, "-c", WRITER, path, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in (1, 2)]
     assert [writer.communicate()[1] for writer in writers] == ["", ""]
     assert [writer.returncode for writer in writers] == [0, 0]
     assert_one_of_two(path)

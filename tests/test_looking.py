@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from campaign import Forked, forked
 from conftest import MODES, ROOT, TINY, run, session
 
 import train_graceful as t
@@ -218,12 +219,12 @@ def test_a_strangers_text_does_nothing_to_the_terminal(ask, trained, tmp_path):
 
 def test_a_full_disk_behind_the_output_is_one_line(trained):
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, TOOL, "list", trained], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = forked([sys.executable, TOOL, "list", trained], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (2, "error: standard output: No space left on device\n")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(trained):
-    process = subprocess.Popen([sys.executable, TOOL, "sample", trained / "final.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = Forked([sys.executable, TOOL, "sample", trained / "final.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
     process.stderr.close()

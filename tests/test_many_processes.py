@@ -275,7 +275,7 @@ def test_torchruns_only_process_leaves_a_loader_that_hangs(group, tmp_path):
 # ---- the same run after it
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("controller", 2), ("geometric", 2), ("geometric", 4)])
+@pytest.mark.parametrize("mode, size", [("standard", 2), ("controller", 2), ("geometric", 2), pytest.param("geometric", 4, marks=pytest.mark.campaign)])
 def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, forty_windows, tmp_path, mode, size):
     options = [*OPTIONS, *MODES[mode], "--dropout", 0.1, "--data", forty_windows]
     finished(group(size, *options, "--checkpoint-dir", tmp_path / "whole"))

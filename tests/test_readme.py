@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+from campaign import forked
 from conftest import ROOT, finish, run
 
 import train_graceful as t
@@ -48,7 +49,7 @@ def test_the_example_of_ones_own_model_is_stopped_and_resumed(spawn, tmp_path):
 
 def test_the_weights_example_runs_without_this_program(options, tmp_path):
     assert run(*options, "--steps", "2", "--checkpoint-dir", tmp_path / "checkpoints").returncode == 0
-    result = subprocess.run([sys.executable, "-c", WEIGHTS], cwd=tmp_path, capture_output=True, text=True)
+    result = forked([sys.executable, "-c", WEIGHTS], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("2 "), result.stderr
 
 

@@ -64,7 +64,7 @@ def records_of(path) -> dict[str, int]:
         return {record.filename: record.file_size for record in archive.infolist() if record.filename != "archive/data.pkl"}
 
 
-@pytest.mark.parametrize("mode", ["standard", "geometric"])
+@pytest.mark.parametrize("mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"])
 def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float32_muon, forty_windows, tmp_path, mode):
     finished(group(1, *OPTIONS, *MODES[mode], "--data", forty_windows, "--checkpoint-dir", tmp_path / "1"))
     for size in (2, 4):
@@ -167,8 +167,8 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
         assert codes == [0] * size
         return max(rank.peak for rank in ranks) * 1024
 
-    wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
-    weights = 4 * 4 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
+    wide = ["--dim", 256, "--heads", 4, "--layers", 3, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
+    weights = 4 * 3 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
     small = peaks(1, "small", *new(forty_windows, "geometric", *wide[6:]))
     for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt"]):
         one, four = (peaks(size, str(size), *options) - small for size in (1, 4))
@@ -326,7 +326,7 @@ def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, forty_windows, 
     options = new(forty_windows, "standard", "--keep", 1)
     finished(sharded(2, tmp_path / "whole", *options))
     waits = [(Moment("_save", 3), None)]  # of step_6; step_3 and best are there
-    calls = {"pwrite64": (1, 9), "fsync": (2,), "rename": (1,)}
+    calls = {"pwrite64": (9,), "rename": (1,)}
     if whole:  # each of them, up to the last, and of the parts, which are alike, some
         calls = {call: itertools.count(1) for call in ("openat", "fsync", "rename", "unlink")}
         calls |= {call: itertools.count(1, 25) for call in ("write", "pwrite64")}
@@ -371,7 +371,7 @@ def test_every_write_of_a_sharded_save_fails_on_one_rank(sharded, forty_windows,
         for rank in (0, 1):
             calls = {"openat": range(1, 7), "pwrite64": range(1, 60, 7), "fsync": range(1, 4), "rename": [1]}
             if not whole:
-                calls = {"pwrite64": [2 - rank], "fsync": [1]}
+                calls = {"pwrite64": [1]} if rank else {"fsync": [1]}
             for call, number in ((call, nth) for call, numbers in calls.items() for nth in numbers):
                 directory, error = tmp_path / f"{rank}-{call}-{number}", next(errors)
 

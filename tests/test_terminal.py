@@ -11,6 +11,7 @@ import termios
 import threading
 
 import pytest
+from campaign import Forked
 from conftest import (
     ENDLESS,
     ROOT,
@@ -131,17 +132,18 @@ def test_ctrl_z_and_fg_in_the_middle_of_a_save(shell, options, tmp_path):
 def test_end_of_input_ends_keyboard_monitoring_only(options, tmp_path, stdin):
     junk = tmp_path / "junk"
     junk.write_text("xq\nquery\nq")  # its last line has no end
-    redirect = {"/dev/null": "< /dev/null", "closed": "<&-", "empty pipe": "", "file": f"< {junk}"}[stdin]
-    command = f'"$@" {redirect}' if redirect else ': | "$@"'
-    result = subprocess.run(["sh", "-c", command, "sh", sys.executable, str(SCRIPT), *options, "--steps", "30"],
-                            capture_output=True, text=True, timeout=60)
+    if stdin == "closed":
+        command = ["sh", "-c", '"$@" <&-', "sh", sys.executable, str(SCRIPT), *options, "--steps", "30"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    else:
+        with open(junk) as file:
+            result = run(*options, "--steps", "30", stdin={"/dev/null": subprocess.DEVNULL, "empty pipe": subprocess.PIPE, "file": file}[stdin])
     assert result.returncode == 0 and result.stderr == ""
     assert load_checkpoint(saved_path(result.stdout))["exit_reason"] == "completed"
 
 
 def test_q_through_a_pipe_leaves(options):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *options, *ENDLESS], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    process = Forked([sys.executable, str(SCRIPT), *options, *ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step"):
             break
