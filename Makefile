@@ -51,10 +51,10 @@ nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=train.log in 
 	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(TRAIN_ARGS)
 
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
-	@scripts/stop.sh "$(DIR)"
+	@scripts/stop.sh $(or $(ARGS),"$(DIR)")
 
 list: .venv/installed ## the checkpoints of a directory (DIR=checkpoints)
-	@$(VENV_PYTHON) scripts/checkpoints.py list "$(DIR)"
+	@$(VENV_PYTHON) scripts/checkpoints.py list $(or $(ARGS),"$(DIR)")
 
 show: .venv/installed ## what a checkpoint holds (CKPT=path, default latest)
 	@$(VENV_PYTHON) scripts/checkpoints.py show "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)"

@@ -246,7 +246,8 @@ def configuration(
     values = {name: one.default for name, one in options.items()}
     for name, value in stored.items():
         if name not in options:
-            raise CheckpointError(f"{path}: of another program, with {flag(str(name))}")
+            text = f"of another program, which has {flag(str(name))}; --checkpoint-dir can tell"
+            raise CheckpointError(f"{path}: {text} the two apart")
         if type(value) in (int, float, str):
             try:
                 options[name].value(str(value))
@@ -254,7 +255,9 @@ def configuration(
                 raise CheckpointError(f"{path}: {flag(name)}: {error}") from None
         if options[name].fixed and name in given and given[name] != value:
             here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}"
-            raise UserError(f"{here} does not fit the checkpoint, whose run has {there}")
+            raise UserError(
+                f"{here} does not fit the checkpoint, whose run has {there}; leave it out"
+            )
     return argparse.Namespace(**{**values, **stored, **given})
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: scripts/stop.sh [checkpoint-dir]
+# Usage: scripts/stop.sh [checkpoint-dir | --checkpoint-dir checkpoint-dir]
 #
 # Asks the run that holds the checkpoint directory (default: checkpoints in the repository's root, where relative
 # paths start) to save and leave, waits until its process is gone and prints its summary.
@@ -15,7 +15,12 @@ set -eu
 
 find_python
 
-exec "$PYTHON" -I - "${1:-checkpoints}" <<'END'
+case ${1:-} in
+    -*) find_directory "$@" ;;
+    *) directory=${1:-checkpoints} ;;
+esac
+
+exec "$PYTHON" -I - "$directory" <<'END'
 import contextlib, fcntl, glob, os, signal, sys
 
 def leave(message, code):
@@ -35,7 +40,7 @@ try:
     lock = open(os.path.join(sys.argv[1], "run.lock"), encoding="utf-8")
     with contextlib.suppress(BlockingIOError):
         fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        leave(f"No run holds {sys.argv[1]}.", 2)
+        leave(f"No run holds {sys.argv[1]}. Another directory: make stop DIR=..., scripts/stop.sh ...", 2)
     pid, host = (lock.readline().split() + ["0", "an unknown host"])[:2]
     pid = int(pid) if pid.isdigit() else 0
     if host != os.uname().nodename or not has_it_open(pid, lock.name):
@@ -49,7 +54,7 @@ try:
     print(f"Asked pid {pid} to save and leave; waiting for it.", flush=True)
     fcntl.lockf(lock, fcntl.LOCK_SH, 1)  # waits until its process is gone
 except FileNotFoundError:
-    leave(f"No run holds {sys.argv[1]}.", 2)
+    leave(f"No run holds {sys.argv[1]}. Another directory: make stop DIR=..., scripts/stop.sh ...", 2)
 except OSError as error:
     leave(f"Cannot stop the run that holds {sys.argv[1]}: {error.strerror}.", 2)
 lock.seek(0)

@@ -1,6 +1,5 @@
 """torchrun with this project's manners: signals, exit codes, and machines that come and go."""
 
-import logging
 import os
 import signal
 import sys
@@ -38,8 +37,6 @@ def meet_anew(handler):
     return meeting
 
 
-# Machines that leave together close the meeting in any order.
-logging.getLogger(DynamicRendezvousHandler.__module__).setLevel(logging.ERROR)
 backend._create_tcp_store = connect
 DynamicRendezvousHandler.next_rendezvous = meet_anew
 signals = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2,SIGXCPU"

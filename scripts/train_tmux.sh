@@ -25,6 +25,8 @@ need tmux
 
 if [ -n "$(tmux show-options -qv -t "=$session:" @training 2>/dev/null)" ]; then
     echo "A run trains in the tmux session '$session' already; nothing new is started."
+    # Attached, nobody would read that.
+    [ $# -eq 0 ] || { echo "Attach to it: make attach. One more beside it: make tmux SESSION=name" >&2; exit 2; }
 else
     find_python
     set -- env ${PYTHONPATH+PYTHONPATH="$PYTHONPATH"} "$PYTHON" "$program" "$@"
@@ -51,6 +53,7 @@ fi
 echo "Attach: tmux attach -t '$session'    Detach: Ctrl-b d (training goes on)"
 [ -t 0 ] && [ -t 1 ] || exit 0
 if [ -n "${TMUX:-}" ]; then
-    exec tmux switch-client -t "=$session"
+    tmux switch-client -t "=$session" 2>/dev/null || : # nobody is attached where this was typed
+    exit
 fi
 exec tmux attach-session -t "=$session"

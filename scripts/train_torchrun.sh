@@ -54,6 +54,8 @@ find_python
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-262144}"
 # DDP would warn that all parameters take part in a batch, which is no trouble.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+# Nor would torchrun, machine by machine, that it leaves when it is asked to.
+export LOGLEVEL="${LOGLEVEL:-ERROR}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" "$root/scripts/torchrun.py" --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" \
     --shutdown-timeout="${PATIENCE:-600}" "$@"

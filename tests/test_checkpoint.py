@@ -169,7 +169,7 @@ def altered(finished, path, change):
     (lambda s: s["metrics"].pop("sums"), "metrics"),
     (lambda s: s["config"].update(dim="wide"), "dim"),
     (lambda s: s["config"].update(dim=32), "does not fit"),
-    (lambda s: s["config"].update(speed=1), "of another program, with --speed"),
+    (lambda s: s["config"].update(speed=1), "of another program, which has --speed"),
     (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
     (lambda s: s["optimizer_state_dicts"].pop("adamw"), "kept by this run, but not in the checkpoint"),
     (lambda s: s["state_dicts"].update(ema={}), "ema is in the checkpoint, but not kept by this run"),

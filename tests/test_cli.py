@@ -288,9 +288,9 @@ def test_a_default_that_has_been_edited_since_changes_no_run_that_has_begun(mine
 
 def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tmp_path):
     assert session("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1) == 0
-    assert "final.pt: of another program, with --" in mine(2, "--resume", tmp_path / "ck" / "final.pt")
+    assert "final.pt: of another program, which has --" in mine(2, "--resume", tmp_path / "ck" / "final.pt")
     mine(0)
-    assert "of another program, with --" in refused("--resume", tmp_path / "mine" / "final.pt")
+    assert "of another program, which has --" in refused("--resume", tmp_path / "mine" / "final.pt")
 
 
 BAD = ["", "x", "-1", "nan", "inf", "1e400", "9" * 5000, "1.5", "0", "\ud800", "a\nb"]

@@ -167,8 +167,8 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
         assert codes == [0] * size
         return max(rank.peak for rank in ranks) * 1024
 
-    wide = ["--dim", 256, "--heads", 4, "--layers", 3, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
-    weights = 4 * 3 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
+    wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
+    weights = 4 * 4 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
     small = peaks(1, "small", *new(forty_windows, "geometric", *wide[6:]))
     for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt"]):
         one, four = (peaks(size, str(size), *options) - small for size in (1, 4))

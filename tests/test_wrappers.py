@@ -249,7 +249,7 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, sp
     # The next one takes nothing away that is still read there.
     assert "Started in a new window" in tmux.train(*options, "--data", "my corpus.txt", *ENDLESS, root=spaced_root)
     wait_until(lambda: tmux.shows("Training started") and not tmux.shows("usable"))
-    assert "nothing new is started" in tmux.train(*options, root=spaced_root)
+    assert "nothing new is started" in tmux.train(root=spaced_root)
     tmux("send-keys", "-t", "=train:", "q", "Enter")
     wait_until(lambda: tmux.shows("exit code 0"))
     assert tmux("list-windows", "-t", "=train:").count("\n") == 2
@@ -258,7 +258,10 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, sp
 def test_a_second_start_attaches_to_the_session_and_ctrl_c_there_saves(tmux, spawn, options):
     tmux.train("train", *options, *ENDLESS)
     wait_until(lambda: tmux.shows("Training started"))
-    assert "already; nothing new is started" in tmux.train("train", *options, *ENDLESS)
+    assert "already; nothing new is started" in tmux.train("train")
+    # With options it is another run that is wanted: attached to this one, nobody would see that it was not started.
+    again = subprocess.run([str(ROOT / "scripts" / "train_tmux.sh"), "train", *options], env=tmux.environment, capture_output=True, text=True)
+    assert again.returncode == 2 and "SESSION=name" in again.stderr
     assert tmux("list-panes", "-a").count("\n") == 1
     child = spawn(command=["sh", str(ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
     child.expect("nothing new is started")
@@ -399,7 +402,8 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, opti
     elif way == "Ctrl-C":
         child.sendintr()
     else:
-        assert "Emergency checkpoint: " in subprocess.run([*make, "stop", f"DIR={tmp_path}/ck"], capture_output=True, text=True).stdout
+        where = f"ARGS=--checkpoint-dir '{tmp_path}/ck'"
+        assert "Emergency checkpoint: " in subprocess.run([*make, "stop", where], capture_output=True, text=True).stdout
     said = finish(child)
     assert "Resume with" in said and "make: ***" not in said
     # By the rules make itself ends with Ctrl-C, so that what follows it in a script is not begun.
