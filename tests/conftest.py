@@ -13,7 +13,7 @@ import pexpect
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as scripts/train_torchrun.sh sets it
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["LOGLEVEL"] = "ERROR"  # as scripts/train_torchrun.sh sets them
 
 # Whatever the tests are started by (nohup, a script's background, a closed standard input): their children begin as in a shell.
 IGNORED = [signum for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ} if signal.getsignal(signum) is signal.SIG_IGN]

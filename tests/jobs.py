@@ -10,7 +10,7 @@ import os
 import sys
 from multiprocessing.connection import Connection, wait
 
-LONG = ("test_hosts", "test_slurm")
+LONG = ["test_hosts", "test_slurm", "test_sharded", "test_many_processes", "test_resume"]
 
 
 def pytest_addoption(parser) -> None:
@@ -25,8 +25,9 @@ def pytest_runtestloop(session) -> bool | None:
     if min(config.option.jobs, len(files)) < 2 or config.option.collectonly or config.option.usepdb or session.testsfailed:
         return None
     config._tmp_path_factory.getbasetemp()  # one for all, made once
-    # Whoever is free reads the number of the next file; first come the few long tests, then the files with the most.
-    order = sorted(files.values(), key=lambda tests: (tests[0].path.stem in LONG, len(tests)), reverse=True)
+    # Whoever is free reads the number of the next file; first come those that take long, then those with the most tests.
+    short = [file.stem for file in sorted(files, key=lambda file: len(files[file]), reverse=True) if file.stem not in LONG]
+    order = sorted(files.values(), key=lambda tests: [*LONG, *short].index(tests[0].path.stem))
     next_file, queue = os.pipe()
     os.write(queue, bytes(range(len(order))))
     os.close(queue)

@@ -480,8 +480,8 @@ def test_a_hangup_that_nohup_has_ignored_is_ignored_by_torchrun_too(spawn, forty
 def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_windows, tmp_path):
     """No warning of PyTorch's, DDP's about parameters that are always used among them: all of it started for real."""
     environment = {**os.environ, "PYTHON": sys.executable}
-    # The script sets that itself.
-    del environment["TORCH_CPP_LOG_LEVEL"]
+    # The script sets them itself.
+    del environment["TORCH_CPP_LOG_LEVEL"], environment["LOGLEVEL"]
     words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
     child = spawn(command=[str(word) for word in words], env=environment)
     text = finish(child)

@@ -1,5 +1,6 @@
 """scripts/train_slurm.sh under a real Slurm, configured and started here: one node, this machine, or two hosts of their own."""
 
+import functools
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from conftest import ROOT, assert_same_run, finish, wait_until
 
 import train_graceful as t
 
+# A job's processes share the machine with everything else that is tested.
+wait_until = functools.partial(wait_until, timeout=180)
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 OPTIONS = ["--context", 16, "--layers", 2, "--heads", 2, "--dim", 16, "--experts", 2, "--batch-size", 4, "--dropout", 0.1, "--mode", "geometric",
            "--eval-every", 100, "--save-every", 200]
