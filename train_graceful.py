@@ -254,10 +254,8 @@ def configuration(
             except argparse.ArgumentTypeError as error:
                 raise CheckpointError(f"{path}: {flag(name)}: {error}") from None
         if options[name].fixed and name in given and given[name] != value:
-            here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}"
-            raise UserError(
-                f"{here} does not fit the checkpoint, whose run has {there}; leave it out"
-            )
+            here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}: leave it out"
+            raise UserError(f"{here} does not fit the checkpoint, whose run has {there}")
     return argparse.Namespace(**{**values, **stored, **given})
 
 
@@ -1545,10 +1543,8 @@ class RunDirectory:
             words = os.pread(lock_file, 256, 0).decode(errors="replace").split()
             pid, host = (words + ["unknown", "unknown"])[:2]
             os.close(lock_file)
-            text = f"in use by another run (pid {pid} on {host}): kill {pid} lets that one save and"
-            raise OSError(
-                errno.EBUSY, text + " leave, a directory of its own lets both train"
-            ) from None
+            text = f"in use by another run (pid {pid} on {host}): stop it, or give this one another"
+            raise OSError(errno.EBUSY, text) from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""
