@@ -156,14 +156,15 @@ def steps_in_turn(batch_size: int, rounds: int) -> list[list[float]]:
 
 # ---- Which of its parts help? -----------------------------------------------------------------
 
+WITHOUT_ROTATIONS: dict = {
+    "options": FROZEN,
+    "left_out": LOSSES,
+    "GeometricTrainingController": "Unrotated",
+}
 VARIANTS: dict[str, dict] = {
     "AdamW (standard mode)": {"options": []},
     "AdamW, decayed to zero": {"options": [], "cosine": "to_zero"},
-    "Muon without rotations": {
-        "options": FROZEN,
-        "left_out": LOSSES,
-        "GeometricTrainingController": "Unrotated",
-    },
+    "Muon without rotations": WITHOUT_ROTATIONS,
     "rotations frozen at their start": {"options": FROZEN},
     "rotations learned: geometric mode": {"options": GEOMETRIC},
     **{
@@ -173,12 +174,7 @@ VARIANTS: dict[str, dict] = {
         }
         for name in LOSSES
     },
-    "one matrix for all experts, without rotations": {
-        "options": FROZEN,
-        "left_out": LOSSES,
-        "GeometricTrainingController": "Unrotated",
-        "Experts": "OneMatrix",
-    },
+    "one matrix for all experts, without rotations": {**WITHOUT_ROTATIONS, "Experts": "OneMatrix"},
     "one matrix, rotations frozen": {"options": FROZEN, "Experts": "OneMatrix"},
     "one matrix, rotations learned": {"options": GEOMETRIC, "Experts": "OneMatrix"},
 }

@@ -40,7 +40,7 @@ try:
     lock = open(os.path.join(sys.argv[1], "run.lock"), encoding="utf-8")
     with contextlib.suppress(BlockingIOError):
         fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        leave(f"No run holds {sys.argv[1]}. Another directory: make stop DIR=..., scripts/stop.sh ...", 2)
+        raise FileNotFoundError  # a lock that nobody holds is none
     pid, host = (lock.readline().split() + ["0", "an unknown host"])[:2]
     pid = int(pid) if pid.isdigit() else 0
     if host != os.uname().nodename or not has_it_open(pid, lock.name):

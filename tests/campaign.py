@@ -166,14 +166,27 @@ def set_environment(environment: dict[str, str] | None) -> None:
         os.environ.update(environment)
 
 
+def program_of(command: list, cwd: str | Path | None) -> tuple[list[str], types.CodeType, Callable]:
+    """Of [python, script, ...] or [python, "-c", source, ...]: its sys.argv, its code, and what a fork does before it runs."""
+    argv = [os.fspath(word) for word in command[1:] if word != "-u"]
+    source = argv.pop(1) if argv[0] == "-c" else None
+    # Where the fork will be.
+    script = os.path.join(cwd or os.getcwd(), argv[0])
+
+    def prepare() -> None:
+        os.chdir(cwd or os.getcwd())
+        sys.path.insert(0, os.path.dirname(script))
+
+    return argv, compile(source, "-c", "exec") if source else warm(script), prepare
+
+
 class Forked(subprocess.Popen):
     """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork that becomes it."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *others) -> None:
         pipes, new_session = others[:6], others[10]
         theirs = pipes[0], pipes[3], pipes[5]
-        words = [os.fspath(word) for word in args[1:] if word != "-u"]
-        source = words.pop(1) if words[0] == "-c" else None
+        argv, program, prepare = program_of(args, cwd)
         self.pid = os.fork()
         self._child_created = True
         if self.pid:
@@ -183,12 +196,10 @@ class Forked(subprocess.Popen):
                 os.dup2(stream, fd)
         if new_session:
             os.setsid()
-        os.chdir(cwd or os.getcwd())
-        sys.path.insert(0, os.getcwd() if source else os.path.dirname(os.path.abspath(words[0])))
         # As for a program: what is ignored stays so, and no handler of its parent's is called.
         handled = [signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))]
-        program = compile(source, "-c", "exec") if source else warm(os.path.abspath(words[0]))
-        become(words, program, prepare=lambda: set_environment(env), reset={*handled, *(() if new_session else IGNORED)})
+        set_environment(env)
+        become(argv, program, prepare=prepare, reset={*handled, *(() if new_session else IGNORED)})
 
 
 def forked(command: list, capture_output: bool = False, input: str | None = None, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:

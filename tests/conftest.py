@@ -138,22 +138,17 @@ def spawn():
     With further arguments of pexpect.spawn, an environment say, it is started, else a fork becomes it, or the `program` given,
     or a script of somebody's own, or its source, in the folder cwd.
     """
-    from campaign import Fork, warm
+    from campaign import Fork, program_of
 
     children = []
 
-    def start(*args, command=None, script=None, source=None, cwd=None, **kwargs):
-        def prepare() -> None:
-            os.chdir(cwd or os.getcwd())
-            sys.path.insert(0, str(Path(script).parent) if script else os.getcwd())
-
-        argv = command or [sys.executable, str(script or ("-c" if source else SCRIPT)), *map(str, args)]
-        if script or source:
-            kwargs |= {"program": warm(str(script)) if script else compile(source, "-c", "exec"), "prepare": prepare}
-        elif command or kwargs or cwd:
+    def start(*args, command=None, script=SCRIPT, source=None, cwd=None, **kwargs):
+        argv = command or [sys.executable, *(["-c", source] if source else [str(script)]), *map(str, args)]
+        if not command and not kwargs:
+            words, kwargs["program"], kwargs["prepare"] = program_of(argv, cwd)
+            argv = [sys.executable, *words]
+        elif "program" not in kwargs:
             kwargs["cwd"] = cwd
-        else:
-            kwargs["program"] = warm()
         kind = Fork if "program" in kwargs else pexpect.spawn
         child = kind(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
         children.append(child)

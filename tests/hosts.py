@@ -64,7 +64,7 @@ class Host:
         """A command in a pseudo-terminal of this host."""
         variables = (f"{name}={value}" for name, value in environment.items())
         command = [*self.enter, "env", *variables, *map(str, words)]
-        self._spawned.append(self._spawn(command=list(map(str, command))))
+        self._spawned.append(self._spawn(command=command))
         return self._spawned[-1]
 
     def train(self, *options: object, size: int = 2, **environment: object) -> pexpect.spawn:

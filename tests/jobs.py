@@ -19,6 +19,8 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_runtestloop(session) -> bool | None:
+    from campaign import warm
+
     config, files = session.config, {}
     for item in session.items:
         files.setdefault(item.path, []).append(item)
@@ -26,12 +28,13 @@ def pytest_runtestloop(session) -> bool | None:
         return None
     config._tmp_path_factory.getbasetemp()  # one for all, made once
     # Whoever is free reads the number of the next file; first come those that take long, then those with the most tests.
-    short = [file.stem for file in sorted(files, key=lambda file: len(files[file]), reverse=True) if file.stem not in LONG]
-    order = sorted(files.values(), key=lambda tests: [*LONG, *short].index(tests[0].path.stem))
+    order = [files[file] for file in sorted(files, key=lambda file: (place_of(file.stem), -len(files[file])))]
     next_file, queue = os.pipe()
     os.write(queue, bytes(range(len(order))))
     os.close(queue)
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(config.option.jobs)]
+    # What each of them would import and compile for its forks.
+    warm()
     # Not daemons, which may have no children.
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=work, args=(session, order, next_file, pipes, send)) for _, send in pipes]
@@ -48,6 +51,10 @@ def pytest_runtestloop(session) -> bool | None:
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     return True
+
+
+def place_of(name: str) -> int:
+    return LONG.index(name) if name in LONG else len(LONG)
 
 
 def report_all(session, left: list[Connection]) -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from campaign import Forked, set_environment, warm
 from conftest import ROOT, metrics_without_times
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import train_graceful as t
 
@@ -119,8 +121,6 @@ def assert_close_run(left, right) -> None:
 
 
 def plain_torchrun() -> None:
-    from torch.distributed import run
-
     try:
         run.main()
     except Exception:
@@ -133,9 +133,6 @@ def torchrun(spawn, *words: object, size: int = 2, environment: dict | None = No
 
     Where enter() leads, in the namespaces of a host say, is where they live.
     """
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
     environment = environment or {**os.environ, "PWD": os.getcwd()}
 
     def prepare() -> None:
