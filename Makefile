@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-cluster test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
 
 ARGS =
 MODE =
@@ -71,6 +71,9 @@ picture: .venv/installed ### record the session that README shows: half a minute
 
 test: .venv/installed ### run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-cluster: .venv/installed ### several machines and Slurm, made of Linux namespaces: as root, with iproute2, slurm-wlm and munge
+	$(VENV_PYTHON) -m pytest -m "cluster and not campaign" $(ARGS)
 
 test-integrations: .venv-peers/installed ### README's examples for transformers, lightning and accelerate, in an environment of their own
 	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)

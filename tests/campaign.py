@@ -78,11 +78,12 @@ class Moment:
     def has_come(self, frame: types.FrameType, event: str) -> bool:
         code = frame.f_code
         if self.function:
-            match = event == self.event and code.co_name == self.function and code.co_filename.endswith(self.file) and self.where(frame)
-        else:
-            match = event == "call" and threading.current_thread() is threading.main_thread()
-        self.left -= match
-        return match and self.left == 0
+            if event != self.event or code.co_name != self.function or not code.co_filename.endswith(self.file) or not self.where(frame):
+                return False
+        elif event != "call" or threading.current_thread() is not threading.main_thread():
+            return False
+        self.left -= 1
+        return self.left == 0
 
 
 AT_EXIT = Moment("")  # when all else that a process does at its end is done
@@ -91,7 +92,9 @@ AT_EXIT = Moment("")  # when all else that a process does at its end is done
 def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
     """Does what is planned for each moment, one after the other; an exception that it raises is raised there."""
     def profile(frame, event, arg) -> None:
-        if plan and plan[0][0].has_come(frame, event):
+        if not plan:
+            sys.setprofile(None)
+        elif plan[0][0].has_come(frame, event):
             plan.pop(0)[1](frame)
 
     threading.setprofile(profile)
@@ -212,12 +215,12 @@ def forked(command: list, capture_output: bool = False, input: str | None = None
 
 
 def on_a_terminal(argv: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None,
-                  rows: int = 24, columns: int = 120) -> tuple[int, int]:
+                  rows: int = 0, columns: int = 0, kept=frozenset()) -> tuple[int, int]:
     """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        become(argv, program, prepare=prepare)
+        become(argv, program, kept, prepare)
     return pid, terminal
 
 
@@ -247,21 +250,20 @@ class Child:
         wait, self._go = os.pipe()
         self.exitcode: int | None = None
         self.peak = 0
-        self.pid, terminal = pty.fork()
-        if self.pid == 0:
-            def pause(frame) -> None:
-                os.write(notify, b"%d\n" % threading.get_native_id())
-                os.read(wait, 1)
 
-            def prepare() -> None:
-                os.environ.update(environment)
-                moments = [(moment, act or pause) for moment, act in plan if moment is not AT_EXIT]
-                if len(moments) < len(plan):
-                    atexit.register(pause, None)
-                if moments:
-                    watch(moments)
+        def pause(frame) -> None:
+            os.write(notify, b"%d\n" % threading.get_native_id())
+            os.read(wait, 1)
 
-            become([str(SCRIPT), *map(str, args)], program or code, {notify, wait}, prepare)
+        def prepare() -> None:
+            os.environ.update(environment)
+            moments = [(moment, act or pause) for moment, act in plan if moment is not AT_EXIT]
+            if len(moments) < len(plan):
+                atexit.register(pause, None)
+            if moments:
+                watch(moments)
+
+        self.pid, terminal = on_a_terminal([str(SCRIPT), *map(str, args)], program or code, prepare, kept={notify, wait})
         os.close(notify)
         os.close(wait)
         self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)

@@ -164,11 +164,11 @@ def show() -> str:
     return str(path)
 
 
-def by_script(spawn, *words: object, enter=lambda: None, **environment: object):
+def by_script(spawn, *words: object, enter=lambda: None, cwd: Path | None = None, **environment: object):
     """scripts/train_torchrun.sh, and then what it starts as forks."""
     command = [ROOT / "scripts" / "train_torchrun.sh", *map(str, words)]
     given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    told = subprocess.run(command, env={**given, "PYTHON": show()}, stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(command, env={**given, "PYTHON": show()}, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
     number, *rest = told.split("\0")[:-1]
     arguments, variables = rest[: int(number)], rest[int(number) :]
     started = dict(variable.split("=", 1) for variable in variables)

@@ -302,7 +302,7 @@ if __name__ == "__main__":
         batches = iter(torch.utils.data.DataLoader(Data(), 4, num_workers=2))
     with ExitMonitor() as monitor:
         if HOW in ("spawn", "forkserver"):
-            batches = torch.utils.data.DataLoader(Data(), 4, num_workers=2, multiprocessing_context=HOW)
+            batches = iter(torch.utils.data.DataLoader(Data(), 4, num_workers=2, multiprocessing_context=HOW))
         for step, batch in enumerate(batches):
             if step == 10:
                 print("@training", flush=True)

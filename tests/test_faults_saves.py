@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from campaign import Campaign, Child, Moment, ask_to_leave, batch_complete
+from campaign import Campaign, Child, Moment, ask_to_leave, batch_complete, needs_strace, trace, whole_files
 from conftest import assert_same_run, metrics_without_times
 
 import train_graceful as t
@@ -22,8 +22,6 @@ MODES = ["standard", "geometric"]
 SAVES = {"periodic": ("step_6.pt", 1), "best": ("best.pt", 2), "final": ("final.pt", 1), "emergency": ("emergency_step_5.pt", 1)}
 PROMISED = {"periodic": 4, "best": 4, "final": 6, "emergency": 4}  # the step of the last save that was complete before
 
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing: apt install strace")
-
 
 def at(save: str) -> list:
     """The plan of a child that waits at the beginning of a save, and looks for /saved, for strace to show, at its end."""
@@ -31,14 +29,6 @@ def at(save: str) -> list:
     leave = [(batch_complete(5), ask_to_leave)] if save == "emergency" else []
     return leave + [(Moment("_save", nth, where=lambda frame: Path(frame.f_locals["name"]).name == name), None),
                     (Moment("_save", event="return"), lambda frame: os.path.exists("/saved"))]
-
-
-def trace(thread: int, log, *options: str) -> subprocess.Popen:
-    """strace on one thread; returns when it has taken hold."""
-    strace = subprocess.Popen(["strace", "-p", str(thread), "-o", str(log), "-e", "trace=%file,%desc", *options],
-                              stderr=subprocess.PIPE, text=True)
-    assert "attached" in strace.stderr.readline()
-    return strace
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +79,6 @@ def test_the_order_of_a_save_survives_a_power_loss(fork, small, tmp_path):
     order = [call for call, before in zip(calls, [None, *calls]) if call != before]
     # The rows of metrics.csv; the file without its tensors, those, and their checksums; its name; an old one.
     assert order == ["fsync", "write", "pwrite64", "fsync", "pwrite64", "fsync", "rename", "fsync", "unlink"]
-
-
-def whole_files(directory) -> dict[str, int]:
-    """The step of every checkpoint under its final name, each of which passes its check."""
-    return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
 
 
 def assert_resumes_to_the_same_end(fork, directory, reference, promised: int) -> None:

@@ -32,7 +32,7 @@ from test_faults_saves import SMALL
 import train_graceful as t
 
 STEPS = 12
-ACCUM = 6
+ACCUM = 3
 # 5 batches an epoch, 2 in an evaluation; every step is logged, so that no row may be lost or come twice
 SCHEDULE = ["--steps", STEPS, "--save-every", 2, "--eval-every", 4, "--log-every", 1, "--keep", 2, "--warmup-steps", 3]
 MEANS = {"q": (0, "user_requested_graceful_exit"), "SIGINT": (130, "signal_SIGINT"), "SIGTERM": (143, "signal_SIGTERM"),

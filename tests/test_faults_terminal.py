@@ -28,7 +28,7 @@ def longer_run(tmp_path_factory):
     corpus = corpus_of(folder / "corpus.txt", windows=100, context=16)
     made = {}
     for mode in MODES:
-        schedule = ["--steps", 120, "--save-every", 20, "--eval-every", 30, "--log-every", 1]
+        schedule = ["--steps", 60, "--save-every", 20, "--eval-every", 30, "--log-every", 1]
         made[mode] = ["--data", corpus, *SMALL, "--context", 16, *schedule, *MODES[mode]], folder / mode
         child = Child(*made[mode][0], "--checkpoint-dir", folder / mode)
         child.finish()
@@ -273,7 +273,7 @@ def test_two_at_once(fork, longer_run, tmp_path, whole):
         options, _ = longer_run["standard"]
         for number in range(30 if whole else 3):
             campaign.case(f"ten at once, {number}", all_at_once, fork, options, tmp_path / f"ten-{number}", 10)
-        for number in range(30 if whole else 3):
+        for number in range(30 if whole else 1):
             campaign.case(f"killed, {number}", lock_of_a_killed_run, fork, options, tmp_path / f"killed-{number}")
         for held in (True, False):
             campaign.case(f"stranger, held {held}", stranger_with_the_pid, fork, options, tmp_path / f"stranger-{held}", held)

@@ -15,6 +15,8 @@ from ranks import OPTIONS, final
 
 import train_graceful as t
 
+pytestmark = pytest.mark.cluster
+
 # Seconds after which a host that answers nothing is given up: in them no host here gets as little of the CPUs.
 SILENCE = 8
 
@@ -75,7 +77,7 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
     if model != "built-in":
         (tmp_path / "mine.py").write_text(MINE)
         environment, options = {"SCRIPT": tmp_path / "mine.py"}, ["--log-every", 1]
-        steps = 120
+        steps = 80
     shard, directory = ["--shard"] * (way == "--shard"), tmp_path / "ck"
     often = ["--save-every", 10**6, "--eval-every", 50]
     fresh = [*options, *shard, "--steps", steps, *often]

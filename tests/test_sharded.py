@@ -55,6 +55,25 @@ def new(text, mode: str = "geometric", *options: object) -> list:
     return [*OPTIONS, *MODES[mode], "--data", text, "--shard", *options]
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture
+def uninterrupted(sharded, forty_windows, references):
+    """uninterrupted(size, mode): options, and the directory of the run with them that nobody stopped, made once."""
+
+    def get(size: int, mode: str):
+        options, directory = new(forty_windows, mode, "--dropout", 0.1), references / f"{mode}-{size}"
+        if not directory.exists():
+            _, codes = finished(sharded(size, directory, *options))
+            assert codes == [0] * size
+        return options, directory
+
+    return get
+
+
 # ---- the same run, however many have a part of it
 
 
@@ -81,11 +100,10 @@ def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float
         name: weight.shape for name, weight in b["model_state_dict"].items()}
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 2),
-                                        pytest.param("controller", 2, marks=pytest.mark.campaign), pytest.param("geometric", 4, marks=pytest.mark.campaign)])
-def test_stopped_by_any_rank_and_resumed_is_the_same_run(sharded, forty_windows, tmp_path, mode, size):
-    options = new(forty_windows, mode, "--dropout", 0.1)
-    finished(sharded(size, tmp_path / "whole", *options))
+@pytest.mark.parametrize("mode, size", [("geometric", 2), *(
+    pytest.param(*case, marks=pytest.mark.campaign) for case in [("standard", 2), ("controller", 2), ("geometric", 4)])])
+def test_stopped_by_any_rank_and_resumed_is_the_same_run(sharded, uninterrupted, tmp_path, mode, size):
+    options, whole = uninterrupted(size, mode)
     directory = tmp_path / "stopped"
     for rank, signum, moment in [(size - 1, signal.SIGTERM, Moment("forward_backward", 3)), (0, signal.SIGUSR1, Moment("evaluate", 2))]:
         stop = (moment, lambda frame, signum=signum: os.kill(os.getpid(), signum))
@@ -96,7 +114,7 @@ def test_stopped_by_any_rank_and_resumed_is_the_same_run(sharded, forty_windows,
         options = ["--resume", "latest"]
     texts, codes = finished(sharded(size, directory, *options))
     assert codes == [0] * size, texts
-    assert_same_run(directory, tmp_path / "whole")
+    assert_same_run(directory, whole)
 
 
 def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(sharded, group, fork, float32_muon, forty_windows, tmp_path):
@@ -119,7 +137,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(sharded, group, for
     assert_close_run(directory, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.campaign)])
 def test_layers_in_a_module_list_train_as_in_one_process(group, tmp_path, size):
     train = program(classify(Residual))
     finished(group(1, "--checkpoint-dir", tmp_path / "1", program=train))
@@ -143,7 +161,7 @@ def test_a_plain_cnn_trains_as_without_shard(group, tmp_path, size):
 OWN = {"cnn": classify(cnn), "layers": classify(Residual), "gan": train_gan}
 
 
-@pytest.mark.parametrize("model", OWN)
+@pytest.mark.parametrize("model", ["cnn", "gan", pytest.param("layers", marks=pytest.mark.campaign)])
 def test_a_model_of_ones_own_resumes_bit_for_bit(group, tmp_path, model):
     train = program(OWN[model])
     finished(group(2, "--shard", "--checkpoint-dir", tmp_path / "whole", program=train))
@@ -167,10 +185,10 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
         assert codes == [0] * size
         return max(rank.peak for rank in ranks) * 1024
 
-    wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 2, "--save-every", 1, "--eval-every", 2, "--log-every", 2]
+    wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 1, "--save-every", 1, "--eval-every", 1, "--log-every", 1]
     weights = 4 * 4 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
     small = peaks(1, "small", *new(forty_windows, "geometric", *wide[6:]))
-    for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt"]):
+    for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt", "--steps", 2]):
         one, four = (peaks(size, str(size), *options) - small for size in (1, 4))
         assert one > 3 * weights and four < one / 2, (one, four, weights)
 
@@ -258,12 +276,12 @@ def test_after_a_signal_a_full_disk_sends_all_parts_to_the_fallback(group, forty
     ("geometric", Moment("backward", 7, file="_tensor.py")),
     ("geometric", Moment("__getitem__", 14, where=lambda frame: "corpus" in vars(frame.f_locals["self"]))),
 ])
-def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, forty_windows, tmp_path, whole, rank, mode, moment):
+def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, uninterrupted, tmp_path, whole, rank, mode, moment):
     """Each writes its part, though no group of theirs works any more; resumed, it is the same run."""
     if not whole and (moment.function, rank) not in [("forward", 1), ("backward", 0)]:
         pytest.skip("the whole of it is a campaign")
-    finished(sharded(2, tmp_path / "whole", *new(forty_windows, mode)))
-    ranks = sharded(2, tmp_path / "ck", *new(forty_windows, mode), plans={rank: [(moment, fail)]})
+    options, reference = uninterrupted(2, mode)
+    ranks = sharded(2, tmp_path / "ck", *options, plans={rank: [(moment, fail)]})
     texts, codes = finished(ranks)
     assert codes == [1, 1] and "RuntimeError: injected" in texts[rank] and "Traceback" not in texts[1 - rank], texts
     assert (f"RuntimeError in rank {rank}." in texts[0]) == (rank == 1)
@@ -271,7 +289,7 @@ def test_an_exception_in_one_rank_saves_what_all_had_before(sharded, forty_windo
     assert state["exit_reason"] == "exception_RuntimeError" and 1 <= state["step"] < STEPS
     texts, codes = finished(sharded(2, tmp_path / "ck", "--resume", "latest"))
     assert codes == [0, 0] and f"Resumed at step {state['step']} of" in texts[0]
-    assert_same_run(tmp_path / "ck", tmp_path / "whole")
+    assert_same_run(tmp_path / "ck", reference)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -12,6 +12,8 @@ from conftest import ROOT, assert_same_run, finish, wait_until
 
 import train_graceful as t
 
+pytestmark = pytest.mark.cluster
+
 # A job's processes share the machine with everything else that is tested.
 wait_until = functools.partial(wait_until, timeout=180)
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -106,7 +108,7 @@ def test_a_job_whose_time_ends_is_requeued_and_ends_as_the_same_run(slurm, group
     if not whole and before != 60:
         pytest.skip("the whole of it is a campaign")
     # whole: Slurm's own time limit, which it keeps by the minute; else the signal that it would send.
-    limits, steps = (("--time=2", f"--signal=USR1@{before}"), 7_000) if whole else (("--time=10",), 300)
+    limits, steps = (("--time=2", f"--signal=USR1@{before}"), 7_000) if whole else (("--time=10",), 150)
     options = [*OPTIONS, "--steps", steps, "--data", forty_windows]
     log, directory = tmp_path / "job.log", tmp_path / "ck"
     job = slurm.submit(log, *options, "--checkpoint-dir", directory, limits=limits)
@@ -183,6 +185,8 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(two_nodes, fort
     if not whole and way == "plain":
         pytest.skip("the whole of it is a campaign")
     options = [*OPTIONS, *["--shard"] * (way == "--shard"), "--steps", 60, "--data", forty_windows]
+    ranks = 4 if whole else 2
+    two_nodes.environment["NPROC"] = str(ranks // 2)
     log, directory = tmp_path / "job.log", tmp_path / "ck"
     job = two_nodes.submit(log, *options, "--checkpoint-dir", directory, limits=("--time=10", "--nodes=2"))
     wait_until(logged(log, "Training started"))
@@ -194,8 +198,8 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(two_nodes, fort
     assert state["exit_reason"] == "signal_SIGUSR1" and state["step"] < 60
     two_nodes.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
     wait_until(lambda: two_nodes.state(job) == "COMPLETED", timeout=120)
-    assert log.read_text().count("4 x cpu") == 2 and f"Resumed at step {state['step']} of 60" in log.read_text()
-    uninterrupted = two_nodes.hosts[0].train(*options, "--checkpoint-dir", tmp_path / "whole", size=4, NNODES=1)
+    assert log.read_text().count(f"{ranks} x cpu") == 2 and f"Resumed at step {state['step']} of 60" in log.read_text()
+    uninterrupted = two_nodes.hosts[0].train(*options, "--checkpoint-dir", tmp_path / "whole", size=ranks, NNODES=1)
     finish(uninterrupted)
     assert_same_run(directory, tmp_path / "whole")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ENDLESS, ROOT, SCRIPT, finish, wait_until
+from ranks import by_script
 
 SCRIPTS = sorted({*(ROOT / "scripts").glob("*.sh")} - {ROOT / "scripts" / "common.sh"})
 WRAPPERS = [ROOT / "scripts" / name for name in ("train_tmux.sh", "train_nohup.sh", "stop.sh")]
@@ -338,7 +339,7 @@ def test_a_script_of_ones_own_in_tmux(tmux, mine):
 
 
 def test_a_script_of_ones_own_with_several_processes(mine, spawn):
-    child = spawn(command=[str(ROOT / "scripts" / "train_torchrun.sh"), "2"], cwd=mine, env={**ENVIRONMENT, "SCRIPT": "mine.py"})
+    child = by_script(spawn, 2, cwd=mine, SCRIPT="mine.py")
     child.expect("on 2 x cpu")
     child.expect("step [0-9]+/")
     child.sendline("q")
