@@ -116,7 +116,7 @@ STOPS = [
     pytest.param(mode, stop, id=f"{mode}-{stop[0]}{stop[1]}", marks=[CAMPAIGN] * (mode == "controller" and number % 3 > 0))
     for mode in MODES for number, stop in enumerate(STOPS)])
 def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop):
-    options, reference = uninterrupted(mode, grad_accum=3)
+    options, reference = uninterrupted(mode, grad_accum=2)
     stopped = train(tmp_path, *options, "--workers", 2, stop=stop)
     label, path = stopped.saved
     assert not stop[0] == "evaluation" or t.load_checkpoint(path)["evaluation"]["step"] < stop[1]

@@ -188,9 +188,12 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
     wide = ["--dim", 256, "--heads", 4, "--layers", 4, "--steps", 1, "--save-every", 1, "--eval-every", 1, "--log-every", 1]
     weights = 4 * 4 * 12 * 256**2  # bytes; as much for their gradients, more for momentum, moments and the copy that is saved
     small = peaks(1, "small", *new(forty_windows, "geometric", *wide[6:]))
-    for options in (new(forty_windows, "geometric", *wide), ["--resume", tmp_path / "1" / "step_1.pt", "--steps", 2]):
-        one, four = (peaks(size, str(size), *options) - small for size in (1, 4))
-        assert one > 3 * weights and four < one / 2, (one, four, weights)
+    options = new(forty_windows, "geometric", *wide)
+    one = peaks(1, "1", *options) - small
+    assert one > 3 * weights
+    for options in (options, ["--resume", tmp_path / "1" / "step_1.pt", "--steps", 2]):
+        four = peaks(4, "4", *options) - small
+        assert four < one / 2, (one, four, weights)
 
 
 # ---- stops and saves
@@ -213,7 +216,7 @@ def test_training_goes_on_while_parts_are_written_until_leaving_waits_for_them(s
     assert t.load_checkpoint(saved_path(texts[0]))["exit_reason"] == "user_requested_graceful_exit"
 
 
-@pytest.mark.parametrize("where", ["write_parts", "publish", "evaluate"])
+@pytest.mark.parametrize("where", ["publish", "evaluate", pytest.param("write_parts", marks=pytest.mark.campaign)])
 def test_a_request_in_the_middle_of_a_save_or_an_evaluation(sharded, forty_windows, tmp_path, where):
     plan = [(Moment(where, 2), None)]
     ranks = sharded(2, tmp_path, *new(forty_windows), plans={0: plan})
@@ -229,7 +232,8 @@ def test_a_request_in_the_middle_of_a_save_or_an_evaluation(sharded, forty_windo
 
 
 @pytest.mark.parametrize("function, full", [
-    ("write_without_data", 0), ("write_parts", 0), ("write_parts", 1), ("publish", 0), ("host_copy", 0), ("host_copy", 1)])
+    ("write_without_data", 0), ("write_parts", 1), ("publish", 0), ("host_copy", 1),
+    *(pytest.param(*case, marks=pytest.mark.campaign) for case in [("write_parts", 0), ("host_copy", 0)])])
 def test_a_disk_or_memory_that_is_full_on_one_rank(sharded, forty_windows, tmp_path, function, full):
     def no_room(frame) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -339,10 +343,10 @@ def test_a_rank_that_is_stopped_in_a_save_fails_it_and_the_next_one_succeeds(sha
 
 
 @needs_strace
-def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, forty_windows, tmp_path, whole):
+def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, uninterrupted, tmp_path, whole):
     """Rank 0 dies with SIGKILL at a call of its part of a save, or of the publishing; what has a name is whole, and the run goes on."""
-    options = new(forty_windows, "standard", "--keep", 1)
-    finished(sharded(2, tmp_path / "whole", *options))
+    options, reference = uninterrupted(2, "standard")
+    options = [*options, "--keep", 1]
     waits = [(Moment("_save", 3), None)]  # of step_6; step_3 and best are there
     calls = {"pwrite64": (9,), "rename": (1,)}
     if whole:  # each of them, up to the last, and of the parts, which are alike, some
@@ -371,7 +375,7 @@ def test_killed_at_every_kind_of_call_of_a_sharded_save(sharded, forty_windows, 
                     texts, codes = finished(sharded(2, directory, "--resume", "latest"))
                     assert codes == [0, 0], texts
                     assert not list(directory.rglob(".*.tmp"))
-                    assert_same_run(directory, tmp_path / "whole")
+                    assert_same_run(directory, reference)
 
                 campaign.case(directory.name, killed)
                 shutil.rmtree(directory, ignore_errors=True)

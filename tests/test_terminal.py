@@ -200,7 +200,7 @@ def test_a_terminal_that_hangs_up_is_no_end_under_nohup(options, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)  # nohup.out goes there
-        os.execvp("nohup", ["nohup", sys.executable, str(SCRIPT), *options, "--steps", "500"])
+        os.execvp("nohup", ["nohup", sys.executable, str(SCRIPT), *options, "--steps", "200"])
     metrics = tmp_path / "ck" / "metrics.csv"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
     os.close(terminal)
@@ -210,7 +210,7 @@ def test_a_terminal_that_hangs_up_is_no_end_under_nohup(options, tmp_path):
 
 
 def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(spawn, options):
-    child = spawn(*options, "--steps", "600")
+    child = spawn(*options, "--steps", "300")
     child.expect("step [0-9]+/")
     child.setwinsize(24, 40)
     output = finish(child)
