@@ -161,7 +161,7 @@ def test_bits_of_the_structure(checkpoints, tmp_path, whole):
     with Campaign("bits all over a checkpoint outside its tensors flipped, loaded") as campaign:
         source, path = checkpoints["standard"], tmp_path / "damaged.pt"
         original, data = t.load_checkpoint(source), source.read_bytes()
-        for bit in structure_bits(source)[:: 7 if whole else 127]:
+        for bit in structure_bits(source)[:: 7 if whole else 251]:
             campaign.case(f"bit {bit}", check, bit)
 
 

@@ -106,7 +106,7 @@ def killed(fork, options, reference, directory, save: str, call: str, nth: int) 
 @needs_strace
 def test_killed_at_every_point_of_a_save(fork, small, tmp_path, whole):
     with Campaign("SIGKILL at every system call of a save (emergency, periodic, best, final), then resumed") as campaign:
-        for mode in MODES if whole else ["geometric"]:
+        for mode in MODES if whole else ["standard"]:
             options, reference = small[mode]
             for turn, save in enumerate(SAVES):
                 (tmp_path / "dry").mkdir()
@@ -225,7 +225,7 @@ def fails_in_between(fork, options, directory, fallback, error: str, call: str, 
 @needs_strace
 def test_every_write_of_a_save_fails(fork, small, tmp_path, whole):
     with Campaign("ENOSPC, EIO, EDQUOT, EROFS at every open, write, fsync, rename, close, unlink of a save") as campaign:
-        for mode in MODES if whole else ["geometric"]:
+        for mode in MODES if whole else ["standard"]:
             options, _ = small[mode]
             for turn, (save, check) in enumerate([("emergency", fails_after_q), ("emergency", fails_after_a_signal),
                                                   ("emergency", fails_for_good_after_a_signal),

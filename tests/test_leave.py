@@ -261,7 +261,7 @@ def test_requests_do_not_pile_up_and_the_first_one_counts(spawn, options):
 
 HEARD_IN_A_LONG_OPERATION = """
 import torch, train_graceful as t
-a = torch.rand(5000, 5000)
+a = torch.rand(4000, 4000)
 with t.ExitMonitor() as monitor:
     t.Screen().say("@busy")
     torch.mm(a, a)

@@ -393,7 +393,7 @@ def test_make_alone_lists_every_target():
         assert re.search(rf"^make {target} +\S", listed, re.MULTILINE)
 
 
-@pytest.mark.parametrize("way", ["q", "Ctrl-C", "make stop"])
+@pytest.mark.parametrize("way", [pytest.param("q", marks=pytest.mark.campaign), "Ctrl-C", "make stop"])
 def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, options, way):
     make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
     child = spawn(command=[*make, "train", f"ARGS={shlex.join([*options, *ENDLESS])}"], env=ENVIRONMENT)
