@@ -26,6 +26,8 @@ root=${SLURM_SUBMIT_DIR:-$(dirname -- "$0")/..}
 cd "$SLURM_SUBMIT_DIR"
 
 task=${SLURM_ARRAY_TASK_ID:-}
+# SLURM_JOB_ID of an array's last task is the whole array's.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+_$task}
 for word; do
     shift
     [ -z "$task" ] || word=$(printf '%s\n' "$word" | sed "s/%a/$task/g")
@@ -53,9 +55,9 @@ srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=none --
 [ "$(cat "$directory/run.lock" 2>/dev/null || :)" != "$before" ] || exit "$code"
 case $(sed -n 2p "$directory/run.lock") in
     138 | 143)
-        if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        if scontrol show job "$job" | grep -q JobState=RUNNING; then
             echo "Back into the queue: the run goes on when the job starts again."
-            scontrol requeue "$SLURM_JOB_ID"
+            scontrol requeue "$job"
         fi
         ;;
 esac

@@ -213,9 +213,15 @@ def test_each_task_of_an_array_has_a_run_of_its_own(slurm, forty_windows, tmp_pa
         wait_until(logged(log, "step 10/"))
     slurm.run("scancel", "--signal=USR1", f"{job}_4")
     wait_until(logged(logs[1], "Back into the queue"))
+    wait_until(lambda: slurm.state(f"{job}_4") == "PENDING")
+    # Task 4 was the last and has the array's own number: its way back is not the other's.
+    steps = logs[0].read_text().count("step ")
+    wait_until(lambda: logs[0].read_text().count("step ") > steps)
+    assert slurm.state(f"{job}_3") == "RUNNING"
     slurm.run("scancel", job)
     wait_until(lambda: not slurm.run("squeue", "--noheader"))
     slurm.environment["NPROC"] = "2"
+    assert logs[0].read_text().count("Training started") == 1
     for task, reason in ((3, "signal_SIGTERM"), (4, "signal_SIGUSR1")):
         [emergency] = (tmp_path / "ck" / str(task) / "emergency_exit").iterdir()
         state = t.load_checkpoint(emergency)
