@@ -423,6 +423,7 @@ class ExitMonitor:
         # Set where there is nothing to save: a request then ends the process with this line.
         self.nothing_to_save: str | None = None
         self.signals_heard = 0
+        self.keyboard = keyboard
         self._screen = screen or Screen()
         self._stdin = -1
         self._listening = keyboard and descriptor(sys.stdin) is not None
@@ -2358,7 +2359,8 @@ class Run:
             say(f"📂 Resumed at {where}{self.differs}")
         if self.rank == 0 and self.metrics.path.name != "metrics.csv":
             say(f"📂 Another run has saved here before; this one logs to {self.metrics.path.name}")
-        say("🔄 Training started. Press 'q' + Enter to exit gracefully...")
+        how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
+        say(f"🔄 Training started. {how} to exit gracefully...")
 
     # Between two batches.
 
@@ -2678,9 +2680,11 @@ class Run:
         if self.saved and not (self.completed and over):
             further, word = "", "Resume"
             if self.completed:
-                word, options = "Train further", self.options
-                further = f" --steps {2 * self.step}" if options.steps else ""
-                further += f" --epochs {2 * options.epochs}" if options.epochs else ""
+                word, steps, epochs = "Train further", self.options.steps, self.options.epochs
+                # The limits that are in the way of twice as many steps.
+                further = f" --steps {2 * self.step}" if steps and steps < 2 * self.step else ""
+                if epochs and epochs < 2 * self.step / self._ready_batches().per_epoch:
+                    further += f" --epochs {2 * epochs}"
             command = f"{own_command()} --resume {shlex.quote(str(path))}{further}"
             lines.append(f"▶️ {word} with: {command}")
         return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Forks of the test process run the tests, a file at a time; the process itself reports them.
 
-One more than there are cores: tests of machines that are silent, and of Slurm, mostly wait.
+One more than there are cores: a test often waits, for a terminal, a disk, another machine or Slurm.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import os
 import sys
 from multiprocessing.connection import Connection, wait
 
-LONG = ["test_hosts", "test_slurm", "test_sharded", "test_many_processes", "test_resume"]
+LONG = ["test_hosts", "test_slurm", "test_sharded", "test_many_processes", "test_resume", "test_wrappers", "test_terminal"]
+LONG += ["test_faults_stops", "test_faults_saves", "test_faults_files"]
 
 
 def pytest_addoption(parser) -> None:

@@ -11,7 +11,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from campaign import Campaign, Child, Moment, ask_to_leave, batch_complete, needs_strace, trace, whole_files
+from campaign import (
+    Campaign,
+    Child,
+    Moment,
+    ask_to_leave,
+    batch_complete,
+    needs_strace,
+    trace,
+    whole_files,
+)
 from conftest import assert_same_run, metrics_without_times
 
 import train_graceful as t

@@ -880,6 +880,14 @@ def test_a_break_is_not_called_all_steps_and_offers_no_more(tmp_path, capfd):
     assert "/final.pt\n" in capfd.readouterr().out, "nothing differs from the defaults"
 
 
+@pytest.mark.parametrize("limits, further", [
+    (["--steps", 13], "--steps 26"), (["--steps", 13, "--epochs", 50], "--steps 26"),
+    (["--steps", 1000, "--epochs", 2], "--epochs 4"), (["--steps", 10, "--epochs", 2], "--steps 20 --epochs 4")])
+def test_only_the_limits_that_are_in_the_way_are_raised_to_train_further(tmp_path, capfd, limits, further):
+    go(classification(), tmp_path, *limits)
+    assert f"/final.pt {further}\n" in capfd.readouterr().out
+
+
 def test_what_differs_from_the_defaults_is_named_when_a_run_goes_on(tmp_path, capfd):
     go(classification(), tmp_path, "--lr", 0.5, stop=4)
     capfd.readouterr()

@@ -191,8 +191,8 @@ def test_no_rank_has_the_whole_model(sharded, forty_windows, tmp_path):
     options = new(forty_windows, "geometric", *wide)
     one = peaks(1, "1", *options) - small
     assert one > 3 * weights
-    for options in (options, ["--resume", tmp_path / "1" / "step_1.pt", "--steps", 2]):
-        four = peaks(4, "4", *options) - small
+    for each in (options, ["--resume", tmp_path / "1" / "step_1.pt", "--steps", 2]):
+        four = peaks(4, "4", *each) - small
         assert four < one / 2, (one, four, weights)
 
 

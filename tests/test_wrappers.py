@@ -150,6 +150,7 @@ def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(nohup, t
     os.kill(pid, signal.SIGHUP)
     steps = (tmp_path / "train.log").read_text().count("\nstep")
     wait_until(lambda: (tmp_path / "train.log").read_text().count("\nstep") > steps + 1)
+    assert "Training started. Send it SIGTERM to exit gracefully" in (tmp_path / "train.log").read_text()
     result = script("stop.sh", tmp_path / "ck")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\n📊 Training Summary:\n   Completed Steps: " in result.stdout
