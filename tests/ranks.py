@@ -25,7 +25,7 @@ import train_graceful as t
 STEPS = 8
 # 5 batches of 8 windows an epoch.
 OPTIONS = [
-    *["--context", 16, "--layers", 2, "--heads", 2, "--dim", 16, "--experts", 2],
+    *["--context", 16, "--layers", 1, "--heads", 2, "--dim", 16, "--experts", 2],
     *["--batch-size", 4, "--grad-accum", 2, "--warmup-steps", 3, "--steps", STEPS],
     *["--log-every", 1, "--eval-every", 4, "--save-every", 3],
 ]

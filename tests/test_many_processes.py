@@ -230,7 +230,8 @@ def test_q_typed_while_torchruns_processes_still_start(spawn, forty_windows, tmp
     child.send("q\n")
     text = finish(child)
     assert child.exitstatus == 0 and "Graceful exit completed" in text and "Traceback" not in text, text
-    assert t.load_checkpoint(saved_path(text))["step"] == 0
+    # It may come in the first batch.
+    assert t.load_checkpoint(saved_path(text))["step"] <= 1
 
 
 def test_q_typed_for_rank_0_and_s_before_it(group, forty_windows, tmp_path):

@@ -85,10 +85,11 @@ def records_of(path) -> dict[str, int]:
 
 @pytest.mark.parametrize("mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"])
 def test_two_and_four_parts_train_the_model_of_one_process(sharded, group, float32_muon, forty_windows, tmp_path, mode):
-    finished(group(1, *OPTIONS, *MODES[mode], "--data", forty_windows, "--checkpoint-dir", tmp_path / "1"))
+    layers = ["--layers", 2]
+    finished(group(1, *OPTIONS, *MODES[mode], *layers, "--data", forty_windows, "--checkpoint-dir", tmp_path / "1"))
     for size in (2, 4):
         directory = tmp_path / str(size)
-        texts, codes = finished(sharded(size, directory, *new(forty_windows, mode)))
+        texts, codes = finished(sharded(size, directory, *new(forty_windows, mode, *layers)))
         assert "🧠 ByteLM, 1" in texts[0] and f" parameters, on {size} x cpu: " in texts[0]
         assert codes == [0] * size and "All steps done" in texts[0] and texts[1:] == [""] * (size - 1), texts
         assert {path.name for path in directory.iterdir()} == {"best.pt", "final.pt", "metrics.csv", "run.lock", "step_3.pt", "step_6.pt"}
