@@ -79,7 +79,7 @@ def test_the_processes_share_out_the_samples_of_each_batch(validated):
         assert sorted(seen) == list(range(validated))
 
 
-@pytest.mark.parametrize("mode", ["standard", "geometric"])
+@pytest.mark.parametrize("mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"])
 def test_one_two_and_four_processes_train_the_same_model(group, float32_muon, forty_windows, tmp_path, mode):
     for size in (1, 2, 4):
         directory = tmp_path / str(size)
@@ -276,7 +276,8 @@ def test_torchruns_only_process_leaves_a_loader_that_hangs(group, tmp_path):
 # ---- the same run after it
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("controller", 2), ("geometric", 2), pytest.param("geometric", 4, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 2), *(
+    pytest.param(*case, marks=pytest.mark.campaign) for case in [("controller", 2), ("geometric", 4)])])
 def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, forty_windows, tmp_path, mode, size):
     options = [*OPTIONS, *MODES[mode], "--dropout", 0.1, "--data", forty_windows]
     finished(group(size, *options, "--checkpoint-dir", tmp_path / "whole"))
