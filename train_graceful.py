@@ -2023,9 +2023,8 @@ class Run:
         """
         size = batch_size or self.options.batch_size
         for dataset in (training, validation):
-            stream = isinstance(dataset, IterableDataset)
             indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-            if dataset is not None and (stream or not indexed):
+            if dataset is not None and (isinstance(dataset, IterableDataset) or not indexed):
                 raise UserError(
                     f"run.data: {type(dataset).__name__} is no map-style dataset. A stream cannot"
                     " be resumed at any batch: give it __getitem__(index) and __len__()"
@@ -2323,9 +2322,8 @@ class Run:
         own, saved, path = self.state_dict(""), self._state, self.resumed
         for kind, parts in self._kept.items():
             for name in sorted(own[kind].keys() ^ saved[kind].keys(), key=str):
-                where = "in the checkpoint, but not kept by this run"
-                if name in own[kind]:
-                    where = "kept by this run, but not in the checkpoint"
+                here = "kept by this run, but not in the checkpoint"
+                where = here if name in own[kind] else "in the checkpoint, but not kept by this run"
                 text = f"{name} is {where}: run.keep or run.model"
                 raise CheckpointError(f"{path} does not fit this run: {text}")
             for name, part in parts.items():
@@ -2655,8 +2653,7 @@ class Run:
 
     def _describe(self) -> str:
         if self._last_save is None:
-            since = "the one that was resumed" if self.resumed else "this start"
-            return f"No checkpoint yet since {since}."
+            return f"No checkpoint yet since {'the one resumed' if self.resumed else 'this start'}."
         name, when = self._last_save
         age = datetime.timedelta(seconds=round(time.monotonic() - when))
         return f"Last checkpoint: {name}, {age} ago."
@@ -2674,9 +2671,8 @@ class Run:
         ]
         schedulers = self._kept["scheduler_state_dicts"].values()
         # The script has ended it, or OneCycleLR, say, which cannot be made longer.
-        over = self.step < self.total_steps or any(
-            hasattr(one, "total_steps") for one in schedulers
-        )
+        fixed = any(hasattr(one, "total_steps") for one in schedulers)
+        over = fixed or self.step < self.total_steps
         if self.saved and not (self.completed and over):
             further, word = "", "Resume"
             if self.completed:

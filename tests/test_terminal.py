@@ -261,7 +261,7 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child = fork("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("?\n")
-    child.terminal.expect("No checkpoint yet since the one that was resumed.")
+    child.terminal.expect("No checkpoint yet since the one resumed.")
 
 
 @pytest.mark.parametrize("name", ["known", "unknown"])
