@@ -1976,10 +1976,10 @@ class Run:
         self.progress = Progress(*(self._state[key] for key in Progress._fields if resumed))
         self._boundary = Boundary(self.progress, [], [])
         config = self._state.get("config", {})
-        # The same run with another length, or one that is done.
+        # The same run with another length.
         lengths = (config.get(k) != vars(options)[k] for k in ("steps", "epochs"))
         self._stretched = resumed is not None and any(lengths)
-        self.completed = self._state.get("exit_reason") == "completed" and not self._stretched
+        self.completed = self._state.get("exit_reason") == "completed"
         self.exit_code = 0
         # What the summary calls the last save, and where it is.
         self.saved: tuple[str, Path] | None = None
@@ -2206,8 +2206,9 @@ class Run:
     def _loop(self) -> Iterator:
         self._begin()
         if self.completed:
-            text = f"Nothing left to do: step {self.step} of {self.total_steps}"
-            self.screen.say(f"✅ {text}. A larger --steps or --epochs trains further.")
+            text = f"Nothing left to do: step {self.step} of {self.total_steps}."
+            further = self._further() and f" Train further with{self._further()}."
+            self.screen.say(f"✅ {text}{further}")
             return
         if self.progress.metrics["done_step"] < self.step:
             # A request cut an evaluation short.
@@ -2232,7 +2233,8 @@ class Run:
         if self.resumed is not None:
             self._restore()
         self._began = True
-        self.completed = self.completed or self.step > self.total_steps
+        left = self.total_steps - self.step
+        self.completed = left < 0 or self.completed and not (left and self._stretched)
         if self.completed:
             return
         self._rates_before = self._rates()
@@ -2324,7 +2326,7 @@ class Run:
             for name in sorted(own[kind].keys() ^ saved[kind].keys(), key=str):
                 here = "kept by this run, but not in the checkpoint"
                 where = here if name in own[kind] else "in the checkpoint, but not kept by this run"
-                text = f"{name} is {where}: run.keep or run.model"
+                text = f"{name} is {where}. Is it another script's?"
                 raise CheckpointError(f"{path} does not fit this run: {text}")
             for name, part in parts.items():
                 like_own = own[kind][name]
@@ -2669,21 +2671,25 @@ class Run:
             f"   Best {self._best_name.replace('_', ' ').title()}: {best}",
             f"   {label}: {path}",
         ]
-        schedulers = self._kept["scheduler_state_dicts"].values()
-        # The script has ended it, or OneCycleLR, say, which cannot be made longer.
-        fixed = any(hasattr(one, "total_steps") for one in schedulers)
-        over = fixed or self.step < self.total_steps
-        if self.saved and not (self.completed and over):
-            further, word = "", "Resume"
-            if self.completed:
-                word, steps, epochs = "Train further", self.options.steps, self.options.epochs
-                # The limits that are in the way of twice as many steps.
-                further = f" --steps {2 * self.step}" if steps and steps < 2 * self.step else ""
-                if epochs and epochs < 2 * self.step / self._ready_batches().per_epoch:
-                    further += f" --epochs {2 * epochs}"
+        word, further = ("Train further", self._further()) if self.completed else ("Resume", "")
+        if self.saved and (further or not self.completed):
             command = f"{own_command()} --resume {shlex.quote(str(path))}{further}"
             lines.append(f"▶️ {word} with: {command}")
         return "\n".join(lines)
+
+    def _further(self) -> str:
+        """The options with which a run whose steps are done trains as long again, if it can."""
+        steps, epochs, twice = self.options.steps, self.options.epochs, 2 * self.step
+        schedulers = self._kept["scheduler_state_dicts"].values()
+        # The script has ended it, or OneCycleLR, say, cannot be made longer.
+        fixed = any(hasattr(one, "total_steps") for one in schedulers)
+        if fixed or self.step < self.total_steps:
+            return ""
+        # The limits that are in the way.
+        text = f" --steps {twice}" if steps and steps < twice else ""
+        if epochs and epochs < twice / self._ready_batches().per_epoch:
+            text += f" --epochs {2 * epochs}"
+        return text
 
     # Saving and leaving.
 
@@ -3394,7 +3400,7 @@ def checkpoint_to_resume(
     path = Path(os.path.abspath(name))
     # Path.exists() raises where a name is too long.
     if not os.path.exists(path):
-        text = "No such file or directory; scripts/checkpoints.py lists them"
+        text = "No such file or directory; the newest is --resume latest"
         raise CheckpointError(f"{path}: {text}")
     if path.is_dir() and (found := find_checkpoints(path, lambda text: None)):
         newest = os.path.relpath(found[0].path)

@@ -146,7 +146,7 @@ def test_an_option_that_is_nearly_one_is_answered_with_it(typed, meant):
 
 def test_a_checkpoint_that_is_not_there_is_answered_with_how_to_find_those_that_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = "No such file or directory; scripts/checkpoints.py lists them"
+    message = "No such file or directory; the newest is --resume latest"
     assert refused("--resume", "ck/final.pt", "--checkpoint-dir", "ck").endswith(f"ck/final.pt: {message}")
     assert refused("--resume", "lates").endswith(f"lates: {message}")
     t.save_checkpoint({"run_id": "a", "step": 4, "saved_at": "now", "metrics": {"sessions": 1}}, tmp_path / "ck" / "step_4.pt")

@@ -863,6 +863,8 @@ def test_another_length_than_one_cycle_was_made_for_is_refused_and_not_offered(t
     go(train, tmp_path / "whole")
     output = capfd.readouterr().out
     assert "Final checkpoint: " in output and "Train further" not in output
+    go(train, tmp_path / "whole", "--resume", "latest")
+    assert "Nothing left to do: step 13 of 13.\n" in capfd.readouterr().out
     go(train, tmp_path, stop=4)
     capfd.readouterr()
     arguments = ("--checkpoint-dir", tmp_path, "--resume", "latest", "--steps", steps)
@@ -886,6 +888,10 @@ def test_a_break_is_not_called_all_steps_and_offers_no_more(tmp_path, capfd):
 def test_only_the_limits_that_are_in_the_way_are_raised_to_train_further(tmp_path, capfd, limits, further):
     go(classification(), tmp_path, *limits)
     assert f"/final.pt {further}\n" in capfd.readouterr().out
+    # A larger limit that is not the one that ends it.
+    go(classification(), tmp_path, "--resume", "latest", *(["--steps", 1001] if limits[1] == 1000 else []))
+    output = capfd.readouterr().out
+    assert f" Train further with {further}.\n" in output and "Training started" not in output
 
 
 def test_what_differs_from_the_defaults_is_named_when_a_run_goes_on(tmp_path, capfd):

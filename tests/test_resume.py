@@ -339,7 +339,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do_and_changes_nothing(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = run("--resume", "latest", "--checkpoint-dir", tmp_path)
     assert again.returncode == 0 and again.stderr == ""
-    line = "✅ Nothing left to do: step 30 of 30. A larger --steps or --epochs trains further.\n"
+    line = "✅ Nothing left to do: step 30 of 30. Train further with --steps 60.\n"
     assert line in again.stdout and "Training started" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
