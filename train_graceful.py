@@ -2207,8 +2207,8 @@ class Run:
         self._begin()
         if self.completed:
             text = f"Nothing left to do: step {self.step} of {self.total_steps}."
-            further = self._further() and f" Train further with{self._further()}."
-            self.screen.say(f"✅ {text}{further}")
+            further = self._further()
+            self.screen.say(f"✅ {text}" + (f" Train further with{further}." if further else ""))
             return
         if self.progress.metrics["done_step"] < self.step:
             # A request cut an evaluation short.

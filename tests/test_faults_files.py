@@ -1,6 +1,7 @@
 """Campaigns: damaged checkpoints and hostile ones are refused in one line, or load as what they were."""
 
 import collections
+import functools
 import io
 import math
 import pickle
@@ -21,17 +22,19 @@ import train_graceful as t
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """{name: a checkpoint of a finished run}; small ones by mode, and a larger one, which takes memory worth measuring."""
+    """checkpoints(name): one of a finished run, made once: small ones by mode, and a larger one, which takes memory worth measuring."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "corpus.txt").write_bytes(b"".join(b"%d squared is %d; " % (n, n * n) for n in range(300)))
-    made = {}
-    for name, size in {"standard": SMALL, "geometric": SMALL, "large": [*TINY, "--dim", "128", "--layers", "4"]}.items():
-        mode = "standard" if name == "large" else name
+
+    @functools.cache
+    def get(name: str) -> Path:
+        mode, size = ("standard", [*TINY, "--dim", "128", "--layers", "4"]) if name == "large" else (name, SMALL)
         child = Child("--data", folder / "corpus.txt", *size, *SCHEDULE, "--mode", mode, "--checkpoint-dir", folder / name)
         child.finish()
         assert child.exitcode == 0
-        made[name] = folder / name / "final.pt"
-    return made
+        return folder / name / "final.pt"
+
+    return get
 
 
 def resume(fork, path, original=None) -> tuple[int, str, int]:
@@ -123,9 +126,9 @@ def test_rotten_bits(fork, checkpoints, tmp_path, whole):
     """Twice the memory of a good load is what a damaged one may take, beyond what a child takes that loads nothing."""
     with Campaign("damaged checkpoints (flipped bits, cuts, swaps, zeros, other files) resumed") as campaign:
         for name, count in {"standard": 1300, "geometric": 1300, "large": 300}.items() if whole else {"geometric": 30}.items():
-            original, data = t.load_checkpoint(checkpoints[name]), checkpoints[name].read_bytes()
+            original, data = t.load_checkpoint(checkpoints(name)), checkpoints(name).read_bytes()
             path = tmp_path / "damaged.pt"
-            code, output, good = resume(fork, checkpoints[name], original)
+            code, output, good = resume(fork, checkpoints(name), original)
             assert code == 0, output
             good = max(good - peak_of_loading_nothing(fork, path), 4096)
             for number, (kind, damaged) in enumerate(damaged_versions(data, count, random.Random(name))):
@@ -159,7 +162,7 @@ def test_bits_of_the_structure(checkpoints, tmp_path, whole):
             assert_same(state, original)
 
     with Campaign("bits all over a checkpoint outside its tensors flipped, loaded") as campaign:
-        source, path = checkpoints["standard"], tmp_path / "damaged.pt"
+        source, path = checkpoints("standard"), tmp_path / "damaged.pt"
         original, data = t.load_checkpoint(source), source.read_bytes()
         for bit in structure_bits(source)[:: 7 if whole else 251]:
             campaign.case(f"bit {bit}", check, bit)
@@ -371,7 +374,7 @@ def refused_or_of_its_type(fork, path: Path, data: bytes, same_type: bool) -> No
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # that is the trick
 def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
-    source = checkpoints["standard"]
+    source = checkpoints("standard")
     state, path, marker = t.load_checkpoint(source), tmp_path / "hostile.pt", tmp_path / "executed"
     allowed = peak_of_loading_nothing(fork, path) + 200_000  # KiB: a hundred thousand records and as many lists take some; no bomb goes off
 

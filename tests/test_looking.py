@@ -261,6 +261,6 @@ def test_a_configuration_that_is_not_the_models_is_one_line_and_takes_no_memory(
 def test_whatever_stands_in_the_place_of_a_value_is_shown_or_one_line(ask, trained, tmp_path):
     state = t.load_checkpoint(trained / "final.pt")
     for key in state:
-        for value in (None, -1, {1: torch.ones(2)}, torch.ones(2)):
+        for value in (None, -1, "x", [], {}, {1: torch.ones(2)}, torch.ones(2)):
             t.save_checkpoint({**state, key: value}, tmp_path / "wrong.pt")
             assert "Checkpoint: " in ask(0, "show", tmp_path / "wrong.pt") and "wrong.pt" in ask(0, "list", tmp_path)
