@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy"]
+# dependencies = ["torch>=2.6", "numpy"]
 # ///
 """Train a PyTorch model and leave at any moment without losing anything.
 
@@ -10,13 +10,12 @@
     python train_graceful.py --resume latest     go on: the same run, bit for bit
 
 To train a model of your own, import this file: write train(run) and call main(train), as the
-built-in program does at the end. To use it in another trainer, import ExitMonitor,
-save_checkpoint and load_checkpoint alone.
+built-in program does at the end. In another trainer, ExitMonitor, save_checkpoint and
+load_checkpoint are of use alone.
 
 While it trains: q + Enter saves and leaves, s + Enter saves, ? + Enter shows the last checkpoint.
-Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save and leave too; a second Ctrl-C leaves
-without saving. The batch at hand is finished first, the accelerator's memory is freed, the
-terminal is given back, and no process stays behind.
+Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save and leave too, after the batch at hand;
+a second Ctrl-C leaves without saving.
 """
 
 from __future__ import annotations
@@ -29,26 +28,18 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import atexit
-import bisect
 import collections
 import contextlib
-import copy
 import csv
+import dataclasses
 import datetime
-import difflib
 import errno
 import fcntl
-import functools
-import gc
 import hashlib
 import io
 import itertools
-import json
 import math
 import mmap
-import multiprocessing.resource_tracker
-import multiprocessing.sharedctypes
 import multiprocessing.util
 import operator
 import os
@@ -57,11 +48,7 @@ import random
 import re
 import select
 import shlex
-import shutil
-import socket
 import stat
-import struct
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -71,14 +58,12 @@ import time
 import traceback
 import types
 import uuid
-import weakref
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -108,11 +93,10 @@ def one_line(error: BaseException) -> str:
 # ---- Options ----------------------------------------------------------------------------------
 
 
-class Option(NamedTuple):
+class option(NamedTuple):
     """An option of the command line: its type is that of the default, unless kind converts it.
 
-    A fixed one cannot change when a run is resumed. Numbers are at least `least` and less than
-    `below`; a tuple takes several values.
+    A fixed one cannot change on resume. Numbers are at least `least` and less than `below`.
     """
 
     default: Any
@@ -121,36 +105,19 @@ class Option(NamedTuple):
     fixed: bool = True
     least: float = -math.inf
     below: float = 1e15
-    kind: Callable[[Any], Any] | None = None
+    kind: Callable[[str], Any] | None = None
 
-    def value(self, text: str) -> Any:
-        """What a text on the command line stands for. Raises ArgumentTypeError, with the reason."""
-        item = self.default[0] if isinstance(self.default, tuple) and self.default else self.default
-        kind: Any = self.kind or (str if item in (None, ()) else type(item))
-        try:
-            value = kind(text)
-        except ValueError:
-            word = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        if isinstance(value, (int, float)) and not self.least <= value < self.below:
-            least = "" if self.least == -math.inf else f"{self.least:g} or more and "
-            raise argparse.ArgumentTypeError(f"{text} is not {least}below {self.below:g}")
-        if not text and self.default != "":
-            raise argparse.ArgumentTypeError("an empty text")
-        return value
-
-    def add_to(self, group: argparse._ArgumentGroup, name: str) -> None:
+    def add_to(self, group: argparse._ActionsContainer, name: str) -> None:
         text = self.help.replace("%", "%%")
         if isinstance(self.default, bool):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
             return
-        text += f" (default {self.default})" if self.default not in (None, ()) else ""
+        kind: Any = self.kind or str
         several = "+" if isinstance(self.default, tuple) else None
-        settings: dict[str, Any] = {"type": self.value, "choices": self.choices}
-        group.add_argument(flag(name), **settings, nargs=several, help=text)
-
-
-option = Option
+        if self.default not in (None, ()):
+            text += f" (default {self.default})"
+            kind = self.kind or type(self.default)
+        group.add_argument(flag(name), type=kind, choices=self.choices, nargs=several, help=text)
 
 
 def flag(name: str) -> str:
@@ -167,58 +134,37 @@ COMMON_OPTIONS = {
     "device": option("auto", "where to train", ("auto", "cpu", "cuda", "mps"), False),
     "dtype": option("auto", "of autocast; auto: bfloat16 on CUDA, else float32", DTYPES, False),
     "compile": option(False, "run the models through torch.compile", fixed=False),
-    "shard": option(False, "spread the models over torchrun's processes", fixed=False),
+    "shard": option(False, "spread the models over processes; rank 0 saves all", fixed=False),
     "eval_every": option(100, "batches between evaluations", None, False, 1),
     "eval_batches": option(None, "of an evaluation (default all)", None, False, 1, kind=int),
     "save_every": option(500, "batches between periodic checkpoints", None, False, 1),
     "keep": option(3, "periodic checkpoints kept", None, False, 1),
     "log_every": option(10, "batches between rows of metrics.csv", None, False, 1),
     "checkpoint_dir": option("checkpoints", "where it saves", fixed=False, kind=os.path.abspath),
-    "tensorboard": option(False, "also write event files for TensorBoard", fixed=False),
-}
-NOT_STORED = {
     "resume": option(None, "a checkpoint to go on from, or latest"),
     "keyboard": option(True, "listen to the keyboard"),
 }
+# They are of one start, and no part of a run.
+NOT_STORED = ("resume", "keyboard")
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = "--help lists the options"
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            if close := difflib.get_close_matches(unknown[1], self._option_string_actions, 1):
-                hint = f"did you mean {close[0]}?"
-        raise UserError(f"{message} ({hint})")
+        raise UserError(f"{message} (--help lists the options)")
 
 
-def declared(own: dict[str, Any]) -> dict[str, Option]:
+def declared(own: dict[str, Any]) -> dict[str, option]:
     """The options of a program: the common ones, overlaid with main()'s keyword arguments."""
     options = dict(COMMON_OPTIONS)
     for name, value in own.items():
         if name in NOT_STORED:
             raise UserError(f"main({name}=...): that is for the command line alone")
-        common = COMMON_OPTIONS.get(name)
-        one = (
-            value if isinstance(value, Option) else (common or Option(None))._replace(default=value)
-        )
-        if common is not None:
-            # It keeps its type and bounds.
-            kind = one.kind or common.kind or type(common.default)
-            one = one._replace(kind=kind, least=max(one.least, common.least))
-        try:
-            default = mapped(one.default, savable)
-            if common is not None and type(default) in (int, float, str):
-                default = one.value(str(default))
-        except (TypeError, argparse.ArgumentTypeError) as error:
-            raise UserError(f"main({name}=...): {str(error).strip()}") from None
-        default = tuple(default) if isinstance(default, list) else default
-        options[name] = one._replace(default=default)
+        common = COMMON_OPTIONS.get(name, option(None))
+        options[name] = value if isinstance(value, option) else common._replace(default=value)
     return options
 
 
-def parse_options(
-    options: dict[str, Option], argv: Sequence[str] | None, about: str | None
-) -> dict[str, Any]:
+def parse_options(options: dict, argv: Sequence[str] | None, about: str | None) -> dict[str, Any]:
     """The options that were given on the command line, by name. Raises UserError."""
     parser = OneLineParser(
         usage="%(prog)s [options]",
@@ -228,34 +174,25 @@ def parse_options(
         argument_default=argparse.SUPPRESS,
     )
     own = parser.add_argument_group("this program")
-    common = parser.add_argument_group("training")
-    for name, one in {**options, **NOT_STORED}.items():
-        one.add_to(common if name in COMMON_OPTIONS or name in NOT_STORED else own, name)
+    for name, one in options.items():
+        one.add_to(parser if name in COMMON_OPTIONS else own, name)
     given = vars(parser.parse_args(argv))
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name, value in given.items():
+        least, below = options[name].least, options[name].below
+        if isinstance(value, (int, float)) and not least <= value < below:
+            raise UserError(f"{flag(name)} {value} is not {least:g} or more and below {below:g}")
+    return given
 
 
-def configuration(
-    options: dict[str, Option], given: dict[str, Any], stored: dict[str, Any], path: Path | None
-) -> argparse.Namespace:
-    """Defaults, overlaid with the configuration of a checkpoint, overlaid with what was given.
-
-    Raises UserError for a fixed option that is given anew, CheckpointError for one that is unknown
-    or has a value that it cannot have.
-    """
-    values = {name: one.default for name, one in options.items()}
+def configuration(options: dict, given: dict, stored: dict, path: Any) -> argparse.Namespace:
+    """Overlays defaults with a checkpoint's configuration, and that with what was given."""
     for name, value in stored.items():
         if name not in options:
-            text = f"of another program, which has {flag(str(name))}; --checkpoint-dir can tell"
-            raise CheckpointError(f"{path}: {text} the two apart")
-        if type(value) in (int, float, str):
-            try:
-                options[name].value(str(value))
-            except argparse.ArgumentTypeError as error:
-                raise CheckpointError(f"{path}: {flag(name)}: {error}") from None
-        if options[name].fixed and name in given and given[name] != value:
+            raise CheckpointError(f"{path}: of another program, which has {flag(str(name))}")
+        if options[name].fixed and given.get(name, value) != value:
             here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}: leave it out"
             raise UserError(f"{here} does not fit the checkpoint, whose run has {there}")
+    values = {name: one.default for name, one in options.items() if name not in NOT_STORED}
     return argparse.Namespace(**{**values, **stored, **given})
 
 
@@ -279,36 +216,13 @@ def in_foreground(fd: int) -> bool:
         return True
 
 
-def typed_at_us(terminal: int) -> bool:
-    """False where a shell has given the terminal to another job: that typing is not ours."""
-    try:
-        os.tcgetpgrp(terminal)
-    except OSError:
-        if dist.is_torchelastic_launched() and os.isatty(terminal) and shutil.which("ps"):
-            # torchrun gave us a session of our own; it is the shell's job. + means the foreground.
-            question = ["ps", "-o", "stat=", "-p", str(os.getppid())]
-            return "+" in subprocess.run(question, capture_output=True, text=True).stdout
-    return in_foreground(terminal)
-
-
-@contextlib.contextmanager
-def allowed_in_background() -> Iterator[None]:
-    """Whoever touches the terminal from the background gets an error, and is not stopped."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTIN, signal.SIGTTOU))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@allowed_in_background()
 def complain(text: str) -> None:
-    """On standard error, if anybody is there to read it."""
+    """Prints on standard error, if anybody is there to read it."""
     with contextlib.suppress(OSError, AttributeError):
         print(text, end="", file=sys.stderr, flush=True)
 
 
-def descriptor(stream: TextIO | None) -> int | None:
+def descriptor(stream: Any) -> int | None:
     """None for a stream that was closed by the parent or is no file, as in a notebook."""
     try:
         return None if stream is None else stream.fileno()
@@ -319,72 +233,51 @@ def descriptor(stream: TextIO | None) -> int | None:
 class Screen:
     """Lines for people on standard output; a failed write never raises and never blocks training.
 
-    It writes with os.write: text left in Python's own buffer by a failed flush would turn exit
-    code 0 into 120.
+    (With os.write: what a failed flush leaves in Python's buffer turns exit code 0 into 120.)
     """
 
     def __init__(self, shown: bool = True) -> None:
         self._lock = threading.Lock()
         self._stream = sys.stdout if shown else None
         self._fd = descriptor(self._stream)
-        self._encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        # Python answers LANG=C with UTF-8; who has set it has a terminal without symbols.
-        locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
-        if locale in ("C", "POSIX") and not {"PYTHONUTF8", "PYTHONIOENCODING"} & os.environ.keys():
-            self._encoding = "ascii"
         self.is_terminal = self._fd is not None and os.isatty(self._fd)
-        self._status_width = 0
-        self._unwritten = b""
+        self._status_width, self._drawn, self._unwritten = 0, -math.inf, b""
 
     def say(self, text: str) -> None:
-        """Prints a line, below whatever the status line showed last."""
-        with self._lock:
-            self._write(self._erase_status() + text + "\n")
+        """Prints a line, in the place of the status line."""
+        self.write(text + "\n")
 
-    def status(self, parts: Sequence[str]) -> None:
-        """Redraws the status line, on a terminal that is ours: the first of parts, as many as fit.
-
-        Six columns stay free for what is typed and where a terminal would wrap.
-        """
-        if self._fd is None or not self.is_terminal or not in_foreground(self._fd):
-            return
+    def status(self, text: Callable[[], str]) -> None:
+        """Redraws the status line, on a terminal that is ours, ten times a second at most."""
         # An OSError: the terminal has just gone.
-        with self._lock, contextlib.suppress(OSError):
-            columns = os.get_terminal_size(self._fd).columns or 80
-            fitting = itertools.accumulate(parts, "{} | {}".format)
-            lines = [text for text in fitting if len(text) <= columns - 6]
-            text = (lines[-1] if lines else parts[0][: max(1, columns - 6)]) + " "
-            # A line that is redrawn anyway is not worth keeping for later.
-            if not self._unwritten:
-                self._write("\r" + text.ljust(min(self._status_width, columns - 1)))
-                self._status_width, self._unwritten = len(text), b""
+        with contextlib.suppress(OSError):
+            rests = time.monotonic() - self._drawn < 0.1 or self._unwritten
+            if self._fd is not None and not rests and in_foreground(self._fd):
+                self._drawn = time.monotonic()
+                # Columns stay free for what is typed and where a terminal would wrap.
+                line = text()[: max(1, (os.get_terminal_size(self._fd).columns or 80) - 6)]
+                self.write(line + " ", status_width=len(line) + 1)
 
-    def clear(self, wait: float = 0.0) -> None:
-        """Leaves no status line behind; a stopped terminal has so many seconds to take the rest."""
+    def write(self, text: str, status_width: int = 0, wait: float = 0.0) -> None:
+        """Writes in the place of the status line; a stopped terminal has `wait` s to take it."""
         with self._lock:
-            self._write(self._erase_status(), wait)
-
-    def _erase_status(self) -> str:
-        erase = "\r" + " " * self._status_width + "\r" if self._status_width else ""
-        self._status_width = 0
-        return erase
-
-    @allowed_in_background()
-    def _write(self, text: str, wait: float = 0.0) -> None:
-        if self._fd is None:
-            if self._stream is not None:
-                self._stream.write(text)
-            return
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        # So much is kept for a terminal or a pipe that takes none right now.
-        self._unwritten = (self._unwritten + text.encode(self._encoding, "replace"))[-65536:]
-        try:
-            while self._unwritten and select.select([], [self._fd], [], wait)[1]:
-                written = os.write(self._fd, self._unwritten[: select.PIPE_BUF])
-                self._unwritten = self._unwritten[written:]
-        except OSError:
-            # Hung up, closed or full: there is nobody to tell, and training matters more.
-            self._unwritten = b""
+            if self._status_width:
+                text = "\r" + " " * self._status_width + "\r" + text
+            self._status_width = status_width
+            encoded = text.encode(getattr(self._stream, "encoding", None) or "utf-8", "replace")
+            if self._fd is None:
+                if self._stream is not None:
+                    self._stream.write(text)
+                return
+            # So much is kept for a terminal or a pipe that takes none right now.
+            self._unwritten = (self._unwritten + encoded)[-65536:]
+            try:
+                while self._unwritten and select.select([], [self._fd], [], wait)[1]:
+                    written = os.write(self._fd, self._unwritten[: select.PIPE_BUF])
+                    self._unwritten = self._unwritten[written:]
+            except OSError:
+                # Hung up, closed or full: there is nobody to tell, and training matters more.
+                self._unwritten = b""
 
 
 class Interrupted(BaseException):
@@ -394,46 +287,34 @@ class Interrupted(BaseException):
 class ExitMonitor:
     """Watches keyboard and signals in one background thread while the main thread trains.
 
-    Use it as a context manager in the main thread and read `exit_requested` once a batch:
-
         with ExitMonitor() as monitor:
-            for batch in batches:
-                train_on(batch)
-                if monitor.exit_requested:
-                    break
+            while not monitor.exit_requested:
+                train_on_a_batch()
 
-    `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was
-    typed. The thread sleeps in select() on standard input, on the pipe to which Python's C signal
-    handler writes and on a stop pipe, so it hears a request while the main thread is inside a long
-    torch operation. A second SIGINT, half a second or more after the first, ends the process at
-    once with code 130. On leaving the block, terminal and signal handlers are as before.
-
-    Children, DataLoader workers say, never reach it (see SignalsOfChildren). Raises ValueError
-    when entered outside the main thread.
+    `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was typed.
+    The thread sleeps in select() on standard input and on the pipe to which Python's C signal
+    handler writes, so it hears a request while the main thread is inside a long torch operation. On
+    leaving the block, terminal and signal handlers are as before. Forked children never reach it;
+    those started in another way, a DataLoader's for instance, need worker_init_fn=begin_worker.
     """
 
-    KEYS = "Keys: q + Enter saves and leaves, s + Enter saves"
+    KEYS = "Keys: q + Enter saves and leaves, s + Enter saves, a second Ctrl-C leaves at once."
     # Wakes the main thread out of a system call; by default it does nothing.
     WAKE = signal.SIGURG
 
     def __init__(self, screen: Screen | None = None, keyboard: bool = True) -> None:
-        self.save_requested = False
+        self.keyboard, self.save_requested = keyboard, False
         # What ? shows below the keys.
         self.describe: Callable[[], str] | None = None
         # Set where there is nothing to save: a request then ends the process with this line.
         self.nothing_to_save: str | None = None
-        self.signals_heard = 0
-        self.keyboard = keyboard
-        self._screen = screen or Screen()
-        self._stdin = -1
-        self._listening = keyboard and descriptor(sys.stdin) is not None
         # What this process has heard, and what it acts on: of several, what all have agreed on.
         self.heard: list[tuple[str, int]] = []
         self.requests = self.heard
-        self._lock = threading.Lock()
-        self._last_interrupt = -math.inf
-        self._interruptible = False
-        self._typed = b""
+        self._screen, self._lock = screen or Screen(), threading.Lock()
+        self._stdin, self._typed = -1, b""
+        self._listening = keyboard and descriptor(sys.stdin) is not None
+        self._last_interrupt, self._interruptible = -math.inf, False
         self._terminal_settings: list | None = None
 
     @property
@@ -449,33 +330,27 @@ class ExitMonitor:
         return self.requests[0][1] if self.requests else 0
 
     def __enter__(self) -> ExitMonitor:
-        global signals_of_children
         with contextlib.ExitStack() as undo:
-            pipes = [*os.pipe(), *os.pipe()]
-            self._signal_pipe, self._wakeup, self._stop_pipe, self._stop = pipes
-            for fd in pipes:
-                undo.callback(os.close, fd)
+            self._pipe, self._wakeup = os.pipe()
+            undo.callback(os.close, self._pipe)
+            undo.callback(os.close, self._wakeup)
             if self._listening:
                 # A descriptor of our own, so that nobody closes it under select().
-                self._stdin = open_keyboard(sys.stdin.fileno())
+                self._stdin = os.dup(sys.stdin.fileno())
                 undo.callback(os.close, self._stdin)
             os.set_blocking(self._wakeup, False)
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before_fd)
             self._pid = os.getpid()
-            if signals_of_children is None or signals_of_children.pid != self._pid:
-                signals_of_children = SignalsOfChildren()
-            before: dict[int, Any] = {
-                signum: signal.getsignal(signum) or signal.SIG_DFL for signum in EXIT_SIGNALS
-            }
-            # nohup's promise.
-            if before[SIGHUP] is signal.SIG_IGN:
-                del before[SIGHUP]
-            self._children = signals_of_children
-            undo.enter_context(self._children.watched(before))
-            for signum in (*before, self.WAKE):
-                previous = signal.signal(signum, self._handler)
-                undo.callback(signal.signal, signum, previous or signal.SIG_DFL)
+            for signum in (*EXIT_SIGNALS, self.WAKE):
+                before = signal.getsignal(signum) or signal.SIG_DFL
+                # nohup's promise.
+                if signum == SIGHUP and before is signal.SIG_IGN:
+                    continue
+                handlers_before[signum] = before
+                signal.signal(signum, self._handler)
+                undo.callback(signal.signal, signum, before)
+            undo.callback(handlers_before.clear)
             self._save_terminal()
             self._thread = threading.Thread(target=self._watch, name="exit-monitor", daemon=True)
             self._thread.start()
@@ -484,22 +359,19 @@ class ExitMonitor:
 
     def __exit__(self, *exc_info: object) -> None:
         # A forked child that leaves the block: all of this is its parent's.
-        if os.getpid() != self._pid:
-            return
-        os.write(self._stop, b"x")
-        self._thread.join()
-        self._restore_terminal()
-        self._undo.close()
+        if os.getpid() == self._pid:
+            os.write(self._wakeup, b"\0")
+            # It may wait for a line that a shell has taken this very moment.
+            self._thread.join(1.0)
+            self._restore_terminal()
+            self._undo.close()
 
     @contextlib.contextmanager
-    def interruptible(self, at_once: bool) -> Iterator[None]:
-        """In the main thread: a request raises Interrupted in the block, whatever it waits for.
-
-        One that was there before does so where at_once is set.
-        """
+    def interruptible(self) -> Iterator[None]:
+        """In the main thread: a request raises Interrupted in the block, whatever it waits for."""
         self._interruptible = True
         try:
-            if self.heard and at_once:
+            if self.heard:
                 raise Interrupted
             yield
         finally:
@@ -518,11 +390,7 @@ class ExitMonitor:
                 # Said before the main thread can know, whose next line must come after this one.
                 self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
             self.heard.append((reason, exit_code))
-        self.wake()
-
-    def wake(self) -> None:
-        """Ends the main thread's waiting in interruptible(), after a request."""
-        if self.heard and self._interruptible:
+        if self._interruptible:
             signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
 
     def withdraw(self) -> None:
@@ -532,30 +400,24 @@ class ExitMonitor:
             if request in self.heard:
                 self.heard.remove(request)
 
-    def hear(self, signum: int) -> None:
+    def _hear(self, signum: int) -> None:
         """Turns a signal into a request; the second SIGINT ends the process."""
-        self.signals_heard += 1
-        if signum not in EXIT_SIGNALS:
-            return
-        self._children.tell(signum, time.monotonic())
+        heard_at[signum] = time.monotonic()
         if signum == SIGINT:
-            now, last = time.monotonic(), self._last_interrupt
-            self._last_interrupt = now
+            last = self._last_interrupt
+            self._last_interrupt = time.monotonic()
             # Within half a second it is the same one: wrappers such as timeout deliver it twice.
-            if last > -math.inf and now - last > 0.5:
+            if last > -math.inf and self._last_interrupt - last > 0.5:
                 text = "🛑 Second Ctrl-C: leaving without saving. Earlier checkpoints are whole."
                 self._abandon(text, 128 + SIGINT)
-            if last == -math.inf and self.heard:
-                self._screen.say("Leaving already. Ctrl-C once more leaves without saving.")
-        self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
+        if signum in EXIT_SIGNALS:
+            self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
     def _handler(self, signum: int, frame: object) -> None:
-        """In the main thread. What counts is the byte in the pipe, unless another has its place.
-
-        An asyncio loop with signal handlers takes the wake-up descriptor and puts none back.
-        """
+        """Runs in the main thread, much later maybe: what counts is the byte in the pipe."""
         other = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         if other != self._wakeup:
+            # An asyncio loop with signal handlers has taken the pipe's place, or left none.
             os.write(self._wakeup, bytes([signum]))
             if other != -1:
                 signal.set_wakeup_fd(other, warn_on_full_buffer=False)
@@ -563,21 +425,19 @@ class ExitMonitor:
             self._interruptible = False
             raise Interrupted
 
-    @allowed_in_background()
     def _watch(self) -> None:
-        pause = None
-        while True:
+        # In the background a read fails, then, and stops nobody.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTIN, signal.SIGTTOU))
+        pause, signals = None, b""
+        while 0 not in signals:
             keyboard = [self._stdin] if self._listening and pause is None else []
-            waited_for = [self._signal_pipe, self._stop_pipe, *keyboard]
-            ready, _, _ = select.select(waited_for, [], [], pause)
+            ready, _, _ = select.select([self._pipe, *keyboard], [], [], pause)
             pause = None
-            if self._signal_pipe in ready:
-                for signum in os.read(self._signal_pipe, 4096):
-                    self.hear(signum)
-            if self._stop_pipe in ready:
-                return
-            if self._stdin in ready and not typed_at_us(self._stdin):
-                # fg sends no signal to a running job: look again.
+            signals = os.read(self._pipe, 4096) if self._pipe in ready else b""
+            for signum in signals:
+                self._hear(signum)
+            if self._stdin in ready and not in_foreground(self._stdin):
+                # A shell reads that line; and fg sends no signal to a running job: look again.
                 pause = 0.5
             elif self._stdin in ready and select.select([self._stdin], [], [], 0)[0]:
                 self._read_keyboard()
@@ -586,26 +446,21 @@ class ExitMonitor:
         self._save_terminal()
         try:
             data = os.read(self._stdin, 65536)
-        except BlockingIOError:
-            return
         except OSError:
             # EIO: the terminal has gone, or was given to another job this very moment.
             data = b""
         # An end of input that leaves a terminal is only Ctrl-D on an empty line.
         self._listening = bool(data) or os.isatty(self._stdin)
         *lines, typed = (self._typed + data).split(b"\n")
-        # What is longer is no command.
         self._typed = typed[:4096] if data else b""
-        commands = [line.strip().lower() for line in lines]
-        if any(command in (b"q", b"quit", b"exit") for command in commands):
+        commands = {line.strip().lower() for line in lines}
+        if commands & {b"q", b"quit", b"exit"}:
             self.request(USER_REQUEST, 0)
         elif b"s" in commands:
             self.save_requested = True
             self._screen.say("💾 Saving a checkpoint after this batch...")
         elif commands and not self.heard and os.isatty(self._stdin):
-            # torchrun passes on no second Ctrl-C.
-            alone = not dist.is_torchelastic_launched()
-            self._screen.say(self.KEYS + ", a second Ctrl-C leaves without saving." * alone)
+            self._screen.say(self.KEYS)
             if b"?" in commands and self.describe is not None:
                 self._screen.say(self.describe())
 
@@ -613,7 +468,7 @@ class ExitMonitor:
         """Ends the process here and now: the main thread may be inside a call of minutes."""
         self._screen.say(text)
         self._restore_terminal()
-        end_children()
+        end_children(multiprocessing.active_children())
         os._exit(exit_code)
 
     def _save_terminal(self) -> None:
@@ -622,7 +477,6 @@ class ExitMonitor:
         if self._terminal_settings is None and ours:
             self._terminal_settings = termios.tcgetattr(self._stdin)
 
-    @allowed_in_background()
     def _restore_terminal(self) -> None:
         if self._terminal_settings is None or not in_foreground(self._stdin):
             return
@@ -634,324 +488,170 @@ class ExitMonitor:
             termios.tcflush(self._stdin, termios.TCIFLUSH)
 
 
-def open_keyboard(fd: int) -> int:
-    """Of a terminal a descriptor that does not wait: around fg, the shell may read the line first.
-
-    O_NONBLOCK on the descriptor that the shell has too would be the shell's trouble.
-    """
-    if os.isatty(fd):
-        with contextlib.suppress(OSError):
-            return os.open(os.ttyname(fd), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    return os.dup(fd)
+# What the monitor of this process has replaced; when it last heard each signal, by number, in a
+# page of memory that forked children share.
+handlers_before: dict[int, Any] = {}
+heard_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 
 
-class SignalsOfChildren:
-    """What signals do in the children of a process that an ExitMonitor watches.
-
-    A terminal or a scheduler signals the whole group. A child leaves to its parent what the parent
-    has heard too, within a second; else it does what it would without a monitor, so that
-    terminate() ends it. Its handlers are Python's, which a program that it executes does not
-    inherit (as it would an ignored or a blocked signal). What multiprocessing starts, in any of its
-    ways, has them even if it is older than the monitor.
-    """
-
-    def __init__(self, heard: Any = None) -> None:
-        # Whose it is; the parent's is not for a monitor in a child.
-        self.pid = os.getpid() if heard is None else 0
-        # The handlers whose place a monitor has taken, or this.
-        self.before: dict[int, Any] = {}
-        # When the parent last heard each signal, by number; at 0 stands how many monitors it has.
-        self.heard = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d") if heard is None else heard
-        # The same for those that are not forked, in a file: made with the first of them.
-        self._filed = heard
-
-    def tell(self, number: int, value: float) -> None:
-        for times in filter(None, (self.heard, self._filed)):
-            times[number] = value
-
-    def file(self) -> None:
-        """Before a child is started that will not be forked."""
-        if self._filed is None:
-            # An error: there is no place for a file.
-            with contextlib.suppress(OSError):
-                self._filed = multiprocessing.sharedctypes.RawArray("d", signal.NSIG)
-                self._filed[:] = self.heard[: signal.NSIG].tolist()
-
-    def __reduce__(self) -> tuple:
-        """In a child that was not forked its signals begin with this."""
-        return begin_child, (self._filed,)
-
-    @contextlib.contextmanager
-    def watched(self, before: dict[int, Any]) -> Iterator[None]:
-        """While a monitor has taken the place of these handlers."""
-        outer, self.before = self.before, before
-        self.tell(0, self.heard[0] + 1)
-        try:
-            yield
-        finally:
-            self.tell(0, self.heard[0] - 1)
-            self.before = outer
-
-    def in_child(self) -> None:
-        for signum in EXIT_SIGNALS:
-            handler = signal.getsignal(signum)
-            if handler not in (None, signal.SIG_IGN):
-                self.before.setdefault(signum, handler)
-                signal.signal(signum, self._in_child)
-
-    def _in_child(self, signum: int, frame: object) -> None:
-        deadline = time.monotonic() + 0.5
-        while self.heard[0] and time.monotonic() < deadline:
-            if time.monotonic() - self.heard[signum] < 1:
-                return
-            # The parent's monitor may not have come to it yet, and nothing will tell.
-            time.sleep(0.005)
-        signal.signal(signum, self.before[signum])
-        signal.raise_signal(signum)
+def leave_to_parent(signum: int, frame: object) -> None:
+    """In a forked child: a signal to the group, which the monitor hears too, is not for it."""
+    # No SIG_IGN, which a program that the child executes would inherit.
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        if time.monotonic() - heard_at[signum] < 1:
+            return
+        # The monitor may not have come to it yet, and nothing will tell.
+        time.sleep(0.005)
+    signal.signal(signum, handlers_before.get(signum, signal.SIG_DFL))
+    signal.raise_signal(signum)
 
 
-# Made where first there may be something to tell.
-signals_of_children: SignalsOfChildren | None = None
-_forking = threading.local()
-
-
-def before_fork() -> None:
-    """Until a child's handlers are there, its signals wait."""
-    if signals_of_children and signals_of_children.heard[0]:
-        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-
-
-def after_fork() -> None:
-    if (mask := vars(_forking).pop("mask", None)) is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def in_child() -> None:
-    if signals_of_children and signals_of_children.heard[0]:
-        # The pipe is the parent's.
-        signal.set_wakeup_fd(-1)
-        signals_of_children.in_child()
-    after_fork()
-
-
-def in_forked_child(_: object) -> None:
-    """In one that multiprocessing has forked: the parent's monitor may come yet."""
-    if signals_of_children:
-        signals_of_children.in_child()
-
-
-def begin_child(heard: Any) -> SignalsOfChildren:
-    """In one that multiprocessing has started: by a fork of its server, or anew."""
-    global signals_of_children
-    signals_of_children = SignalsOfChildren(heard)
-    signals_of_children.in_child()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_SIGNALS)
-    return signals_of_children
-
-
-def hand_signals_on(process: Any, workers: Any) -> None:
-    """Makes multiprocessing's children, and PyTorch's among them, do as SignalsOfChildren says."""
-    start, terminate = process.start, process.terminate
+def in_forked_child() -> None:
+    if not handlers_before:
+        return
+    # The pipe is the parent's; terminate() ends a child at once.
+    signal.set_wakeup_fd(-1)
+    for signum, before in handlers_before.items():
+        signal.signal(signum, before if signum == SIGTERM else leave_to_parent)
+    # But a loader's workers, to which PyTorch gives a handler that ends them, end otherwise.
+    workers: Any = torch.utils.data._utils.signal_handling
     set_handlers = workers._set_worker_signal_handlers
 
-    def quiet_start(child: Any) -> None:
-        global signals_of_children
-        signals_of_children = child._signals = signals_of_children or SignalsOfChildren()
-        if (child._start_method or multiprocessing.get_start_method()) == "fork":
-            return start(child)
-        signals_of_children.file()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-        try:
-            # Starting it unblocks two of them.
-            multiprocessing.resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)
-            # It begins without a handler, as does the server that forks it.
-            return start(child)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def terminate_one(child: Any) -> None:
-        # This one is meant for the child.
-        if signals_of_children:
-            signals_of_children.tell(SIGTERM, 0.0)
-        terminate(child)
-
     def set_other_handlers() -> None:
-        # PyTorch's handler for SIGTERM ends a worker whoever has sent it.
-        handler = signal.getsignal(SIGTERM)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (SIGTERM,))
         set_handlers()
-        if signals_of_children and callable(handler):
-            signal.signal(SIGTERM, handler)
-            # As PyTorch's does with what the parent has sent, at the end of a program say.
-            signals_of_children.before[SIGTERM] = lambda *_: os._exit(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(SIGTERM, leave_to_parent)
 
-    process.start, process.terminate = quiet_start, terminate_one
     workers._set_worker_signal_handlers = set_other_handlers
 
 
-os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=in_child)
-multiprocessing.util.register_after_fork(in_forked_child, in_forked_child)
-hand_signals_on(multiprocessing.process.BaseProcess, torch.utils.data._utils.signal_handling)
+os.register_at_fork(after_in_child=in_forked_child)
 
 
-def end_children() -> None:
-    """Kills and reaps the loader's workers that are still there; they hold nothing to save."""
-    for child in multiprocessing.active_children():
+def begin_worker(number: int = 0) -> None:
+    """In a loader's worker: leaves signals to the process that trains, and ends with it."""
+    for signum in EXIT_SIGNALS:
+        signal.signal(signum, lambda *_: None)
+    # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
+    sys.excepthook = lambda *error: None
+
+    def end_with_parent() -> None:
+        # Torch watches the forkserver; this is the process that trains.
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_children(children: Iterable) -> None:
+    """Kills and reaps processes that hold nothing to save."""
+    for child in children:
         child.kill()
         child.join()
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------
-#
-# A checkpoint is what torch.save writes: a zip file with a pickle, data.pkl, which holds everything
-# but the bytes of the tensors, and a record for each storage (data/0, data/1, ...), in the order in
-# which the pickle first meets them. torch writes the file without those bytes; several threads, or
-# several processes, then put them in their places.
 
 # What a save may fail with: disk, device (in torch's words), memory, what cannot be saved.
 SAVE_ERRORS = (OSError, RuntimeError, MemoryError, TypeError)
-# What one thread reads or writes at a time, and what a cache still holds for its checksum.
-PIECE_BYTES, CACHED_BYTES = 4 * 2**20, 2**18
-# Of the pickle, which holds what is no tensor: a list takes one byte there, and 64 in memory.
-PICKLE_BYTES = 32 * 2**20
+PIECE_BYTES = 4 * 2**20
 PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size}
-# What the pickle of a tensor or a plain value refers to: nothing that grows.
+# What the pickle of a tensor or a plain value refers to, dtypes aside: nothing that grows.
 PLAIN_GLOBALS = re.compile(
     r"__builtin__\.(complex|set)|collections\.(Counter|OrderedDict)|torch\.(Size|device|\w+Storage)"
     r"|torch\._utils\._rebuild_(parameter|tensor_v[23])|torch\.storage\.UntypedStorage"
 )
 
 
-class Record(NamedTuple):
-    """A storage's bytes within a checkpoint: where they start, and where their CRC-32 stands."""
+class FileForDisk(io.FileIO):
+    """A new file whose pieces are on their way to the disk while the next ones are written.
 
-    start: int
-    size: int
-    crc: int
-    crc_at: int
+    The advice that they need not stay in memory halves the time of a large file's flush.
+    """
 
+    _advised = 0
 
-class Part(NamedTuple):
-    """Some consecutive bytes of a record, by its number; data is uint8, 1-D, on any device."""
-
-    record: int
-    start: int
-    data: Tensor
-
-
-class Rows(NamedTuple):
-    """What one of many processes has of a tensor: consecutive rows. In a checkpoint it is whole."""
-
-    local: Tensor
-    first: int
-    shape: torch.Size
-
-
-class OneWriter:
-    """Who writes one checkpoint: this process. With StoreWriters many do, each with its Rows."""
-
-    rank = 0
-    on_several_machines = False
-
-    def lead(self, function: Callable, *arguments: object) -> Any:
-        """Calls function on rank 0; what it returns, or one of SAVE_ERRORS, is for all."""
-        return function(*arguments)
-
-    def each(self, function: Callable, *arguments: object) -> list:
-        """Calls function on every rank; one of SAVE_ERRORS is for all, the results for rank 0."""
-        return [function(*arguments)]
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += super().write(view[done : done + PIECE_BYTES]) or 0
+            start, end = self._advised, self.tell()
+            if end - start >= PIECE_BYTES and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+                self._advised = end
+        return done
 
 
 def save_checkpoint(state: dict, path: Path | str) -> None:
     """Writes state, as torch.save does, so that path is, at every instant, old or whole.
 
-    State is nested dicts, lists and tuples of dense tensors, numbers (numpy's become Python's),
-    texts, None, and what else torch.load(weights_only=True) takes and cannot grow: dtypes,
-    devices, sizes, sets. Nothing may change it meanwhile. The file is written beside its target,
-    flushed to the disk, renamed, and the directory flushed. Raises TypeError, with the place, for
-    anything else in state; OSError, or what torch raises where memory or a device fails it.
-    Whatever is raised, the file that was at path before is untouched.
+    State is nested dicts, lists and tuples of dense tensors, numbers, texts, None, and what else
+    torch.load(weights_only=True) takes and cannot grow; nothing may change it meanwhile. Raises
+    TypeError, with the place, for anything else in it; OSError, or what torch raises where memory
+    or a device fails it. Then the file that was at path before is untouched.
     """
-    if not isinstance(state, dict):
-        raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
-    write_checkpoint(*laid_out(state), Path(path), OneWriter())
-
-
-def write_checkpoint(
-    shown: dict, parts: Sequence[Part] | Exception, path: Path, writers: OneWriter
-) -> None:
-    """Writes what laid_out() has returned, or raises what it has raised in one of the writers.
-
-    Raises one of SAVE_ERRORS, the same in all of them.
-    """
-    # Of this save alone: others may write the same path at the same time.
-    token = writers.lead(lambda: uuid.uuid4().hex[:8])
-    temporary = path.with_name(f".{path.stem}.{token}{path.suffix}.tmp")
+    state = to_host(state)
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, f"{path} is a directory, pipe or device, no checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of this save alone: others may write the same path at the same time.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}.tmp")
     try:
-        writers.lead(write_without_data, shown, temporary)
-        shared = writers.on_several_machines
-        checksums = writers.each(write_parts, parts, temporary, shared)
-        writers.lead(publish, temporary, checksums, path, shared)
-    except BaseException:
-        if writers.rank == 0:
-            # On a file system that takes no change the next start clears up.
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with FileForDisk(temporary, "x") as file:
+            torch.save(state, file)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        # The names become as durable as the file; one folder may be new, or not to be opened.
+        for folder in (path.parent, path.parent.parent):
+            with contextlib.suppress(PermissionError):
+                flush_to_disk(folder)
+    except BaseException as error:
+        # On a file system that takes no change the next start clears up.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch's zip writer stumbles over a write that has failed: that one is the reason.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
 
 
-def laid_out(state: dict, rank: int = 0) -> tuple[dict, list[Part]]:
-    """State as torch.save is to see it, and this process's part of each record, in their order.
+def flush_to_disk(path: Path) -> None:
+    """Calls fsync, where the file system knows how to."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(fd)
 
-    Raises TypeError for what load_checkpoint would refuse, and names its place.
-    """
-    parts: dict[int, Part] = {}
-    stand_ins: dict[int, Tensor] = {}
 
-    def shown(value: Any) -> object:
-        if isinstance(value, Rows):
-            local, first, shape = value
-            key = local.untyped_storage()._cdata
-            start = first * math.prod(shape[1:]) * local.element_size()
-            data = local.contiguous().flatten().view(torch.uint8)
-            parts.setdefault(key, Part(len(parts), start, data))
-            if key not in stand_ins:
-                stand_ins[key] = stand_in(shape, local.dtype)
-            return stand_ins[key]
-        value = savable(value)
-        if not isinstance(value, Tensor):
-            return value
-        key, data = value.untyped_storage()._cdata, storage_bytes(value)
-        parts.setdefault(key, Part(len(parts), 0, data if rank == 0 else data[:0]))
-        if value.is_cpu:
-            return value
-        if key not in stand_ins:
-            stand_ins[key] = stand_in([len(data) // value.element_size()], value.dtype)
-        return stand_ins[key].as_strided(value.shape, value.stride(), value.storage_offset())
+def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
+    """State with its tensors on the CPU; with memory all are copies there. Raises TypeError."""
+    copies: dict[tuple, Tensor] = {}
+    kept = {} if memory is None else memory
+
+    def on_host(leaf: Any) -> Any:
+        leaf = savable(leaf)
+        if not isinstance(leaf, Tensor) or memory is None and leaf.is_cpu:
+            return leaf
+        # Those that are the same share their copy.
+        key = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
+        if key not in copies or not leaf.numel():
+            place = len(copies), leaf.dtype, leaf.shape
+            if place not in kept:
+                kept[place] = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+            copies[key] = kept[place].copy_(leaf.detach())
+        return copies[key]
 
     try:
-        return mapped(state, shown), list(parts.values())
+        return mapped(state, on_host)
     except TypeError as error:
         raise TypeError(f"state{error}") from None
-    except RecursionError:
-        raise TypeError("state contains itself, or is nested too deeply") from None
-
-
-def stand_in(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor that torch.save takes for one on the CPU, though it has no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        return torch.empty(shape, dtype=dtype)
-
-
-def storage_bytes(tensor: Tensor) -> Tensor:
-    """All bytes of the memory that a tensor is a view of; uint8, 1-D."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def savable(value: Any) -> Any:
@@ -959,256 +659,53 @@ def savable(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     kind = type(value)
-    if kind is int and value.bit_length() > 2000:
-        raise TypeError(" is an integer of more than 2,000 bits, which torch.load refuses")
     if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
         return value
-    what = f"{kind.__module__}.{kind.__qualname__}"
-    if kind in (Tensor, nn.Parameter):
-        strange = value.is_meta or value.is_nested or value.is_quantized or vars(value)
-        if value.layout == torch.strided and not strange:
-            # One that is larger than its memory (expanded) is saved with all its elements: a
-            # small file must not become a large state.
-            small = value.nbytes <= value.untyped_storage().nbytes()
-            return value if small else value.contiguous()
-        what += f" ({value.dtype}, {value.layout})"
+    if kind in (Tensor, nn.Parameter) and value.layout == torch.strided:
+        if not (value.is_meta or value.is_nested or value.is_quantized or vars(value)):
+            return value
     raise TypeError(
-        f" is a {what}: only dense tensors, numbers, texts, None, and dicts, lists and tuples of"
-        " them can be saved (as float(x), x.tolist(), str(x), vars(x), x.state_dict() make them)"
+        f" is a {kind.__module__}.{kind.__qualname__}: only dense tensors, numbers, texts, None and"
+        " what they are in can be saved (as float(x), x.tolist(), str(x), x.state_dict() make them)"
     )
 
 
 def mapped(state: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested dicts, lists and tuples with change(leaf) in the place of every leaf.
-
-    What is there twice is changed once. Raises what change raises, a TypeError with the place in
-    front of it ("['model'][0] is a ...").
-    """
-    known: dict[int, tuple[object, object]] = {}
-
-    def visit(value: Any) -> Any:
-        kind = type(value)
-        if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple):
-            return change(value)
-        if id(value) in known:
-            return known[id(value)][0]
-        new = []
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            try:
-                new.append((change(key), visit(item)))
-            except TypeError as error:
-                raise TypeError(f"[{key!r}]{error}") from None
-        if isinstance(value, dict):
-            made = kind()
-            for key, item in new:
-                made[key] = item
-            # A module's state_dict has an attribute, _metadata.
-            if attributes := getattr(value, "__dict__", None):
-                vars(made).update(visit(attributes))
-        else:
-            made = kind(item for _, item in new)
-        # The value is kept too, so that no other takes its identity.
-        known[id(value)] = made, value
-        return made
-
-    return visit(state)
-
-
-def write_without_data(state: dict, path: Path) -> None:
-    """torch.save into a new file, with holes (which take no place) for the bytes of the tensors."""
-    new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checksums_wanted = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        with open(path, "xb") as file:
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(state, file)
-    except RuntimeError as error:
-        # torch's zip writer stumbles over a write that has failed: that one is the reason.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:
-        torch.serialization.set_crc32_options(checksums_wanted)
-    flush_names(*(new.parent for new in new_folders))
-
-
-def read_records(file: BinaryIO) -> list[Record]:
-    """The storages of a checkpoint, by number. Raises ValueError or BadZipFile where it is none."""
-    with zipfile.ZipFile(file) as archive:
-        found, entry = {}, archive.start_dir
-        for info in archive.infolist():
-            if number := re.fullmatch("[^/]+/data/([0-9]+)", info.filename):
-                header = os.pread(file.fileno(), 30, info.header_offset).ljust(30, b"\0")
-                start = info.header_offset + 30 + sum(struct.unpack("<26x2H", header))
-                found[int(number[1])] = Record(start, info.file_size, info.CRC, entry + 16)
-            elif info.filename.endswith("/data.pkl") and info.file_size > PICKLE_BYTES:
-                limit = f"{PICKLE_BYTES / 2**20:.0f} MiB"
-                raise ValueError(f"more than {limit} of values beside its tensors")
-            entry += 46 + len(info.orig_filename.encode()) + len(info.extra) + len(info.comment)
-    return [found[number] for number in sorted(found)]
-
-
-def write_parts(parts: Sequence[Part] | Exception, path: Path, shared: bool = False) -> list[int]:
-    """Writes parts of records to their places and flushes them; returns what moved() returns.
-
-    shared: other machines write theirs into the file at the same time.
-    """
-    if isinstance(parts, Exception):
-        raise parts
-    # Else a client of NFS may write a whole page, with what it has seen there of another machine's.
-    synchronous = os.O_DSYNC if shared else 0
-    with open(os.open(path, os.O_RDWR | synchronous), "r+b", buffering=0) as file:
+    """Changes the leaves of nested dicts, lists, tuples; a TypeError gets the place before it."""
+    kind = type(state)
+    if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple):
+        return change(state)
+    new = {}
+    for key, item in state.items() if isinstance(state, dict) else enumerate(state):
         try:
-            records = read_records(file)
-        except ValueError as error:
-            raise RuntimeError(f"the state holds {error}") from None
-        if len(records) != len(parts):
-            raise RuntimeError("torch.save has written other storages than those in the state")
-
-        def write(part: Part) -> int:
-            data = part.data.cpu().numpy().data
-            start, done, crc = records[part.record].start + part.start, 0, 0
-            while done < len(data):
-                count = os.pwrite(file.fileno(), data[done : done + CACHED_BYTES], start + done)
-                crc, done = zlib.crc32(data[done : done + count], crc), done + count
-            # On Linux this starts the write to the disk without waiting for it.
-            drop_cached(file.fileno(), start, len(data))
-            return crc
-
-        checksums = moved(parts, write, records)
-        flush_to_disk(file.fileno())
-    return checksums
+            new[change(key)] = mapped(item, change)
+        except TypeError as error:
+            raise TypeError(f"[{key!r}]{error}") from None
+    if not isinstance(state, dict):
+        return kind(new.values())
+    made = kind(new)
+    if hasattr(state, "_metadata"):
+        # A module's: the versions of its parts.
+        made._metadata = state._metadata
+    return made
 
 
-def drop_cached(fd: int, start: int, length: int) -> None:
-    """Bytes of a file need not stay in memory; a length of 0 is all that follow."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = False) -> dict:
+    """What is in a file of save_checkpoint or torch.save. Runs no code in it.
 
-
-def publish(
-    temporary: Path, checksums: Sequence[list[int]], path: Path, shared: bool = False
-) -> None:
-    """Puts the checksums, of which each process knows its share, into the file; then its name."""
-    with open(temporary, "r+b", buffering=0) as file:
-        for record, shares in zip(read_records(file), zip(*checksums)):
-            crc = functools.reduce(operator.xor, shares).to_bytes(4, "little")
-            os.pwrite(file.fileno(), crc, record.crc_at)
-            if record.size:
-                # Behind the bytes torch has written a signature and, again, the checksum.
-                os.pwrite(file.fileno(), crc, record.start + record.size + 4)
-        flush_to_disk(file.fileno())
-        if shared:
-            # A client may keep what it has read before the other machines wrote.
-            drop_cached(file.fileno(), 0, 0)
-    os.replace(temporary, path)
-    flush_names(path.parent)
-
-
-def moved(
-    parts: Sequence[Part], move: Callable[[Part], int], records: Sequence[Record]
-) -> list[int]:
-    """Reads or writes parts piece by piece, in threads; move(piece) returns its CRC-32.
-
-    Returns what each record's CRC-32 owes to these parts: XORed over all of them, it is its own.
+    Every record's checksum is verified first: torch.load alone misses a flipped bit. On the device
+    "meta" tensors have no content, and are not read; with mmap their memory is the file's. Raises
+    CheckpointError where the file cannot be read, is damaged, or holds anything else.
     """
-    # What one thread takes at a time: many small pieces, or a part of a large one.
-    tasks: dict[int, list[Part]] = {}
-    done = 0
-    for record, start, data in parts:
-        for first in range(0, len(data), PIECE_BYTES):
-            piece = Part(record, start + first, data[first : first + PIECE_BYTES])
-            tasks.setdefault(done // PIECE_BYTES, []).append(piece)
-            done += len(piece.data)
-    checksums = [0] * len(records)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        # After an error those that have not begun are dropped.
-        run = threads.map if len(tasks) > 1 else map
-        for task in run(lambda pieces: [(piece, move(piece)) for piece in pieces], tasks.values()):
-            for piece, crc in task:
-                behind = records[piece.record].size - piece.start - len(piece.data)
-                checksums[piece.record] ^= crc32_followed_by(behind, crc)
-    return checksums
-
-
-def crc32_followed_by(size: int, crc: int) -> int:
-    """What bytes with this CRC-32 are worth with size bytes behind them.
-
-    crc * x ** (8 * size), modulo the CRC's polynomial: crc32_combine of zlib 1.2.12 (Mark Adler).
-    """
-    return multiplied(power_of_x(8 * size), crc) if size and crc else crc
-
-
-@functools.lru_cache(maxsize=4096)
-def power_of_x(exponent: int) -> int:
-    """x ** exponent modulo the polynomial of CRC-32, as in multiplied."""
-    if exponent < 2:
-        return 1 << 31 - exponent
-    half = power_of_x(exponent // 2)
-    return multiplied(multiplied(half, half), power_of_x(exponent % 2))
-
-
-def multiplied(a: int, b: int) -> int:
-    """a * b modulo the polynomial of CRC-32; the lowest power of x stands in the highest bit."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
-    return product
-
-
-def flush_names(*folders: Path) -> None:
-    """Makes the names in folders as durable as the files."""
-    for folder in folders:
-        # One that takes files may still not be opened.
-        with contextlib.suppress(PermissionError):
-            fd = os.open(folder, os.O_RDONLY)
-            try:
-                flush_to_disk(fd)
-            finally:
-                os.close(fd)
-
-
-def flush_to_disk(fd: int) -> None:
-    """fsync, where the file system knows how to; on macOS the call that goes beyond the cache."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        # A file system without it still has fsync.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-
-
-def load_checkpoint(path: Path | str) -> dict:
-    """What is in a file of save_checkpoint or torch.save, tensors on the CPU. Runs no code in it.
-
-    Every record's checksum is compared with what has arrived in memory: torch.load alone misses
-    a flipped bit. Raises CheckpointError where the file cannot be read, is damaged, or holds
-    anything but tensors and plain values.
-    """
-    with opened_checkpoint(path) as checkpoint:
-        state = mapped(checkpoint.state, checkpoint.whole)
-        check_checksums(path, checkpoint.records, [checkpoint.read()])
-        return state
-
-
-@contextlib.contextmanager
-def opened_checkpoint(path: Path | str) -> Iterator[CheckpointReader]:
-    """A checkpoint for reading. Whatever goes wrong with it is a CheckpointError."""
     try:
         # A pipe would be waited for.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: a directory, pipe or device, not a checkpoint")
-        with open(path, "rb") as file:
-            check_records(file)
-            yield CheckpointReader(file)
+        check_records(path, tensors=map_location != "meta")
+        state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"holds a {type(state).__name__}")
+        return state
     except CheckpointError:
         raise
     except OSError as error:
@@ -1219,333 +716,129 @@ def opened_checkpoint(path: Path | str) -> Iterator[CheckpointReader]:
         raise CheckpointError(text) from error
 
 
-def check_records(file: BinaryIO) -> None:
-    """Raises ValueError, or what zipfile raises, for a file that torch.save cannot have written.
+def check_records(path: Path | str, tensors: bool) -> None:
+    """Raises CheckpointError for a wrong checksum, ValueError for what torch.save never writes.
 
     torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say):
     so what the pickle refers to is compared with what tensors and plain values need.
     """
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        names = [record.orig_filename for record in records]
-        folder = names[0].partition("/")[0] if names else ""
-        # torch finds records without regard to case, zipfile cuts names at a NUL: no name may
-        # mean two things.
-        form = re.escape(folder) + r"/(data/[0-9]+|\.data/serialization_id|[a-z_.]+)"
-        well_named = all(re.fullmatch(form, name) for name in names)
-        unique = len(set(names)) == len(names) and f"{folder}/data.pkl" in names
-        # An attribute that calls a record a folder makes torch return memory it never filled.
-        strange = any(record.compress_type or record.external_attr for record in records)
-        if not (folder.strip(".") and well_named and unique) or strange:
+        # An attribute that calls a record a folder makes torch return memory that it never filled.
+        if any(record.compress_type or record.external_attr for record in records):
             raise ValueError("its records are not torch.save's")
-        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
-            raise ValueError("its records lie upon each other")
-        read_records(file)
-        for record in records:
-            if "/data/" not in record.filename:
-                # Raises where its checksum is wrong.
-                archive.read(record)
-        for opcode, argument, _ in pickletools.genops(archive.read(f"{folder}/data.pkl")):
-            if opcode.name == "GLOBAL":
-                name = str(argument).replace(" ", ".")
-                dtype = isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
-                if not dtype and not PLAIN_GLOBALS.fullmatch(name):
-                    raise ValueError(f"it refers to {name}")
 
+        def verify(record: zipfile.ZipInfo) -> None:
+            try:
+                with archive.open(record) as file:
+                    while file.read(PIECE_BYTES):
+                        pass
+            except zipfile.BadZipFile as error:
+                name = record.filename.partition("/")[2]
+                raise CheckpointError(f"{path}: damaged checkpoint (record {name})") from error
 
-class CheckpointReader:
-    """An open checkpoint: `state`, with tensors on the meta device, which have no bytes yet.
-
-    whole() and rows() return tensors that read() fills, all at once and in several threads.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.records = file, read_records(file)
-        self._numbers = {record.start: number for number, record in enumerate(self.records)}
-        self._parts: list[Part] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        file.seek(0)
-        self.state = torch.load(file, map_location="meta", weights_only=True)
-        if not isinstance(self.state, dict):
-            raise ValueError(f"holds a {type(self.state).__name__}")
-        mapped(
-            self.state,
-            lambda leaf: self._number(leaf) if isinstance(leaf, Tensor) else savable(leaf),
-        )
-
-    def _number(self, tensor: Tensor) -> int:
-        """Of a tensor's record. Raises ValueError where the tensor claims more than is there."""
-        storage: Any = tensor.untyped_storage()
-        number = self._numbers.get(storage._checkpoint_offset)
-        fits = number is not None and storage.nbytes() == self.records[number].size
-        if number is None or not fits or tensor.nbytes > storage.nbytes():
-            raise ValueError("a tensor does not fit its record")
-        return number
-
-    def whole(self, leaf: object) -> object:
-        """For a tensor of state one on the CPU; those that share memory share it here, too."""
-        if not isinstance(leaf, Tensor):
-            return leaf
-        number = self._number(leaf)
-        if number not in self._storages:
-            self._storages[number] = torch.UntypedStorage(self.records[number].size)
-            self._ask(number, 0, self._storages[number])
-        return like(leaf, self._storages[number], int(leaf.storage_offset()))
-
-    def rows(self, tensor: Tensor, first: int, last: int) -> Tensor:
-        """For a tensor of state its rows first ... last - 1, in memory of their own."""
-        part = tensor[first:last]
-        size = part.element_size()
-        steps = sum((count - 1) * stride for count, stride in zip(part.shape, part.stride()))
-        storage = torch.UntypedStorage(size * (1 + steps) if part.numel() else 0)
-        self._ask(self._number(tensor), int(part.storage_offset()) * size, storage)
-        return like(part, storage, 0)
-
-    def _ask(self, number: int, start: int, storage: torch.UntypedStorage) -> None:
-        self._parts.append(Part(number, start, torch.empty(0, dtype=torch.uint8).set_(storage)))
-
-    def share(self, rank: int, world_size: int) -> None:
-        """Asks for an equal share of every record, for nothing but its checksum."""
-        for number, record in enumerate(self.records):
-            first, last = (record.size * r // world_size for r in (rank, rank + 1))
-            nowhere = torch.empty(last - first, dtype=torch.uint8, device="meta")
-            self._parts.append(Part(number, first, nowhere))
-
-    def read(self) -> list[int]:
-        """Reads what was asked for; returns what moved() returns. ValueError for a cut file."""
-        parts, self._parts = self._parts, []
-        return moved(parts, self._read, self.records)
-
-    def _read(self, part: Part) -> int:
-        data = torch.empty_like(part.data, device="cpu") if part.data.is_meta else part.data
-        left, start, crc = data.numpy().data, self.records[part.record].start + part.start, 0
-        while left:
-            count = os.preadv(self.file.fileno(), [left[:CACHED_BYTES]], start)
-            if not count:
-                raise ValueError("it has been cut")
-            crc, left, start = zlib.crc32(left[:count], crc), left[count:], start + count
-        return crc
-
-
-def like(tensor: Tensor, storage: torch.UntypedStorage, offset: int) -> Tensor:
-    """A view of storage as a tensor of a checkpoint's state, which is on the meta device, is."""
-    new = torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.shape, tensor.stride())
-    new = new.conj() if tensor.is_conj() else new
-    new = torch._neg_view(new) if tensor.is_neg() else new
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(new, tensor.requires_grad)
-    return new.requires_grad_(tensor.requires_grad)
-
-
-def check_checksums(
-    path: Path | str, records: Sequence[Record], checksums: Sequence[list[int]]
-) -> None:
-    """Raises CheckpointError unless the records, read in shares, are what was written."""
-    for number, (record, shares) in enumerate(zip(records, zip(*checksums))):
-        if functools.reduce(operator.xor, shares) != record.crc:
-            raise CheckpointError(f"{path}: damaged checkpoint (record data/{number})")
-
-
-def host_copy(parts: Sequence[Part], kept: dict[int, Tensor]) -> list[Part]:
-    """Parts with their data copied to host memory, which kept holds for the next copy."""
-    copies = []
-    for number, part in enumerate(parts):
-        size, pinned = len(part.data), part.data.is_cuda
-        if number not in kept or len(kept[number]) != size:
-            kept[number] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        copies.append(part._replace(data=kept[number].copy_(part.data)))
-    return copies
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            wanted = (one for one in records if tensors or "/data/" not in one.filename)
+            list(threads.map(verify, wanted))
+        pickles = (archive.read(one) for one in records if one.filename.endswith("/data.pkl"))
+        for opcode, argument, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+            name = str(argument).replace(" ", ".")
+            known = getattr(torch, name.removeprefix("torch."), None)
+            plain = isinstance(known, torch.dtype) or PLAIN_GLOBALS.fullmatch(name)
+            if opcode.name == "GLOBAL" and not plain:
+                raise ValueError(f"it refers to {name}")
 
 
 # ---- The checkpoint directory -----------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """A checkpoint in a directory, ordered as `latest` prefers them, the last one most.
+def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path, dict]]:
+    """The checkpoints in a directory, the one that `latest` prefers first; no tensor is read.
 
-    A run that was resumed from an older checkpoint than its furthest goes on from there: that is
-    a later session, and what it saves counts more.
+    It is the furthest of the run that has saved last, of which a start that was stopped before its
+    first step is none; a run that has gone on from an older checkpoint goes on from there. Those
+    that cannot be read are named through report.
     """
-
-    run_saved_at: str
-    run_id: str
-    session: int
-    step: int
-    saved_at: str
-    path: Path
-
-
-def fallback_directory(directory: Path | str) -> Path:
-    """Where the last save of a run goes whose checkpoint directory takes none."""
-    name = os.fsencode(os.path.abspath(directory))
-    digest = hashlib.blake2b(name, digest_size=6).hexdigest()
-    return Path(tempfile.gettempdir(), f"train_graceful_{os.getuid()}_{digest}")
-
-
-def checkpoint_files(directory: Path | str) -> list[Path]:
-    """All checkpoints of a directory, emergency ones and those in the temporary one included."""
-    folders = [Path(directory), Path(directory, "emergency_exit")]
-    with contextlib.suppress(OSError):
-        fallback = fallback_directory(directory)
-        # Anybody may make a folder of that name.
-        if fallback.is_dir() and fallback.stat().st_uid == os.getuid():
-            folders.append(fallback)
-    return sorted(file for folder in folders for file in folder.glob("[!.]*.pt") if file.is_file())
-
-
-def find_checkpoints(directory: Path | str, report: Callable[[str], None]) -> list[Found]:
-    """The checkpoints of this program in a directory, the one that `latest` prefers first.
-
-    It is the furthest of the run that has saved last, of which a start that was stopped before
-    its first step is none. Those that cannot be read are named through report; nobody's tensors
-    are read.
-    """
-    found, newest = [], dict[str, str]()
-    for path in checkpoint_files(directory):
+    found: list[tuple] = []
+    newest: dict[str, str] = {}
+    folder = Path(directory)
+    for path in (*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")):
         try:
-            with opened_checkpoint(path) as checkpoint:
-                state = checkpoint.state
-            if "run_id" not in state:
-                continue
-            run_id, saved_at = str(state["run_id"]), str(state["saved_at"])
-            session, step = int(state["metrics"]["sessions"]), int(state["step"])
+            state = load_checkpoint(path, map_location="meta")
+            run, step, saved_at = str(state["run_id"]), int(state["step"]), str(state["saved_at"])
+            order = run, int(state["metrics"]["sessions"]), step, saved_at, path
         except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
         except (LookupError, TypeError, ValueError):
             report(f"⚠️ Skipped {path}: not a checkpoint of this program")
         else:
-            found.append(Found("", run_id, session, step, saved_at, path))
-            newest[run_id] = max(newest.get(run_id, ""), saved_at if step else "")
-    return sorted((one._replace(run_saved_at=newest[one.run_id]) for one in found), reverse=True)
+            found.append((order, path, state))
+            newest[run] = max(newest.get(run, ""), saved_at if step else "")
+    found.sort(key=lambda one: (newest[one[0][0]], *one[0]), reverse=True)
+    return [(path, state) for _, path, state in found]
 
 
 def latest_checkpoint(directory: Path | str, report: Callable[[str], None] = print) -> Path:
-    """The furthest whole checkpoint of the newest run in a directory.
-
-    Damaged ones are named through report and skipped. Raises CheckpointError where none is left.
-    """
-    return first_whole(directory, load_checkpoint, report)[0]
-
-
-def first_whole(
-    directory: Path | str,
-    read: Callable[[Path], Any],
-    report: Callable[[str], None],
-    paths: Sequence[Path] | None = None,
-) -> tuple[Path, Any]:
-    """The first of paths (by find_checkpoints) that read takes, and what it returns."""
-    if paths is None:
-        paths = [found.path for found in find_checkpoints(directory, report)]
-    for path in paths:
+    """The first whole one of find_checkpoints(). Raises CheckpointError where there is none."""
+    for path, _ in find_checkpoints(directory, report):
         try:
-            return path, read(path)
-        except UserError as error:
+            load_checkpoint(path, mmap=True)
+            return path
+        except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
-    what = "no checkpoint there" if os.path.isdir(directory) else "No such file or directory"
-    raise CheckpointError(f"{directory}: {what}")
-
-
-def home_of(path: Path) -> Path:
-    """The directory that a checkpoint's run saves in, links resolved."""
-    folder = Path(os.path.realpath(path)).parent
-    return folder.parent if folder.name == "emergency_exit" else folder
-
-
-class CheckpointWriter:
-    """Saves in a thread: training waits for one copy of the state, and for the write before."""
-
-    def __init__(self, save: Callable[..., Path], report: Callable[[str], None]) -> None:
-        self._save, self._report = save, report
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._pending: Future | None = None
-        self._kept: dict[int, Tensor] = {}
-        # The best state, if it could not be saved: the copy that is kept is still of it.
-        self._missed: tuple | None = None
-
-    def submit(self, lay_out: Callable[[], tuple[dict, Any]], targets: dict[str, str]) -> None:
-        """Saves the state as it is now to every target {exit_reason: name}; failures are reported.
-
-        lay_out() is laid_out() of the state.
-        """
-        self.wait()
-        shown: dict = {}
-        try:
-            shown, parts = lay_out()
-            parts = host_copy(parts, self._kept)
-        except SAVE_ERRORS as error:
-            # Its memory is not worth keeping either. With many writers all hear of it.
-            parts, self._kept = error, {}
-        self._pending = self._thread.submit(self._write, shown, parts, targets)
-
-    def _write(self, shown: dict, parts: Sequence[Part], targets: dict[str, str]) -> None:
-        for reason, name in targets.items():
-            try:
-                path = self._save({**shown, "exit_reason": reason}, parts, name)
-                if reason == "user_requested_save":
-                    self._report(f"✅ Checkpoint saved: {path}")
-            except SAVE_ERRORS as error:
-                self._report(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
-                if reason == "best" and not isinstance(parts, Exception):
-                    self._missed = shown, parts, {reason: name}
-
-    def wait(self) -> None:
-        """Returns when nothing is being written any more. What is best gets another chance."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-        if missed := self._missed:
-            self._missed = None
-            self._write(*missed)
-
-    def close(self) -> None:
-        self._thread.shutdown()
+    raise CheckpointError(f"{directory}: no checkpoint there")
 
 
 class RunDirectory:
-    """One run's hold on a checkpoint directory: the lock, and the names that are free for it.
+    """One run's hold on a checkpoint directory: its lock, and all that is saved there.
 
-    The lock (fcntl.lockf, which no child inherits) is held until the process is gone; where the
-    file system has none, report says so. Raises OSError where the directory cannot be written, or
-    belongs to a run that is alive.
+    metrics.csv (metrics_2.csv where that is another run's) has a row every --log-every batches;
+    when a run goes on, rows after `step` come again. The lock is held until the process is gone.
+    Raises OSError where the directory cannot be written, or belongs to a run that is alive.
     """
 
-    def __init__(self, path: Path, run_id: str, report: Callable[[str], None]) -> None:
-        self.path, self.run_id = path, run_id
-        self._own: set[Path] = set()
-        self._report, self._lock_file = report, -1
-        self.hold()
+    def __init__(self, path: Path, run_id: str, step: int, keep: int, say: Callable) -> None:
+        self.path, self.run_id, self._keep, self._say = path, run_id, keep, say
+        # The name of the newest save, and when it was.
+        self.last: tuple[str, float] | None = None
+        # What writes in a thread; its last task; the memory of what it writes.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._pending: Future | None = None
+        self._memory: dict[tuple, Tensor] = {}
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock_file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._refused(error)
+        self.write_outcome("")
         for leftover in (*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")):
-            # Of a killed run; in the way of nothing.
             with contextlib.suppress(OSError):
                 leftover.unlink()
-        steps = {file: re.fullmatch(r"step_(\d+)(_\d+)?\.pt", file.name) for file in path.iterdir()}
-        own = sorted((int(m[1]), file) for file, m in steps.items() if m and self._is_own(file))
-        self._periodic = [file for _, file in own]
+        # A save in its thread flushes the rows while the main thread adds one.
+        self._rows_lock = threading.Lock()
+        self._columns: list[str] = []
+        self._rows: list[dict] = []
+        # Whether the file holds all rows but the last, in these columns.
+        self._current = False
+        for number in itertools.count(1):
+            self._metrics = path / f"metrics_{number}.csv".replace("_1.", ".")
+            rows = self._read_rows()
+            if rows or not self._metrics.exists():
+                break
+        for row in rows:
+            if int(row["step"]) <= step:
+                self.add_row(row)
 
-    def hold(self) -> None:
-        """Makes the directory and takes its lock: at first, and where somebody has deleted it."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock_file), os.stat(self.path / "run.lock")):
-                return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock_file = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._lock(lock_file)
-        self._lock_file = lock_file
-        self.write_outcome("")
-
-    def _lock(self, lock_file: int) -> None:
-        try:
-            fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                text = f"no locks there ({error.strerror}); see to it that no other run uses it"
-                self._report(f"⚠️ {self.path}: {text}")
-                return
-            words = os.pread(lock_file, 256, 0).decode(errors="replace").split()
-            pid, host = (words + ["unknown", "unknown"])[:2]
-            os.close(lock_file)
-            text = f"in use by another run (pid {pid} on {host}): stop it, or give this one another"
-            raise OSError(errno.EBUSY, text) from None
+    def _refused(self, error: OSError) -> None:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            text = f"no locks there ({error.strerror}); see to it that no other run uses it"
+            return self._say(f"⚠️ {self.path}: {text}")
+        words = os.pread(self._lock_file, 256, 0).decode(errors="replace").split()
+        os.close(self._lock_file)
+        pid, host = (words + ["unknown", "unknown"])[:2]
+        text = f"in use by another run (pid {pid} on {host}): stop it, or give this one another"
+        raise OSError(errno.EBUSY, text) from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""
@@ -1558,20 +851,10 @@ class RunDirectory:
         """Where to save under name: another run's file is never overwritten but evaded."""
         first = path = self.path / name
         for number in itertools.count(2):
-            if path in self._own or not path.exists() or self._is_own(path):
-                break
+            if not path.exists() or self._is_own(path):
+                return path
             path = first.with_name(f"{first.stem}_{number}{first.suffix}")
-        self._own.add(path)
-        return path
-
-    def prune(self, newest: Path, keep: int) -> None:
-        """Deletes this run's oldest periodic checkpoints beyond keep; newest is on the disk."""
-        self._periodic = [path for path in self._periodic if path != newest] + [newest]
-        for path in self._periodic[:-keep]:
-            # What cannot be deleted now is tried again after the next save.
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-                self._periodic.remove(path)
+        raise AssertionError
 
     def _is_own(self, path: Path) -> bool:
         # A pipe would be waited for.
@@ -1582,43 +865,21 @@ class RunDirectory:
             return self.run_id.encode() in file.read(4096)
         return False
 
-    def close(self) -> None:
-        os.close(self._lock_file)
+    def add_row(self, values: dict[str, Any]) -> None:
+        """Adds a row. A value that comes late gets a column, empty in the rows before."""
+        # An OSError: it comes with the next one.
+        with self._rows_lock, contextlib.suppress(OSError):
+            late = [name for name in values if name not in (*self._columns, "run")]
+            self._current &= not late and self._metrics.exists()
+            self._columns[-1:] = [*late, "run"]
+            self._rows.append({**values, "run": self.run_id})
+            self._write_rows()
 
-
-class Metrics:
-    """metrics.csv: a row every --log-every batches, the run's id in its last column.
-
-    Another run's file is left alone: metrics_2.csv, say, is this one's. When a run goes on, rows
-    after `step` are left out, for they come again; those of a run from elsewhere come along. A
-    row that cannot be written (a full disk, say) waits for the next one.
-    """
-
-    def __init__(self, directory: Path, run_id: str, step: int, old_directory: Path) -> None:
-        self.run_id = run_id
-        self.columns: list[str] = []
-        self._lock = threading.Lock()
-        self._waiting: list[dict] = []
-        # The file is to be written as a whole: a new one, or one with a new column.
-        self._anew = False
-        for number in itertools.count(1):
-            self.path = directory / ("metrics.csv" if number == 1 else f"metrics_{number}.csv")
-            rows = self._rows(self.path)
-            if rows or not self.path.exists():
-                break
-        if not rows:
-            elsewhere = map(self._rows, sorted(old_directory.glob("metrics*.csv")))
-            rows = next(filter(None, elsewhere), [])
-        if rows:
-            self.columns, self._anew = list(rows[0]), True
-            self._waiting = [row for row in rows if int(row["step"]) <= step]
-            self._write()
-
-    def _rows(self, path: Path) -> list[dict]:
-        """The rows of this run; none where the file is another's, or was made so by a person."""
+    def _read_rows(self) -> list[dict]:
+        """This run's rows; none where the file is another's, or was made so by a person."""
         try:
             # A pipe would be waited for; -sig: a spreadsheet leaves a mark at the beginning.
-            name = path if path.is_file() else os.devnull
+            name = self._metrics if self._metrics.is_file() else os.devnull
             with open(name, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
                 # Python 3.10 would stumble over a NUL.
                 rows = list(csv.DictReader(line.replace("\0", "") for line in file))
@@ -1627,45 +888,96 @@ class Metrics:
         mine = [row for row in rows if row.get("run") == self.run_id and None not in row]
         return [row for row in mine if re.fullmatch("[0-9]{1,18}", row.get("step") or "")]
 
-    def row(self, values: dict[str, object]) -> None:
-        """Adds a row. A value that comes late gets a column, empty in the rows before."""
-        with self._lock:
-            if late := [name for name in values if name not in self.columns]:
-                self.columns = [*self.columns[:-1], *late, "run"]
-                if not self._anew:
-                    self._waiting, self._anew = [*self._rows(self.path), *self._waiting], True
-            self._waiting.append({**values, "run": self.run_id})
-            # It waits.
-            with contextlib.suppress(OSError):
-                self._write()
-
-    def _write(self) -> None:
-        """Writes the rows that wait, all or none. Raises OSError."""
-        anew = self._anew or not self.path.exists()
+    def _write_rows(self) -> None:
+        """Adds the last row to the file, or writes all of it anew. Raises OSError."""
+        anew, self._current = not self._current, False
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         if anew:
             writer.writeheader()
-        writer.writerows(self._waiting)
-        encoded = text.getvalue().encode(errors="surrogateescape")
-        path = self.path.with_name(f".{self.path.name}.tmp") if anew else self.path
-        with open(path, "wb" if anew else "ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if file.write(encoded) < len(encoded):
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, "no room for the rows of metrics.csv")
+        writer.writerows(self._rows if anew else self._rows[-1:])
+        path = self._metrics.with_name(f".{self._metrics.name}.tmp") if anew else self._metrics
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb" if anew else "ab") as file:
+            file.write(text.getvalue().encode(errors="surrogateescape"))
         if anew:
-            os.replace(path, self.path)
-        self._waiting, self._anew = [], False
+            os.replace(path, self._metrics)
+        self._current = True
 
-    def flush(self) -> None:
-        """To the disk. Raises OSError where it refuses: no checkpoint is ahead of its rows."""
-        with self._lock:
-            if self._waiting:
-                self._write()
-            if self.path.exists():
-                with open(self.path, "rb") as file:
-                    flush_to_disk(file.fileno())
+    def save_meanwhile(self, state: dict, targets: dict[str, str], is_copy: bool) -> None:
+        """Saves the state as it is now to every target {exit_reason: name}, in a thread."""
+        self.wait()
+        try:
+            copy = to_host(state, None if is_copy else self._memory)
+        except SAVE_ERRORS as error:
+            self._memory = {}
+            names = " and ".join(targets.values())
+            self._say(f"⚠️ {names} not saved: {one_line(error)}. Training goes on.")
+        else:
+            self._pending = self._thread.submit(self._write, copy, targets)
+
+    def _write(self, state: dict, targets: dict[str, str]) -> None:
+        for reason, name in targets.items():
+            try:
+                path = self._save({**state, "exit_reason": reason}, name)
+                if reason == "user_requested_save":
+                    self._say(f"✅ Checkpoint saved: {path}")
+            except SAVE_ERRORS as error:
+                self._say(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _save(self, state: dict, name: str, elsewhere: bool = False) -> Path:
+        if elsewhere:
+            path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}_{Path(name).name}")
+        else:
+            with self._rows_lock:
+                # No checkpoint is ahead of its rows.
+                if self._rows and not self._current:
+                    self._write_rows()
+            if self._metrics.exists():
+                flush_to_disk(self._metrics)
+            path = self.path_for(name)
+        save_checkpoint(state, path)
+        self.last = name, time.monotonic()
+        if name.startswith("step_"):
+            self._prune(path)
+        return path
+
+    def _prune(self, newest: Path) -> None:
+        """Deletes this run's oldest periodic checkpoints beyond keep; newest is on the disk."""
+        # What cannot be deleted now is tried again after the next save.
+        with contextlib.suppress(OSError):
+            periodic = sorted(self.path.glob("step_*.pt"), key=os.path.getmtime)
+            older = [path for path in periodic if path != newest and self._is_own(path)]
+            for path in older[: len(older) + 1 - self._keep]:
+                path.unlink()
+
+    def save_last(self, state: dict) -> tuple[str, Path] | None:
+        """What the summary calls it, and its path; None where nothing could be saved.
+
+        Where the directory takes no save, the temporary one is tried, but not after q.
+        """
+        label, name = "Emergency checkpoint", f"emergency_exit/emergency_step_{state['step']}.pt"
+        if state["exit_reason"] == "completed":
+            label, name = "Final checkpoint", "final.pt"
+        hints = ["Trying the temporary directory...", "TMPDIR names another place."]
+        if state["exit_reason"] == USER_REQUEST:
+            hints = ["Training goes on: make room, then press 'q' + Enter again."]
+        self.wait()
+        for attempt, hint in enumerate(hints):
+            try:
+                return label, self._save(state, name, elsewhere=attempt > 0)
+            except SAVE_ERRORS as error:
+                self._say(f"❌ {label} not saved: {one_line(error)}. {hint}")
+        return None
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        os.close(self._lock_file)
 
 
 # ---- The order of the data --------------------------------------------------------------------
@@ -1689,7 +1001,7 @@ def seed_generators(*what: object, device: str = "cpu", own: Sequence = ()) -> N
 def generators_in(*roots: object) -> list:
     """The random generators that datasets, and what they consist of, have of their own."""
     kinds = random.Random, np.random.RandomState, np.random.Generator, torch.Generator
-    found, seen, left = [], dict[int, object](), list(roots)
+    found, left, seen = [], list(roots), dict[int, object]()
     # Large collections are data.
     while left and len(seen) < 10_000:
         value = left.pop()
@@ -1706,12 +1018,11 @@ def generators_in(*roots: object) -> list:
 
 
 def shuffled(indices: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """The images of indices under a permutation of range(n) that depends on key alone.
+    """The images of indices under a permutation of range(n) that depends on key alone, unlisted.
 
-    They are found without listing the permutation, by four rounds of a generalized Feistel network
-    on the pairs of numbers below a and b, a * b >= n, walked until it is back below n (Black and
-    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The rounds mix as SplitMix64 does
-    (Steele, Lea and Flood, 2014).
+    Four rounds of a Feistel network on pairs of numbers below a and b, a * b >= n, walked until it
+    is back below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); they mix as
+    SplitMix64 does (Steele, Lea and Flood, 2014).
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
@@ -1728,29 +1039,30 @@ def shuffled(indices: np.ndarray, n: int, key: bytes) -> np.ndarray:
     return images
 
 
+@dataclasses.dataclass
 class Batches(Dataset):
     """The batches of a run, of which this process has every world_size-th sample.
 
-    Item ("training", step) is the batch after so many; it is a function of seed and step alone, so
-    nothing has to be replayed to go on at any of them. Item ("validation", n) is batch n of an
-    evaluation. An item is (its key, the collated samples, how many of them count).
+    Item ("training", step) is a function of seed and step alone: nothing has to be replayed to go
+    on. An item is (the collated samples, how many of them count).
     """
 
-    def __init__(
-        self, training, validation, collate, batch_size, options, rank, world_size
-    ) -> None:
-        self.training, self.validation = training, validation
-        self.collate = collate or default_collate
-        self.batch_size, self.seed = batch_size, options.seed
-        self.rank, self.world_size = rank, world_size
-        self.per_epoch = len(training) // batch_size
-        self.generators = generators_in(training, validation, collate)
-        self.validated = len(validation) if validation is not None else 0
-        if options.eval_batches is not None:
-            self.validated = min(self.validated, options.eval_batches * batch_size)
-        self.per_evaluation = -(-self.validated // batch_size)
+    training: Any
+    validation: Any
+    collate: Callable[[list], Any]
+    batch_size: int
+    seed: int
+    # Samples of an evaluation.
+    validated: int
+    rank: int
+    world_size: int
 
-    def __getitem__(self, key: tuple[str, int]) -> tuple[tuple[str, int], Any, int]:
+    def __post_init__(self) -> None:
+        self.per_epoch = len(self.training) // self.batch_size
+        self.per_evaluation = -(-self.validated // self.batch_size)
+        self.generators = generators_in(self.training, self.validation, self.collate)
+
+    def __getitem__(self, key: tuple[str, int]) -> tuple[Any, int]:
         split, number = key
         if split == "training":
             data, (epoch, number) = self.training, divmod(number, self.per_epoch)
@@ -1767,7 +1079,7 @@ class Batches(Dataset):
             seed_generators(self.seed, epoch, index, own=self.generators)
             samples.append(data[index])
         seed_generators(self.seed, "collate", key, self.rank, own=self.generators)
-        return key, self.collate(samples), len(indices)
+        return self.collate(samples), len(indices)
 
     def _places(self, number: int, end: int) -> np.ndarray:
         """Where this rank's samples of batch number stand among so many."""
@@ -1775,296 +1087,71 @@ class Batches(Dataset):
         return np.arange(first + self.rank, min(first + self.batch_size, end), self.world_size)
 
 
-def begin_worker(number: int) -> None:
-    """In a worker."""
-    # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
-    sys.excepthook = lambda *error: None
-    if multiprocessing.get_start_method() == "fork":
-        return
-
-    def end_with_parent() -> None:
-        # Its parent is the forkserver, for torch; this is the process that trains.
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-class Loader:
-    """One loader for a whole run, evaluations included: its workers start once.
-
-    It draws training batches ahead; those that come before a validation batch that was asked for
-    wait until it is their turn.
-    """
-
-    # Without a batch for so many seconds, the workers that have died or stand still are named.
-    PATIENCE = 30.0
-
-    def __init__(
-        self, batches: Batches, workers: int, step: int, pin: bool, report: Callable[[str], None]
-    ) -> None:
-        self._next = step
-        self._wanted: collections.deque[int] = collections.deque()
-        self._early: collections.deque = collections.deque()
-        self._report = report
-        self._waiting_since = math.inf
-        self._closed = threading.Event()
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=self._keys(),
-            num_workers=workers,
-            pin_memory=pin,
-            # They are collated already: an item is a tuple.
-            collate_fn=tuple,
-            worker_init_fn=begin_worker,
-            # Its own: the default one is the loop's.
-            generator=torch.Generator(),
-        )
-        others, on_child = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        if workers:
-            # Made here, it is the workers' too, and is removed however they end.
-            multiprocessing.util.get_temp_dir()
-        self._items = iter(loader)
-        # torch's handler raises wherever the main thread is when a worker dies, in the middle of
-        # an optimizer step too; without it the loader says so at the next batch.
-        signal.signal(signal.SIGCHLD, on_child)
-        self._workers = [one for one in multiprocessing.active_children() if one not in others]
-        threading.Thread(target=self._watch, name="loader-watch", daemon=True).start()
-
-    def _keys(self) -> Iterator[tuple[str, int]]:
-        while True:
-            if self._wanted:
-                yield "validation", self._wanted.popleft()
-            else:
-                yield "training", self._next
-                self._next += 1
-
-    def training(self) -> Any:
-        """The next training batch."""
-        return (self._early.popleft() if self._early else self._get("training"))[1]
-
-    def validation(self, number: int, count: int) -> tuple[Any, int]:
-        """Batch number of an evaluation of count batches, and how many of its samples count."""
-        if number == 0:
-            self._wanted.extend(range(count))
-        return self._get("validation")[1:]
-
-    def _get(self, split: str) -> Any:
-        self._waiting_since = time.monotonic()
-        try:
-            while (item := next(self._items))[0][0] != split:
-                self._early.append(item)
-            return item
-        finally:
-            self._waiting_since = math.inf
-
-    def _watch(self) -> None:
-        named, pause = math.inf, self.PATIENCE
-        while not self._closed.wait(pause):
-            since, pause = self._waiting_since, self.PATIENCE
-            if since != named and since < math.inf:
-                left = since + self.PATIENCE - time.monotonic()
-                if left > 0:
-                    pause = left
-                else:
-                    named = since
-                    self._report(f"⚠️ No batch for {pause:.0f} s: {self._state_of_workers()}.")
-
-    def _state_of_workers(self) -> str:
-        states = [
-            f"worker {worker.pid} stands still or is slow"
-            if worker.is_alive()
-            else f"worker {worker.pid} has died (exit code {worker.exitcode})"
-            for worker in self._workers
-        ]
-        return ", ".join(states) or "the dataset is slow or stands still"
-
-    def close(self) -> None:
-        self._closed.set()
-        for worker in self._workers:
-            worker.kill()
-            worker.join()
-
-
-def difference(saved: list, own: list) -> str | None:
-    """What tells two datasets, [length, fingerprint()], apart; None for the same data."""
-    (length, there), (here_length, here) = saved, own
-    if isinstance(there, dict) and isinstance(here, dict):
-        # Files by name: the same ones may lie elsewhere.
-        if list(there.values()) == list(here.values()):
-            return None
-        changes = {
-            "added": sorted(here.keys() - there.keys()),
-            "removed": sorted(there.keys() - here.keys()),
-            "changed": [name for name in there if name in here and there[name] != here[name]],
-        }
-        some = [
-            f"{word}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-            for word, names in changes.items()
-            if names
-        ]
-        return "; ".join(some) or "in another order"
-    if length != here_length:
-        return f"{length:,} samples then, {here_length:,} now"
-    return None if there == here else "their fingerprints differ"
+def started_loader(batches: Batches, keys: Iterator, workers: int, pin: bool) -> tuple:
+    """The items of batches with these keys, and the workers, which start once for a whole run."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=keys,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=tuple,
+        worker_init_fn=begin_worker,
+        # Its own: the default one is the loop's.
+        generator=torch.Generator(),
+    )
+    others, on_child = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    if workers:
+        # Made here, it is the workers' too, and is removed however they end.
+        multiprocessing.util.get_temp_dir()
+    items = iter(loader)
+    # torch's handler raises wherever the main thread is when a worker dies, in the middle of an
+    # optimizer step too; without it the loader says so at the next batch.
+    signal.signal(signal.SIGCHLD, on_child)
+    return items, [one for one in multiprocessing.active_children() if one not in others]
 
 
 # ---- The run ----------------------------------------------------------------------------------
 
 
-class Progress(NamedTuple):
-    """What follows from the batches so far; a checkpoint holds it. Nothing changes in place."""
-
-    step: int = 0
-    best: dict = {"value": None, "step": 0, "of": None}
-    evaluation: dict = {"values": {}, "step": -1}
-    # `sums` and `counts` are of what was logged since the last row of metrics.csv; what was due up
-    # to `done_step` (an evaluation, a save) is done.
-    metrics: dict = dict(sums={}, counts={}, smooth_loss=None, seconds=0.0, sessions=0, done_step=0)
+@contextlib.contextmanager
+def fitting(path: Path | None, name: str) -> Iterator[None]:
+    """Whatever goes wrong with a part of a checkpoint is a CheckpointError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit {name} ({one_line(error)})") from error
 
 
-class Boundary(NamedTuple):
-    """The last point at which all of the state was of one step."""
-
-    progress: Progress
-    # Each buffer of the models, and a copy.
-    buffers: list[tuple[Tensor, Tensor]]
-    # Schedulers and GradScalers, which an exception may leave one step ahead.
-    small: list[tuple[Any, dict]]
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-class Run:
-    """One training run: what a checkpoint holds, and what happens between two batches.
+class RunState:
+    """What a run consists of: its models, and the objects that it keeps.
 
-    main() makes it and hands it to train(run). Use it in this order: data(), model(), keep(), then
-    one loop over batches(), in which log(), clip_gradients() and autocast() are for the body.
-
-    `options` is what the command line says; `device`, `rank` and `world_size` are where this
-    process computes; `resumed` is the checkpoint that the run goes on from, or None.
+    On resume they are restored from the state of the checkpoint `resumed`.
     """
 
-    FORMAT_VERSION = 2
-    # What a checkpoint consists of.
-    ENTRIES = {
-        **dict.fromkeys(("format_version", "step"), int),
-        **dict.fromkeys(("run_id", "exit_reason", "torch_version", "saved_at"), str),
-        **dict.fromkeys(("model_state_dict", "optimizer_state_dicts", "state_dicts"), dict),
-        **dict.fromkeys(("scheduler_state_dicts", "best", "evaluation", "metrics"), dict),
-        **dict.fromkeys(("config", "data_fingerprint"), dict),
-    }
-    # Without a step of a kept optimizer for so many batches, each is a boundary.
-    LONGEST_ACCUMULATION = 16
-
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        processes: Processes,
-        screen: Screen,
-        resumed: tuple[Path, dict] | None,
-    ) -> None:
-        self.options, self.processes, self.screen = options, processes, screen
-        self.monitor = processes.monitor
-        self.rank, self.world_size = processes.rank, processes.world_size
-        self.device = choose_device(options.device)
-        self.resumed: Path | None = resumed[0] if resumed else None
-        # The options of the checkpoint that are not the defaults of today.
-        self.differs = ""
-        self._state: dict = resumed[1] if resumed else {}
-        self.run_id = self._state.get("run_id", uuid.uuid4().hex[:12])
-        self.progress = Progress(*(self._state[key] for key in Progress._fields if resumed))
-        self._boundary = Boundary(self.progress, [], [])
-        config = self._state.get("config", {})
-        # The same run with another length.
-        lengths = (config.get(k) != vars(options)[k] for k in ("steps", "epochs"))
-        self._stretched = resumed is not None and any(lengths)
-        self.completed = self._state.get("exit_reason") == "completed"
-        self.exit_code = 0
-        # What the summary calls the last save, and where it is.
-        self.saved: tuple[str, Path] | None = None
+    def __init__(self, processes: Processes, resumed: Path | None, saved: dict) -> None:
+        self.processes = processes
+        self.resumed = resumed
+        self.trains = False
+        self._saved = saved
+        # {name: (the bare module, what the loop calls)}, {kind of state: {name: object}}.
         self._models: dict[str, tuple[nn.Module, nn.Module]] = {}
-        kinds = "scheduler_state_dicts", "state_dicts", "optimizer_state_dicts"
-        self._kept: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-        self._batches: Batches | None = None
-        self._loader: Loader | None = None
-        self._writer: CheckpointWriter | None = None
-        # The loop has begun; it trains; a batch is complete; its body has a batch, has stepped.
-        self._began = self.trains = self.trained = self._in_body = self._stepped = False
-        # Of the batch at hand.
-        self._steppers: set[Optimizer] = set()
-        # {name: (sum, count)} of what the batch at hand has logged.
-        self._logged: dict[str, tuple[float, int]] = {}
-        self._last_save: tuple[str, float] | None = None
-        self._undo = contextlib.ExitStack()
-        if self.device.type == "cuda":
-            # Bit for bit needs kernels that add in a fixed order.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self._seed("start")
-
-    def _seed(self, *what: object) -> None:
-        seed_generators(self.options.seed, *what, device=self.device.type)
-
-    # What train(run) uses before the loop.
-
-    def data(
-        self,
-        training: Any,
-        validation: Any = None,
-        collate: Callable[[list], Any] | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        """Sets the datasets: lists, or map-style torch Datasets with a length.
-
-        `collate` makes a batch of a list of samples; batch_size is that of all processes (default
-        --batch-size). Raises UserError for data that cannot be resumed bit for bit or is too
-        short, and on resume for other data.
-        """
-        size = batch_size or self.options.batch_size
-        for dataset in (training, validation):
-            indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-            if dataset is not None and (isinstance(dataset, IterableDataset) or not indexed):
-                raise UserError(
-                    f"run.data: {type(dataset).__name__} is no map-style dataset. A stream cannot"
-                    " be resumed at any batch: give it __getitem__(index) and __len__()"
-                )
-        if size % self.world_size:
-            text = f"{size} cannot be shared out equally among {self.world_size} processes"
-            raise UserError(f"--batch-size {text}")
-        if len(training) < size:
-            text = f"{len(training)} training samples are less than a batch of {size}"
-            raise UserError(f"run.data: {text}")
-        if validation is not None and not len(validation):
-            raise UserError("run.data: the validation dataset is empty")
-        ranks = self.rank, self.world_size
-        self._batches = Batches(training, validation, collate, size, self.options, *ranks)
-        self._fingerprint = {}
-        for split, dataset in (("training", training), ("validation", validation)):
-            mark = getattr(dataset, "fingerprint", lambda: None)()
-            here = self._fingerprint[split] = [0 if dataset is None else len(dataset), mark]
-            if self.resumed is None:
-                continue
-            with fitting(self.resumed, "its data"):
-                change = difference(self._state["data_fingerprint"][split], here)
-            if change:
-                text = f"the {split} data is not what the run of {self.resumed} was trained on"
-                raise CheckpointError(f"{text} ({change})")
-
-    @property
-    def total_steps(self) -> int:
-        """Batches in the whole run: --steps, or --epochs if that comes earlier."""
-        steps, epochs = self.options.steps, self.options.epochs
-        if steps is None and epochs is None:
-            raise UserError("how long? Give --steps or --epochs, or main() one of them")
-        if epochs is not None:
-            steps = min(steps or math.inf, epochs * self._ready_batches().per_epoch)
-        return int(steps)
-
-    def _ready_batches(self) -> Batches:
-        if self._batches is None:
-            raise UserError("call run.data(training, validation) first")
-        return self._batches
+        self._schedulers: dict[str, Any] = {}
+        self._others: dict[str, Any] = {}
+        self._optimizers: dict[str, Optimizer] = {}
+        self._scalers: list[torch.amp.GradScaler] = []
+        self._kept = {
+            "scheduler_state_dicts": self._schedulers,
+            "state_dicts": self._others,
+            "optimizer_state_dicts": self._optimizers,
+        }
+        # The parameters of all models, with their names; those that this batch has updated.
+        self._names: dict[Tensor, str] = {}
+        self._updated: set[Tensor] = set()
 
     def model(self, module: nn.Module, name: str = "model") -> nn.Module:
         """Moves a module to the device, wraps and compiles it, and restores its weights on resume.
@@ -2072,17 +1159,13 @@ class Run:
         Returns what the loop calls. Optimizers are made after this. Raises UserError for a module
         that cannot be sharded, CheckpointError where the checkpoint's is another one.
         """
-        if self._began or name in self._models:
-            reason = "already in the loop" if self._began else "there is one of this name: name=..."
-            raise UserError(f"run.model({name}): {reason}")
-        module, wrapped = self.processes.wrap(module, self.device)
+        if self.trains or name in self._models:
+            raise UserError(f"run.model({name}): before the loop, and each with a name of its own")
+        module, wrapped = self.processes.wrap(module)
         if self.resumed is not None:
-            saved = {**self._state["state_dicts"], "model": self._state["model_state_dict"]}
-            if name not in saved:
-                raise CheckpointError(f"{self.resumed} does not fit this run: it has no {name}")
-            self._load(module, saved[name], module.state_dict(), name)
-        if self.options.compile:
-            module.compile()
+            with fitting(self.resumed, name):
+                saved = {**self._saved["state_dicts"], "model": self._saved["model_state_dict"]}
+                module.load_state_dict(own_part(saved[name], module.state_dict()))
         self._models[name] = (module, wrapped)
         return wrapped
 
@@ -2092,52 +1175,234 @@ class Run:
         return next(iter(self._models.values()))[0]
 
     def keep(self, **objects: Any) -> Any:
-        """Saves and restores objects with state_dict and load_state_dict, and dicts of them.
+        """Saves objects with state_dict and load_state_dict (optimizers, schedulers, EMA, ...).
 
-        Optimizers, schedulers, EMA, GradScaler, ... They are restored when the loop begins.
-        Returns the object; of several a tuple.
+        So it does dicts of them. They are restored when the loop begins. Returns the object; of
+        several a tuple.
         """
         for label, value in objects.items():
             for name, part in (value if isinstance(value, dict) else {label: value}).items():
-                if self._began or not hasattr(part, "load_state_dict"):
-                    reason = "before the loop" if self._began else "it has no load_state_dict"
-                    raise UserError(f"run.keep({label}=...): {reason}")
-                kind = "state_dicts"
+                kept = self._others
                 if isinstance(part, (LRScheduler, ReduceLROnPlateau)):
-                    kind = "scheduler_state_dicts"
+                    kept = self._schedulers
                 if isinstance(part, Optimizer):
-                    kind = "optimizer_state_dicts"
-                if name in self._kept[kind] or name == "model":
-                    raise UserError(f"run.keep({label}=...): the name {name} is taken")
-                self._kept[kind][name] = part
+                    kept = self._optimizers
+                problems = {
+                    "before the loop": self.trains,
+                    "it has no load_state_dict": not hasattr(part, "load_state_dict"),
+                    f"the name {name} is taken": name in (*kept, *self._models, "gradients"),
+                }
+                for problem in (text for text, is_so in problems.items() if is_so):
+                    raise UserError(f"run.keep({label}=...): {problem}")
+                kept[name] = part
+                if isinstance(part, torch.amp.GradScaler):
+                    self._scalers.append(part)
         values = tuple(objects.values())
         return values[0] if len(values) == 1 else values
 
-    # What the body of the loop uses.
+    def _begin_state(self) -> None:
+        """Restores what is kept, and watches from here on who updates which parameters."""
+        for name, (module, _) in self._models.items():
+            self._names |= {one: f"{name}.{key}" for key, one in module.named_parameters()}
+        for name, optimizer in self._optimizers.items():
+            if not self._names.keys() >= set(parameters_of(optimizer)):
+                raise UserError(
+                    f"run.keep({name}=...): the optimizer has parameters that no run.model(...)"
+                    " has. Call run.model first, and give the optimizer its parameters"
+                )
+            scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+            if scheduled and not self._schedulers and not self._others:
+                raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
+        if self.resumed is not None:
+            self._restore()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: Optimizer, *arguments: object) -> None:
+        parameters = self._names.keys() & parameters_of(optimizer)
+        self._updated |= parameters
+        # Another object that is kept, a controller for instance, may save it.
+        if parameters and optimizer not in self._optimizers.values() and not self._others:
+            word = type(optimizer).__name__
+            hint = f"run.keep(name={word}(...)), and its module is for run.model"
+            raise UserError(f"{word} steps in the loop but is not kept: {hint}")
+
+    def _restore(self) -> None:
+        """Restores what is kept, the optimizers last: a scheduler's constructor changes them."""
+        gradients = self._saved["state_dicts"].pop("gradients", {})
+        for kind, parts in self._kept.items():
+            saved = self._saved[kind]
+            models = self._models.keys() - {"model"} if kind == "state_dicts" else set()
+            for name in sorted((parts.keys() | models) ^ saved.keys(), key=str):
+                where = "in the checkpoint, but not kept by this run"
+                if name not in saved:
+                    where = "kept by this run, but not in the checkpoint"
+                raise CheckpointError(f"{self.resumed} does not fit this run: {name} is {where}")
+            for name, part in parts.items():
+                with fitting(self.resumed, name):
+                    own = self._state_of(part)
+                    # PyTorch takes the state of any scheduler, and optimizer of as many parameters.
+                    for key in ("class", "total_steps", "param_names"):
+                        here, there = own.get(key), saved[name].get(key)
+                        if here != there:
+                            raise ValueError(f"{key}: {there!s:.99} there, {here!s:.99} here")
+                    saved[name].pop("class", None)
+                    if isinstance(part, Optimizer):
+                        own = {"state": dict(enumerate(parameters_of(part)))}
+                    part.load_state_dict(own_part(saved[name], own))
+        with fitting(self.resumed, "its gradients"):
+            for one, name in self._names.items():
+                if name in gradients:
+                    one.grad = own_part(gradients[name], one).to(one.device)
+        self._saved = {}
+
+    def _mark_boundary(self) -> None:
+        """Remembers what an exception in the next batch has to put back, and waiting gradients.
+
+        These are of parameters that no optimizer has updated in the batch before.
+        """
+        buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
+        # All of them: BatchNorm changes its own without a new version.
+        self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
+        for part in (*self._schedulers.values(), *self._scalers):
+            self._before.append((part.load_state_dict, dict(part.state_dict())))
+        self._gradients = {
+            name: parameter.grad.clone()
+            for parameter, name in self._names.items()
+            if parameter.grad is not None and parameter not in self._updated
+        }
+        self._updated.clear()
+
+    def _undo_batch(self) -> None:
+        """Takes back what a batch in which no optimizer has stepped has changed."""
+        for put_back, state in self._before:
+            put_back(state)
+
+    def _states(self) -> dict:
+        """The states of all, by kind."""
+        models = {name: module.state_dict() for name, (module, _) in self._models.items()}
+        model = models.pop("model", {})
+        if self._gradients:
+            models["gradients"] = self._gradients
+        kept = {
+            kind: {name: self._state_of(part) for name, part in parts.items()}
+            for kind, parts in self._kept.items()
+        }
+        kept["state_dicts"] |= models
+        return {"model_state_dict": model, **kept}
+
+    def _state_of(self, part: Any) -> dict:
+        if not isinstance(part, (Optimizer, LRScheduler, ReduceLROnPlateau)):
+            return part.state_dict()
+        state = {**part.state_dict(), "class": type(part).__qualname__}
+        if isinstance(part, Optimizer):
+            groups = [group["params"] for group in part.param_groups]
+            state["param_names"] = [[self._names[one] for one in group] for group in groups]
+        return state
+
+
+class Run(RunState):
+    """One training run, and what happens between two batches.
+
+    main() makes it and hands it to train(run). Use it in this order: data(), model(), keep(), then
+    one loop over batches(), in which log(), clip_gradients() and autocast() are for the body.
+    `options` is what the command line says; `step` counts complete batches; `best`, found at
+    `best_step`, is the best value of what batches() calls best, None before an evaluation.
+    """
+
+    FORMAT_VERSION = 2
+
+    def __init__(self, options: Any, processes: Processes, screen: Screen, resumed: tuple) -> None:
+        saved = resumed[1]
+        super().__init__(processes, *resumed)
+        self.options = options
+        self.screen = screen
+        self.monitor = processes.monitor
+        self.device = processes.device
+        self.rank = processes.rank
+        self.world_size = processes.world_size
+        self.run_id: str = saved.get("run_id") or uuid.uuid4().hex[:12]
+        self.step: int = saved.get("step", 0)
+        best = saved.get("best", {"value": None, "step": 0, "of": None})
+        self.best: float | None = best["value"]
+        self.best_step: int = best["step"]
+        self._best_of: str | None = best["of"]
+        self._best_name = "loss"
+        self._evaluation: dict = saved.get("evaluation", {"values": {}, "step": -1})
+        # `sums` and `counts` are of what was logged since the last row of metrics.csv; what was due
+        # up to `done_step` (an evaluation, a save) is done.
+        start: Any = {"sums": {}, "counts": {}, "smooth_loss": None, "seconds": 0.0}
+        self._metrics: dict = saved.get("metrics", {**start, "sessions": 0, "done_step": 0})
+        self._logged: dict[str, tuple[float, int]] = {}
+        # The same run with another length goes on.
+        lengths = {name: vars(options)[name] for name in ("steps", "epochs")}
+        self.completed = saved.get("exit_reason") == "completed"
+        self.completed &= lengths.items() <= saved.get("config", {}).items()
+        self.exit_code = 0
+        # What the summary calls the last save, and where it is.
+        self.saved: tuple[str, Path] | None = None
+        # A batch is complete; all is saved, on leaving; the person's code is at work (the loop's
+        # body, or evaluate).
+        self.trained = self._left = self._in_body = False
+        self._batches: Any = None
+        self._fingerprint: dict[str, list] = {}
+        # What the loader yields, and its workers.
+        self._items: Iterator | None = None
+        self._workers: list = []
+        self._evaluate: Callable[[Any], dict] | None = None
+        self._seed("start")
+
+    def _seed(self, *what: object) -> None:
+        seed_generators(self.options.seed, *what, device=self.device.type)
+
+    def data(
+        self, training: Any, validation: Any = None, collate: Any = None, batch_size: int = 0
+    ) -> None:
+        """Sets the datasets: lists, or map-style torch Datasets with a length.
+
+        collate(samples) makes a batch; batch_size is that of all processes. Raises UserError for
+        data that cannot be resumed bit for bit or is too short, and on resume for other data.
+        """
+        size = batch_size or self.options.batch_size
+        if size % self.world_size:
+            text = f"{size} cannot be shared out equally among {self.world_size} processes"
+            raise UserError(f"--batch-size {text}")
+        validation, least = ([], 0) if validation is None else (validation, 1)
+        for split, data, fewest in ("training", training, size), ("validation", validation, least):
+            indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+            if isinstance(data, IterableDataset) or not indexed:
+                what = f"{type(data).__name__} is no map-style dataset, which a stream cannot be"
+                raise UserError(f"run.data: {what}: give it __getitem__(index) and __len__()")
+            if len(data) < fewest:
+                text = f"{len(data)} {split} samples are less than a batch of {fewest}"
+                raise UserError(f"run.data: {text}")
+            self._fingerprint[split] = [len(data), getattr(data, "fingerprint", lambda: None)()]
+        if self._fingerprint != (there := self._saved.get("data_fingerprint", self._fingerprint)):
+            text = f"the data is not what the run of {self.resumed} was trained on"
+            raise CheckpointError(f"{text} ({there} then, {self._fingerprint} now)")
+        o = self.options
+        validated = min(len(validation), (o.eval_batches or len(validation)) * size)
+        ranks = self.rank, self.world_size
+        collate = collate or default_collate
+        self._batches = Batches(training, validation, collate, size, o.seed, validated, *ranks)
 
     @property
-    def step(self) -> int:
-        """Batches that are complete."""
-        return self.progress.step
+    def total_steps(self) -> int:
+        """Batches in the whole run: --steps, or --epochs if that comes earlier."""
+        o = self.options
+        if self._batches is None:
+            raise UserError("call run.data(training, validation) first")
+        if o.steps is None and o.epochs is None:
+            raise UserError("how long? Give --steps or --epochs, or main() one of them")
+        return int(min(o.steps or math.inf, (o.epochs or math.inf) * self._batches.per_epoch))
 
     @property
     def epoch(self) -> int:
-        return self.step // self._ready_batches().per_epoch
-
-    @property
-    def best(self) -> float | None:
-        """The best value so far of what batches() calls best; None before the first evaluation."""
-        return self.progress.best["value"]
-
-    @property
-    def best_step(self) -> int:
-        return self.progress.best["step"]
+        return self.step // self._batches.per_epoch
 
     @property
     def evaluation(self) -> dict[str, float] | None:
         """{name: mean} in the body of the first batch after an evaluation, else None."""
-        last = self.progress.evaluation
-        return dict(last["values"]) if last["step"] == self.step else None
+        return dict(self._evaluation["values"]) if self._evaluation["step"] == self.step else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context that --dtype asks for, for the body and for evaluate."""
@@ -2152,17 +1417,17 @@ class Run:
         kept GradScaler that is enabled, which then skips the step itself.
         """
         if parameters is None:
-            modules = [module for module, _ in self._models.values()]
-            parameters = itertools.chain.from_iterable(one.parameters() for one in modules)
+            parameters = self._names
         norm = whole(nn.utils.clip_grad_norm_(list(dict.fromkeys(parameters)), max_norm))
-        others = self._kept["state_dicts"].values()
-        scaled = any(isinstance(one, torch.amp.GradScaler) and one.is_enabled() for one in others)
-        if not scaled and not norm.isfinite():
-            raise FloatingPointError(
-                "the gradient is NaN or infinite; nothing was updated. A resumed run comes to it"
-                " again: start a new one with a smaller learning rate or another --seed"
-            )
+        if not norm.isfinite() and not any(scaler.is_enabled() for scaler in self._scalers):
+            text = "the gradient is NaN or infinite; nothing was updated. A resumed run comes to it"
+            raise FloatingPointError(f"{text} again: start a new one with a smaller learning rate")
         return norm
+
+    def rates(self) -> dict[str, float]:
+        """The optimizers' learning rates, as columns of metrics.csv."""
+        optimizers = self._optimizers.items()
+        return {f"lr_{name}": float(one.param_groups[0]["lr"]) for name, one in optimizers}
 
     def log(self, **values: float | Tensor) -> None:
         """Numbers whose means since the last row become columns of metrics.csv; `loss` is shown.
@@ -2172,13 +1437,8 @@ class Run:
         for name, value in values.items():
             if name in ("step", "epoch", "seconds", "samples_per_second", "run"):
                 raise UserError(f"run.log({name}=...): metrics.csv has a column of that name")
-            number = float(value.detach() if isinstance(value, Tensor) else value)
             total, count = self._logged.get(name, (0.0, 0))
-            self._logged[name] = total + number, count + 1
-
-    def average(self, mean: Tensor) -> Tensor:
-        """A mean over this process's part of a batch becomes that over all of it."""
-        return self.processes.average(mean)
+            self._logged[name] = total + float(torch.as_tensor(value).detach()), count + 1
 
     def batches(self, evaluate: Callable | None = None, best: str = "min loss") -> Iterator:
         """Yields batches on the device. Coming back for the next one completes the one before.
@@ -2186,477 +1446,405 @@ class Run:
         evaluate(batch) returns {name: a value for each sample}; best names one of them, and min or
         max. A request to leave is honoured between batches: all is saved, and SystemExit raised.
         """
-        direction, _, self._best_name = best.partition(" ")
-        if direction not in ("min", "max") or not self._best_name:
-            raise UserError(f'run.batches(best="{best}"): "min" or "max", and the name of a value')
-        if self._began:
-            raise UserError("run.batches: there is one loop in a run. Put both into one")
-        if not self._ready_batches().validated and evaluate is not None:
-            text = "there is no validation data; run.data(training, validation)"
-            raise UserError(f"run.batches(evaluate): {text}")
-        if not self._models:
-            raise UserError("call run.model(module) before the loop")
-        if (before := self.progress.best["of"]) not in (best, None):
-            text = f'"{best}" does not fit the checkpoint, whose run has "{before}"'
-            raise UserError(f"run.batches(best=...): {text}")
+        before, validated = self._best_of or best, self.total_steps and self._batches.validated
+        problems = {
+            f'best="{best}": "min" or "max", and a name': not re.match("(min|max) .", best),
+            "there is one loop in a run. Put both into one": self.trains,
+            "call run.model(module) before the loop": not self._models,
+            "there is no validation data": evaluate is not None and not validated,
+            f'"{best}" does not fit the checkpoint, whose run has "{before}"': before != best,
+        }
+        for problem in (text for text, is_so in problems.items() if is_so):
+            raise UserError(f"run.batches: {problem}")
+        self._evaluate = evaluate
         self._best_of = best
-        self._evaluate, self._better = evaluate, operator.gt if direction == "max" else operator.lt
+        self._best_name = best.partition(" ")[2]
         return self._loop()
 
     def _loop(self) -> Iterator:
         self._begin()
         if self.completed:
-            text = f"Nothing left to do: step {self.step} of {self.total_steps}."
-            further = self._further()
-            self.screen.say(f"✅ {text}" + (f" Train further with{further}." if further else ""))
+            self.screen.say(f"✅ Nothing left to do: step {self.step} of {self.total_steps}.")
             return
-        if self.progress.metrics["done_step"] < self.step:
-            # A request cut an evaluation short.
-            self._at_boundary()
-        while self.step < self.total_steps:
-            batch = self._next_batch()
+        while True:
+            try:
+                if self._metrics["done_step"] < self.step:
+                    self._at_boundary()
+                if self.monitor.exit_requested:
+                    raise Interrupted
+                if self.step >= self.total_steps:
+                    break
+                batch, _ = self._fetched()
+            except Interrupted:
+                # What it has cut short is done again by whoever goes on.
+                self._close_loader()
+                self._leave()
+                continue
             self._seed("step", self.step, self.rank)
-            self._in_body, self._logged = True, {}
-            self._steppers.clear()
+            self._in_body = True
             yield batch
             self._complete()
-        while self.progress.metrics["done_step"] < self.step:
-            self._leave()
-            self._at_boundary()
         self._save_last("completed")
         self.monitor.nothing_to_save = "Everything is saved already."
 
-    # The beginning of the loop.
-
     def _begin(self) -> None:
-        before_step = self._step_hook()
-        if self.resumed is not None:
-            self._restore()
-        self._began = True
-        left = self.total_steps - self.step
-        self.completed = left < 0 or self.completed and not (left and self._stretched)
+        self._begin_state()
+        self.completed |= self.step > self.total_steps
         if self.completed:
             return
-        self._rates_before = self._rates()
         # Where rank 0 may not save, none begins.
         self.processes.first(self._open_directory)
-        if self.processes.sharded or self.rank == 0:
-            self._writer = CheckpointWriter(self._save, self.screen.say)
-        self._note(sessions=self.progress.metrics["sessions"] + 1)
-        self._undo.callback(register_optimizer_step_pre_hook(before_step).remove)
         self._mark_boundary()
-        self.monitor.describe, self.monitor.nothing_to_save = self._describe, None
-        self._clock = self._row_clock = self._start_clock = time.monotonic()
-        self._status_clock, self._first_step, self._row_step = 0.0, self.step, self.step
+        self._start = self._row_time = self._batch_time = time.monotonic()
+        self._first_step = self._row_step = self.step
+        self._metrics["sessions"] += 1
+        self.monitor.describe = self._describe
+        self.monitor.nothing_to_save = None
         self._introduce()
         self.trains = True
         self.processes.exchange({})
-        if self._evaluate is not None:
-            # A mistake in evaluate shows now. (After a request the loop will leave at once.)
-            with contextlib.suppress(Interrupted), self._evaluating():
-                batch, count = self._fetched(Loader.validation, 0, 1)
-                self._values(batch, count, 0)
-
-    def _parameter_names(self) -> dict[Tensor, str]:
-        names: dict[Tensor, str] = {}
-        for name, (module, _) in self._models.items():
-            names |= {parameter: f"{name}.{key}" for key, parameter in module.named_parameters()}
-        return names
-
-    def _step_hook(self) -> Callable:
-        """Raises UserError for a kept optimizer of something else; returns what runs before steps.
-
-        A batch in which a kept optimizer has stepped is a boundary; no other may step.
-        """
-        own = set(self._parameter_names())
-        optimizers = self._kept["optimizer_state_dicts"]
-        for name, optimizer in optimizers.items():
-            if not own.issuperset(parameters_of(optimizer)):
-                raise UserError(
-                    f"run.keep({name}=...): the optimizer has parameters that no run.model(...)"
-                    " has. Call run.model first, and give the optimizer its parameters"
-                )
-            others = self._kept["scheduler_state_dicts"] or self._kept["state_dicts"]
-            if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not others:
-                raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
-        kept = {*optimizers.values(), *optimizers_in(self._kept["state_dicts"].values())}
-        # At the end of the batch before.
-        self._gradients: dict[Optimizer, list] = {optimizer: [] for optimizer in kept}
-        strangers = weakref.WeakKeyDictionary[Optimizer, int]()
-
-        def before_step(optimizer: Optimizer, *arguments: object) -> None:
-            if optimizer in kept:
-                self._stepped = True
-                self._steppers.add(optimizer)
-                return
-            # One that lives for a batch (an attack's, say) leaves nothing to keep.
-            lasts = strangers.setdefault(optimizer, self.step) != self.step
-            if lasts or not own.isdisjoint(parameters_of(optimizer)):
-                word = type(optimizer).__name__
-                hint = f"run.keep(name={word}(...)), and its module is for run.model"
-                raise UserError(f"{word} steps in the loop but is not kept: {hint}")
-
-        return before_step
 
     def _open_directory(self) -> None:
         path = Path(self.options.checkpoint_dir)
         try:
-            self.directory = RunDirectory(path, self.run_id, self.screen.say)
-            old = home_of(self.resumed) if self.resumed else path
-            done = self.progress.metrics["done_step"]
-            self.metrics = Metrics(path, self.run_id, done, old)
-        except FileExistsError:
-            raise UserError(f"--checkpoint-dir {path}: a file, not a directory") from None
+            step, keep = self._metrics["done_step"], self.options.keep
+            self.directory = RunDirectory(path, self.run_id, step, keep, self.screen.say)
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
-        self._tensorboard = None
-        if self.options.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs pip install tensorboard") from None
-            # What a run that died has written of later steps will come again.
-            self._tensorboard = SummaryWriter(path / "tensorboard", purge_step=done + 1)
-            self._undo.callback(self._tensorboard.close)
-
-    def _restore(self) -> None:
-        """What is kept, the optimizers last: a scheduler's constructor changes their rates."""
-        own, saved, path = self.state_dict(""), self._state, self.resumed
-        for kind, parts in self._kept.items():
-            for name in sorted(own[kind].keys() ^ saved[kind].keys(), key=str):
-                here = "kept by this run, but not in the checkpoint"
-                where = here if name in own[kind] else "in the checkpoint, but not kept by this run"
-                text = f"{name} is {where}. Is it another script's?"
-                raise CheckpointError(f"{path} does not fit this run: {text}")
-            for name, part in parts.items():
-                like_own = own[kind][name]
-                if kind != "state_dicts":
-                    with fitting(path, name):
-                        check_same_kind(saved[kind][name], like_own)
-                if isinstance(part, Optimizer):
-                    like_own = {"state": dict(enumerate(parameters_of(part)))}
-                self._load(part, saved[kind][name], like_own, name)
-        # Its tensors are not needed any more.
-        self._state = {}
-
-    def _load(self, part: Any, saved: dict, own: dict, name: str) -> None:
-        with fitting(self.resumed, name):
-            part.load_state_dict(self.processes.restored(self.resumed, saved, own))
 
     def _introduce(self) -> None:
-        batches, say = self._ready_batches(), self.screen.say
-        count = sum(parameter.numel() for parameter in self._parameter_names())
-        # fully_shard has made a class of its own of it.
-        kinds = (type(module).__name__.removeprefix("FSDP") for module, _ in self._models.values())
-        many = "" if self.world_size == 1 else f"{self.world_size} x "
+        batches, say = self._batches, self.screen.say
+        models = " and ".join(type(module).__name__ for module, _ in self._models.values())
+        count = sum(parameter.numel() for parameter in self._names)
         say(
-            f"🧠 {' and '.join(kinds)}, {count:,} parameters, on {many}{self.device}:"
+            f"🧠 {models}, {count:,} parameters, on {self.world_size} x {self.device}:"
             f" {len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch;"
             f" saves in {self.options.checkpoint_dir}"
         )
         if self.resumed is not None:
-            where = f"step {self.step} of {self.total_steps} from {self.resumed}"
-            say(f"📂 Resumed at {where}{self.differs}")
-        if self.rank == 0 and self.metrics.path.name != "metrics.csv":
-            say(f"📂 Another run has saved here before; this one logs to {self.metrics.path.name}")
+            say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
         how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
         say(f"🔄 Training started. {how} to exit gracefully...")
 
     # Between two batches.
 
-    def _next_batch(self) -> Any:
-        while True:
-            # In the middle of an accumulation a request waits for its end.
-            if self.monitor.exit_requested and self.step == self._boundary.progress.step:
-                self._leave()
-            try:
-                return self._fetched(Loader.training)
-            except Interrupted:
-                self._leave()
+    def _keys(self) -> Iterator[tuple[str, int]]:
+        """What the loader is to load, in the order in which it is used from here on."""
+        done = self._metrics["done_step"]
+        for step in range(self.step, self.total_steps + 1):
+            if step > done and self._evaluates(step, done):
+                for number in range(self._batches.per_evaluation):
+                    yield "validation", number
+            done = step
+            if step < self.total_steps:
+                yield "training", step
 
-    def _fetched(self, get: Callable, *arguments: object) -> Any:
-        """What the loader gives, on the device. Waiting for it, one process is at a boundary.
+    def _evaluates(self, step: int, done: int) -> bool:
+        every = self.options.eval_every
+        due = step >= self.total_steps or step // every > done // every
+        return due and self._evaluate is not None
 
-        Raises Interrupted where somebody asks to leave meanwhile, whatever the loader does. Of
-        several processes the others are in a collective: there a request waits for the loader.
+    def _fetched(self) -> tuple[Any, int]:
+        """The next batch, on the device, and how many samples of it count.
+
+        Raises Interrupted where somebody asks to leave while it waits. (Of several processes the
+        others are in a collective: there a request waits for the loader.)
         """
-        waiting: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.world_size == 1:
-            waiting = self.monitor.interruptible(self.step == self._boundary.progress.step)
+        if self._items is None:
+            plan = self._batches, self._keys(), self.options.workers
+            self._items, self._workers = started_loader(*plan, self.device.type == "cuda")
+        alone = self.world_size == 1
         try:
-            with waiting:
-                if self._loader is None:
-                    pin, workers = self.device.type == "cuda", self.options.workers
-                    batches = self._ready_batches()
-                    self._loader = Loader(batches, workers, self.step, pin, self._without_batch)
-                return tree_map(self._to_device, get(self._loader, *arguments))
-        except Interrupted:
-            self._close_loader()
+            with self.monitor.interruptible() if alone else contextlib.nullcontext():
+                batch, count = next(self._items)
+        except RuntimeError:
+            # A signal to the whole group may have ended a worker before it had its handlers.
+            if alone and self.monitor.heard:
+                raise Interrupted from None
             raise
-
-    def _without_batch(self, text: str) -> None:
-        self.screen.say(text)
-        # Nobody has to wait for the end of an accumulation that does not come.
-        self.monitor.wake()
+        return tree_map(self._to_device, batch), count
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if hasattr(value, "to") else value
 
     def _close_loader(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
-        self._loader = None
-        # Those that were interrupted while they started.
-        end_children()
+        end_children(self._workers)
+        self._items = None
+        self._workers = []
 
     def _complete(self) -> None:
-        """Counts the batch that the body has had, and does what is due."""
-        failure = None
+        """Counts the batch that the body has had, and adds what all ranks have logged in it."""
+        logged, failure = self._logged, None
         try:
-            logged = self.processes.exchange(self._logged)
+            logged = self.processes.exchange(logged)
         except RuntimeError as error:
             # Another rank has died; this one's part of the batch is complete.
-            logged, failure = self._logged, error
+            failure = error
         self._add(logged)
+        self._logged = {}
         self._in_body = False
-        waited = self.step - self._boundary.progress.step >= self.LONGEST_ACCUMULATION
-        last = self.step >= self.total_steps
-        ends = self._stepped and not self._accumulates()
-        ends = ends or waited or last or not self._kept["optimizer_state_dicts"]
-        if ends:
-            self._mark_boundary()
+        self.step += 1
+        self._mark_boundary()
         if failure is not None:
             raise failure
-        if ends:
-            if not self.trained:
-                self._after_first_step()
-            self._at_boundary()
-
-    def _accumulates(self) -> bool:
-        """Whether an optimizer that has not stepped in this batch has got gradients in it."""
-        if len(self._gradients) < 2:
-            return False
-        before = self._gradients
-        # A gradient is another one, or has been added to.
-        self._gradients = {
-            optimizer: [
-                (id(p.grad), local(p.grad)._version)
-                for p in parameters_of(optimizer)
-                if p.grad is not None
-            ]
-            for optimizer in before
-        }
-        waiting = before.keys() - self._steppers
-        return any(before[one] != self._gradients[one] for one in waiting if self._gradients[one])
+        if not self.trained:
+            # What cannot be saved is said now.
+            try:
+                mapped(self.state_dict(""), savable)
+            except TypeError as error:
+                raise UserError(f"this run could not be saved: state{error}") from None
+            self.trained = True
 
     def _add(self, logged: dict[str, tuple[float, int]]) -> None:
-        """Counts a batch, and adds what all ranks have logged in it to the next row."""
-        last, now = self.progress.metrics, time.monotonic()
-        sums, counts, smooth = dict(last["sums"]), dict(last["counts"]), last["smooth_loss"]
-        for name, (total, count) in logged.items():
-            sums[name] = sums.get(name, 0.0) + total
-            counts[name] = counts.get(name, 0) + count
-            if name == "loss":
-                mean = total / count
-                smooth = mean if smooth is None else 0.9 * smooth + 0.1 * mean
-        if not math.isfinite(sums.get("loss", 0.0)):
+        """Adds what all ranks have logged in a batch. Raises FloatingPointError."""
+        if not math.isfinite(logged.get("loss", (0.0, 0))[0]):
             raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
-        seconds, self._clock = last["seconds"] + now - self._clock, now
-        self._note(sums=sums, counts=counts, smooth_loss=smooth, seconds=seconds)
-        self.progress = self.progress._replace(step=self.step + 1)
-
-    def _note(self, **metrics: Any) -> None:
-        self.progress = self.progress._replace(metrics={**self.progress.metrics, **metrics})
-
-    def _mark_boundary(self) -> None:
-        self._stepped = False
-        buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
-        # All of them: BatchNorm changes its own without a new version.
-        copies = [(buffer, buffer.detach().clone()) for buffer in buffers]
-        parts = (*self._kept["scheduler_state_dicts"].values(), *self._kept["state_dicts"].values())
-        kinds = (LRScheduler, ReduceLROnPlateau, torch.amp.GradScaler)
-        small = [(part, dict(part.state_dict())) for part in parts if isinstance(part, kinds)]
-        self._boundary = Boundary(self.progress, copies, small)
-
-    @torch.no_grad()
-    def _settle(self) -> None:
-        """Makes what is there a boundary.
-
-        Undoes what batches have changed since the last one, unless an optimizer has stepped.
-        """
-        if self._stepped:
-            self._mark_boundary()
-            return
-        for buffer, saved in self._boundary.buffers:
-            buffer.copy_(saved)
-        for part, state in self._boundary.small:
-            part.load_state_dict(state)
-        self.progress = self._boundary.progress
-
-    def _after_first_step(self) -> None:
-        """What cannot be saved is said now, and what saving needs is imported now."""
-        try:
-            self._laid_out("")
-        except TypeError as error:
-            # Nor is there anything to save on leaving.
-            self._writer = None
-            raise UserError(f"this run could not be saved: {error}") from None
-        self.trained = True
-        rates = zip(self._rates_before, self._rates()) if self._stretched else ()
-        if any(abs(now - before) > 0.1 * before for before, now in rates):
-            before, now = self._rates_before[0], self._rates()[0]
-            text = f"goes on at {now:.2e}, after {before:.2e}: {self.total_steps} steps are another"
-            self.screen.say(f"📈 The learning rate {text} schedule.")
-
-    def _due(self, every: int) -> bool:
-        return self.step // every > self.progress.metrics["done_step"] // every
+        metrics, now = self._metrics, time.monotonic()
+        for name, (total, count) in logged.items():
+            metrics["sums"][name] = metrics["sums"].get(name, 0.0) + total
+            metrics["counts"][name] = metrics["counts"].get(name, 0) + count
+            if name == "loss" and metrics["smooth_loss"] is None:
+                metrics["smooth_loss"] = total / count
+            elif name == "loss":
+                metrics["smooth_loss"] = 0.9 * metrics["smooth_loss"] + 0.1 * (total / count)
+        metrics["seconds"] += now - self._batch_time
+        self._batch_time = now
 
     def _at_boundary(self) -> None:
-        """Evaluates, logs and saves what is due since the last time.
+        """Evaluates, logs and saves what is due since the last time. Raises Interrupted.
 
         A request to leave cuts an evaluation short; all of this is then done on resume.
         """
-        targets = {}
+        o = self.options
         last = self.step >= self.total_steps
-        evaluated = self._evaluate is not None and (self._due(self.options.eval_every) or last)
-        if evaluated:
-            if not self._evaluated():
-                return
+        targets = {}
+
+        def due(every: int) -> bool:
+            return self.step // every > self._metrics["done_step"] // every
+
+        evaluates = self._evaluates(self.step, self._metrics["done_step"])
+        if evaluates:
+            self._evaluated()
             if self.best_step == self.step:
                 targets["best"] = "best.pt"
-        logged = evaluated or last or self._due(self.options.log_every)
-        if logged:
-            self._log_row(evaluated)
-        if self.processes.save_requested or self._due(self.options.save_every):
+        logs = evaluates or last or due(o.log_every)
+        if logs:
+            row = self._row()
+            if self.rank == 0:
+                self.directory.add_row(row)
+        if self.processes.save_requested or due(o.save_every):
             reason = "user_requested_save" if self.processes.save_requested else "periodic"
             self.processes.save_requested = False
             targets[reason] = f"step_{self.step}.pt"
         # What an evaluation has found is part of the state of this step.
-        self._note(done_step=self.step)
-        self._boundary = self._boundary._replace(progress=self.progress)
-        if targets and self._writer is not None:
-            self._writer.submit(lambda: self._laid_out(""), targets)
-        self._show(logged)
+        self._metrics["done_step"] = self.step
+        if targets:
+            state = self.state_dict("")
+            if self.rank == 0:
+                self.directory.save_meanwhile(state, targets, self.processes.sharded)
+        if self.screen.is_terminal:
+            self.screen.status(self._status)
+        elif logs:
+            self.screen.say(self._status())
 
     # Evaluation.
 
-    def _evaluated(self) -> bool:
-        """Finds the mean of each value over all samples; False where a request cut it short."""
+    @torch.no_grad()
+    def _evaluated(self) -> None:
+        """Finds the mean of each value over all samples, in eval mode. Raises Interrupted."""
         totals: dict[str, tuple[float, int]] = {}
-        count = self._ready_batches().per_evaluation
-        try:
-            with self._evaluating():
-                for number in range(count):
-                    if self.monitor.exit_requested:
-                        raise Interrupted
-                    batch, counted = self._fetched(Loader.validation, number, count)
-                    for name, value in self._values(batch, counted, number).items():
-                        total, samples = totals.get(name, (0.0, 0))
-                        totals[name] = total + value, samples + counted
-                    self.processes.exchange({})
-        except Interrupted:
-            self._close_loader()
-            return False
-        totals = self.processes.exchange(totals)
-        means = {name: total / samples for name, (total, samples) in totals.items()}
-        value, best = means[self._best_name], self.progress.best
-        if value == value and (self.best is None or self._better(value, self.best)):
-            best = {"value": value, "step": self.step, "of": self._best_of}
-        found = {"values": means, "step": self.step}
-        self.progress = self.progress._replace(evaluation=found, best=best)
-        return True
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Modules in eval mode; afterwards each submodule is as it was. Buffers are rank 0's."""
-        others = self._kept["state_dicts"].values()
         roots = [wrapped for _, wrapped in self._models.values()]
-        roots += [part for part in others if isinstance(part, nn.Module)]
+        roots += [one for one in self._others.values() if isinstance(one, nn.Module)]
         training = [(one, one.training) for root in roots for one in root.modules()]
-        self.processes.share_buffers(roots)
-        for root in roots:
-            root.eval()
         try:
-            with torch.no_grad():
-                yield
+            for root in roots:
+                root.eval()
+                # Rank 0's are those of all.
+                for buffer in root.buffers() if self.processes.many else ():
+                    dist.broadcast(buffer, src=0)
+            for number in range(self._batches.per_evaluation):
+                if self.monitor.exit_requested:
+                    raise Interrupted
+                batch, counted = self._fetched()
+                self._seed("evaluation", number)
+                for name, value in self._sums(batch, counted).items():
+                    total, samples = totals.get(name, (0.0, 0))
+                    totals[name] = total + value, samples + counted
+                self.processes.exchange({})
         finally:
             for one, was in training:
                 one.training = was
+        totals = self.processes.exchange(totals)
+        means = {name: total / samples for name, (total, samples) in totals.items()}
+        self._evaluation = {"values": means, "step": self.step}
+        value = means[self._best_name]
+        better = operator.gt if str(self._best_of).startswith("max") else operator.lt
+        if value == value and (self.best is None or better(value, self.best)):
+            self.best, self.best_step = value, self.step
 
-    def _values(self, batch: Any, count: int, number: int) -> dict[str, float]:
+    def _sums(self, batch: Any, count: int) -> dict[str, float]:
         """What evaluate returns for a batch, summed up. Raises UserError for anything else."""
-        self._seed("evaluation", number)
-        values = self._evaluate(batch) if self._evaluate else {}
+        self._in_body = True
+        values: Any = self._evaluate(batch) if self._evaluate else {}
+        self._in_body = False
         if not isinstance(values, dict) or self._best_name not in values:
-            got = list(values) if isinstance(values, dict) else type(values).__name__
             wanted = f"{{name: a value for each sample}}, {self._best_name} among them"
-            raise UserError(f"evaluate returned {got}; it has to return {wanted} (see best=...)")
+            raise UserError(f"evaluate has to return {wanted} (see best=...)")
         sums = {}
         for name, value in values.items():
-            try:
-                value = whole(torch.as_tensor(value).detach())
-                got = f"of shape {tuple(value.shape)}"
-            except (TypeError, ValueError, RuntimeError):
-                got, value = f"as {type(value).__name__}", torch.empty(())
+            value = whole(torch.as_tensor(value).detach())
             if value.shape != (max(count, 1),):
                 raise UserError(
-                    f'evaluate returned "{name}" {got} for a batch of {max(count, 1)} samples: one'
-                    ' value for each is wanted (as reduction="none" gives it), whose mean is taken'
+                    f'evaluate returned "{name}" of shape {tuple(value.shape)} for a batch of'
+                    f' {max(count, 1)} samples: one value for each (reduction="none") is wanted'
                 )
             sums[name] = value[:count].to("cpu", torch.float64).sum().item()
         return sums
 
-    # What people see.
+    # Saving and leaving.
 
-    def _rates(self) -> list[float]:
-        optimizers = self._kept["optimizer_state_dicts"].values()
-        return [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
+    def state_dict(self, exit_reason: str) -> dict:
+        """The checkpoint as of the last boundary. Its tensors are the live ones, not copies.
 
-    def _log_row(self, evaluated: bool) -> None:
-        metrics, now = self.progress.metrics, time.monotonic()
-        samples = (self.step - self._row_step) * self._ready_batches().batch_size
-        found = self.progress.evaluation["values"] if evaluated else {}
+        With --shard a collective that copies, and rank 0 alone has it.
+        """
+        state = {
+            "format_version": self.FORMAT_VERSION,
+            # Early in the file, for RunDirectory.
+            "run_id": self.run_id,
+            **self._states(),
+            "step": self.step,
+            "best": {"value": self.best, "step": self.best_step, "of": self._best_of},
+            "evaluation": self._evaluation,
+            "metrics": self._metrics,
+            "config": dict(vars(self.options)),
+            "data_fingerprint": self._fingerprint,
+            "exit_reason": exit_reason,
+            "torch_version": str(torch.__version__),
+            "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        }
+        # Every rank takes part, in the same order.
+        return mapped(state, self.processes.gathered) if self.processes.sharded else state
+
+    def _leave(self) -> None:
+        """Saves and raises SystemExit. Returns only where a save after q has failed."""
+        # Of torchrun's only process, what has interrupted its waiting may be new to it.
+        self.processes.exchange({})
+        while self.monitor.exit_requested:
+            reason, self.exit_code = self.monitor.reason or "", self.monitor.exit_code
+            if self._save_last(reason) or reason != USER_REQUEST:
+                self._left = True
+                raise SystemExit(self.exit_code)
+            self.monitor.withdraw()
+
+    def _save_last(self, reason: str, together: bool = True) -> bool:
+        """Saves the last boundary on leaving; False where that failed, and the exit code is 1.
+
+        Together: all ranks call this, and learn from rank 0 where it is.
+        """
+        if reason != "completed":
+            self.screen.say("📝 Saving emergency checkpoint...")
+        state = self.state_dict(reason)
+        if together:
+            self.saved = self.processes.first(lambda: self.directory.save_last(state))
+        elif self.rank == 0:
+            self.saved = self.directory.save_last(state)
+        if self.saved is None:
+            if reason != USER_REQUEST:
+                self.exit_code = 1
+                self._name_newest()
+            return False
+        self.completed = reason == "completed"
+        self.screen.say("✅ {} saved: {}".format(*self.saved))
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).empty_cache()
+            self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
+        return True
+
+    def _name_newest(self) -> None:
+        """Finds, for a summary after which nothing new is on the disk, what is there."""
+        # Where there is none, the summary names none.
+        with contextlib.suppress(CheckpointError, OSError):
+            newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
+            self.saved = "Newest whole checkpoint", newest
+
+    def finish(self) -> None:
+        """Completes, after train() has returned, a loop that was left by break or return."""
+        if self.trains and not self.completed and not self.exit_code:
+            if self._in_body and self._updated:
+                self._complete()
+                self._at_boundary()
+            self._undo_batch()
+            self._save_last("completed")
+
+    def failed(self, error: BaseException) -> BaseException | None:
+        """After an exception: saves the state before the batch at hand, if it is certain.
+
+        Returns the exception, but None for that of leaving. Raises it where nothing was trained.
+        """
+        if self._left:
+            return None
+        self.exit_code = 1
+        if isinstance(error, UserError):
+            self.exit_code = 2
+            if not self.trained:
+                raise error
+        if isinstance(error, SystemExit):
+            self.exit_code = error.code if isinstance(error.code, int) else error.code is not None
+        if self.completed or not self.trains:
+            return error
+        if self.processes.many and hasattr(dist.group.WORLD, "abort"):
+            # A device may be waiting for ranks that will not come.
+            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        unknown = [name for name, one in self._others.items() if one not in self._scalers]
+        reason = None
+        if self._in_body and unknown:
+            reason = f"The batch may have changed what is kept ({', '.join(unknown)})"
+        if self._in_body and self._updated:
+            reason = "The exception came after a step of an optimizer"
+        if self.processes.sharded:
+            reason = "The other ranks' parts of the state are out of reach"
+        if reason is None:
+            self._undo_batch()
+            self._save_last(f"exception_{type(error).__name__}", together=False)
+            return error
+        if self.rank == 0:
+            self.directory.wait()
+            self._name_newest()
+        self.screen.say(f"❌ {reason}: nothing half-updated is saved.")
+        return error
+
+    def _row(self) -> dict[str, Any]:
+        metrics, now = self._metrics, time.monotonic()
+        samples = (self.step - self._row_step) * self._batches.batch_size
         values: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
         values |= {name: sum_ / metrics["counts"][name] for name, sum_ in metrics["sums"].items()}
-        values |= {f"val_{name}": value for name, value in found.items()}
-        values |= zip((f"lr_{name}" for name in self._kept["optimizer_state_dicts"]), self._rates())
-        values["samples_per_second"] = round(samples / max(1e-9, now - self._row_clock), 1)
+        values |= {f"val_{name}": mean for name, mean in (self.evaluation or {}).items()}
+        values |= self.rates()
+        values["samples_per_second"] = round(samples / max(1e-9, now - self._row_time), 1)
         values["seconds"] = round(metrics["seconds"], 3)
-        self._note(sums={}, counts={})
-        self._row_clock, self._row_step = now, self.step
-        if self.rank == 0:
-            self.metrics.row(values)
-            if self._tensorboard is not None:
-                for name, value in list(values.items())[1:]:
-                    self._tensorboard.add_scalar(name.replace("_", "/", 1), value, self.step)
+        metrics |= {"sums": {}, "counts": {}}
+        self._row_time, self._row_step = now, self.step
+        return values
 
-    def _show(self, logged: bool) -> None:
-        """The status line on a terminal; elsewhere a plain line for every row of metrics.csv."""
-        now, terminal = time.monotonic(), self.screen.is_terminal
-        if not (now - self._status_clock > 0.1 if terminal else logged):
-            return
-        self._status_clock, smooth = now, self.progress.metrics["smooth_loss"]
-        seconds = max(1e-9, now - self._start_clock) / max(1, self.step - self._first_step)
+    def _status(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._start) / max(1, self.step - self._first_step)
         left = min(round(seconds * (self.total_steps - self.step)), 10**9)
         parts = [f"step {self.step}/{self.total_steps}"]
-        if smooth is not None:
-            parts.append(f"loss {smooth:.4f}")
+        if self._metrics["smooth_loss"] is not None:
+            parts.append(f"loss {self._metrics['smooth_loss']:.4f}")
         parts.append(f"{datetime.timedelta(seconds=left)} left")
         if self.best is not None:
-            last = self.progress.evaluation["values"][self._best_name]
+            last = self._evaluation["values"][self._best_name]
             parts.append(f"val {self._best_name} {last:.4f} (best {self.best:.4f})")
-        parts.append(f"epoch {self.epoch}")
-        parts.append(f"{self._ready_batches().batch_size / seconds:,.0f} samples/s")
-        parts += [f"lr {rate:.2e}" for rate in self._rates()[-1:]]
-        if terminal:
-            self.screen.status(parts)
-        else:
-            self.screen.say(" | ".join(parts))
+        parts.append(f"{self._batches.batch_size / seconds:,.0f} samples/s")
+        parts += [f"lr {rate:.2e}" for rate in list(self.rates().values())[-1:]]
+        return " | ".join(parts)
 
     def _describe(self) -> str:
-        if self._last_save is None:
-            return f"No checkpoint yet since {'the one resumed' if self.resumed else 'this start'}."
-        name, when = self._last_save
+        if self.directory.last is None:
+            return "No checkpoint yet since this start."
+        name, when = self.directory.last
         age = datetime.timedelta(seconds=round(time.monotonic() - when))
         return f"Last checkpoint: {name}, {age} ago."
 
@@ -2671,268 +1859,14 @@ class Run:
             f"   Best {self._best_name.replace('_', ' ').title()}: {best}",
             f"   {label}: {path}",
         ]
-        word, further = ("Train further", self._further()) if self.completed else ("Resume", "")
-        if self.saved and (further or not self.completed):
-            command = f"{own_command()} --resume {shlex.quote(str(path))}{further}"
-            lines.append(f"▶️ {word} with: {command}")
+        if self.saved and not self.completed:
+            lines.append(f"▶️ Resume with: {own_command()} --resume {shlex.quote(str(path))}")
         return "\n".join(lines)
 
-    def _further(self) -> str:
-        """The options with which a run whose steps are done trains as long again, if it can."""
-        steps, epochs, twice = self.options.steps, self.options.epochs, 2 * self.step
-        schedulers = self._kept["scheduler_state_dicts"].values()
-        # The script has ended it, or OneCycleLR, say, cannot be made longer.
-        fixed = any(hasattr(one, "total_steps") for one in schedulers)
-        if fixed or self.step < self.total_steps:
-            return ""
-        # The limits that are in the way.
-        text = f" --steps {twice}" if steps and steps < twice else ""
-        if epochs and epochs < twice / self._ready_batches().per_epoch:
-            text += f" --epochs {2 * epochs}"
-        return text
-
-    # Saving and leaving.
-
-    def state_dict(self, exit_reason: str) -> dict:
-        """The checkpoint as of the last boundary. Its tensors are the live ones, not copies."""
-        models = {name: module.state_dict() for name, (module, _) in self._models.items()}
-        kept = {
-            kind: {name: part.state_dict() for name, part in parts.items()}
-            for kind, parts in self._kept.items()
-        }
-        names = self._parameter_names()
-        # PyTorch takes the state of any scheduler, and optimizer that has as many parameters.
-        for kind in ("scheduler_state_dicts", "optimizer_state_dicts"):
-            for name, part in self._kept[kind].items():
-                kept[kind][name] = {**kept[kind][name], "class": type(part).__qualname__}
-        for name, optimizer in self._kept["optimizer_state_dicts"].items():
-            groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-            kept["optimizer_state_dicts"][name] |= {"param_names": groups}
-        return {
-            "format_version": self.FORMAT_VERSION,
-            # Early in the file, for RunDirectory.
-            "run_id": self.run_id,
-            "model_state_dict": models.pop("model", {}),
-            **kept,
-            "state_dicts": {**models, **kept["state_dicts"]},
-            **self._boundary.progress._asdict(),
-            "config": dict(vars(self.options)),
-            "data_fingerprint": self._fingerprint,
-            "exit_reason": exit_reason,
-            "torch_version": str(torch.__version__),
-            "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        }
-
-    def _laid_out(self, exit_reason: str) -> tuple[dict, list[Part]]:
-        return laid_out(self.processes.rows(self.state_dict(exit_reason)), self.rank)
-
-    def _save(self, shown: dict, parts: Sequence[Part], name: str, fallback: bool = False) -> Path:
-        """Where it has saved."""
-        writers = self.processes.writers()
-        path = Path(writers.lead(self._fallback_path if fallback else self._path_to_save, name))
-        write_checkpoint(shown, parts, path, writers)
-        if self.rank == 0:
-            self._last_save = name, time.monotonic()
-            if name.startswith("step_"):
-                self.directory.prune(path, self.options.keep)
-        return path
-
-    def _path_to_save(self, name: str) -> str:
-        # Somebody may have deleted it; without it the rows that wait could not be written.
-        self.directory.hold()
-        self.metrics.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-        return str(self.directory.path_for(name))
-
-    def _fallback_path(self, name: str) -> str:
-        folder = fallback_directory(self.options.checkpoint_dir)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return str(folder / f"{Path(name).stem}_{self.run_id}.pt")
-
-    def _leave(self) -> None:
-        """Saves and raises SystemExit. Returns only where a save after q has failed.
-
-        A person can make room then and type q again; after a signal the exit code is 1.
-        """
-        # Of torchrun's only process, what has interrupted its waiting may be new to it.
-        self.processes.exchange({})
-        if self.step > self._boundary.progress.step:
-            self._settle()
-        while self.monitor.exit_requested:
-            reason = self.monitor.reason or ""
-            self.exit_code = self.monitor.exit_code
-            if self._save_last(reason) or reason != USER_REQUEST:
-                raise Leaving(self.exit_code)
-            self.monitor.withdraw()
-
-    def _save_last(self, reason: str, together: bool = True) -> bool:
-        """Saves the last boundary on leaving; False where that failed, and the exit code is 1.
-
-        Where the directory takes no save, the temporary one is tried, but not after q. Together:
-        all ranks call this, and those that do not write learn where it is.
-        """
-        if reason != "completed":
-            self.screen.say("📝 Saving emergency checkpoint...")
-        if together and not self.processes.sharded:
-            self.saved = self.processes.first(self._write_last, reason)
-        else:
-            self.saved = self._write_last(reason)
-        if self.saved is None:
-            if reason != USER_REQUEST:
-                self.exit_code = 1
-                self.name_newest()
-            return False
-        self.completed = reason == "completed"
-        self.screen.say("✅ {} saved: {}".format(*self.saved))
-        if self.device.type != "cpu":
-            torch.accelerator.empty_cache()
-            self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
-        return True
-
-    def _write_last(self, reason: str) -> tuple[str, Path] | None:
-        """What the summary calls it, and its path; None where nothing could be saved."""
-        label, name = "Emergency checkpoint", f"emergency_exit/emergency_step_{self.step}.pt"
-        if reason == "completed":
-            label, name = "Final checkpoint", "final.pt"
-        if self._writer is not None:
-            self._writer.wait()
-        hints = ["Trying the temporary directory...", "TMPDIR names another place."]
-        if reason == USER_REQUEST:
-            hints = ["Training goes on: make room, then press 'q' + Enter again."]
-        for attempts, hint in enumerate(hints):
-            try:
-                return label, self._save(*self._laid_out(reason), name, fallback=attempts > 0)
-            except SAVE_ERRORS as error:
-                self.screen.say(f"❌ {label} not saved: {one_line(error)}. {hint}")
-        return None
-
-    def name_newest(self) -> None:
-        """For a summary after which nothing new is on the disk."""
-        if self.processes.local_rank == 0:
-            # Where there is none, the summary names none.
-            with contextlib.suppress(CheckpointError, OSError):
-                newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
-                self.saved = "Newest whole checkpoint", newest
-
-    def end(self) -> None:
-        """After train() has returned: a loop that was left by break or return is completed."""
-        if not self._began or self.completed or self.exit_code:
-            return
-        if self._in_body and self._stepped:
-            self._complete()
-        self._settle()
-        self._save_last("completed")
-
-    def leave_after_exception(self, error: BaseException) -> None:
-        """Saves the state of the last boundary, unless an optimizer has stepped since."""
-        rank, name = self.processes.first_failure(type(error).__name__)
-        if self._writer is None:
-            return
-        self.processes.break_off()
-        self._writer.wait()
-        if rank != self.rank:
-            self.screen.say(f"❌ {name} in rank {rank}.")
-        step = None if self._stepped else self._boundary.progress.step
-        writers = self.processes.writers()
-        try:
-            writers.lead(check_same_step, writers.each(lambda: step))
-        except SAVE_ERRORS as incomplete:
-            self.name_newest()
-            self.screen.say(f"❌ {one_line(incomplete)}: nothing half-updated is saved.")
-            return
-        self._settle()
-        self._save_last(f"exception_{name}", together=False)
-
     def close(self) -> None:
-        if self._loader is not None:
-            self._close_loader()
-        if self._writer is not None:
-            self._writer.close()
-        self._undo.close()
-
-
-class Leaving(SystemExit):
-    """Raised by the loop where all is saved and somebody has asked to leave."""
-
-
-@contextlib.contextmanager
-def fitting(path: Path | None, name: str) -> Iterator[None]:
-    """Whatever goes wrong with a part of a checkpoint is a CheckpointError."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not fit {name} ({one_line(error)})") from error
-
-
-def check_same_kind(saved: dict, own: dict) -> None:
-    """Raises ValueError for an optimizer or scheduler of another class, or for other parameters."""
-    # A scheduler would keep it as an attribute.
-    if (theirs := saved.pop("class")) != own["class"]:
-        raise ValueError(f"{theirs} there, {own['class']} here")
-    if saved.get("total_steps") != own.get("total_steps"):
-        lengths = f"for {saved['total_steps']} steps there, for {own['total_steps']} here"
-        raise ValueError(f"{theirs} {lengths}: another length needs a new start")
-    if saved.get("param_names") != own.get("param_names"):
-        pairs = zip(itertools.chain(*saved["param_names"]), itertools.chain(*own["param_names"]))
-        other = next((f"{a} there, {b} here" for a, b in pairs if a != b), "in other groups")
-        raise ValueError(f"over other parameters: {other}")
-
-
-def check_same_step(steps: list[int | None]) -> None:
-    if None in steps or len(set(steps)) > 1:
-        raise RuntimeError("The exception came after a step of an optimizer")
-
-
-def whole(tensor: Any) -> Tensor:
-    """Of a tensor that is spread over processes all of it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def is_sharded(tensor: object) -> bool:
-    """True for a DTensor. (Importing its class takes time that most runs need not spend.)"""
-    return hasattr(tensor, "full_tensor")
-
-
-def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def optimizers_in(parts: Iterable) -> Iterator[Optimizer]:
-    """The optimizers that kept objects, controllers for instance, save and restore themselves."""
-    for part in parts:
-        for value in getattr(part, "__dict__", {}).values():
-            several = value.values() if isinstance(value, dict) else [value]
-            yield from (one for one in several if isinstance(one, Optimizer))
-
-
-def own_command() -> str:
-    """This program as the person would type it here."""
-    script, here = Path(os.path.abspath(sys.argv[0])), Path(__file__).resolve()
-    paths = sys.executable, str(script)
-    # Elsewhere a relative path would be of no use tomorrow.
-    if script.parent == Path.cwd():
-        paths = paths[0].removeprefix(f"{script.parent}/"), script.name
-    python, name = shlex.quote(paths[0]), shlex.quote(paths[1])
-    if shutil.which("python") == sys.executable:
-        # What uv, or pipx by it, has made for this run is not on the PATH tomorrow.
-        uv = os.environ.get("UV", "")
-        python = f"{'uv' if shutil.which('uv') else shlex.quote(uv)} run" if uv else "python"
-    if dist.is_torchelastic_launched():
-        count, wrapper = os.environ["LOCAL_WORLD_SIZE"], here.parent / "scripts/train_torchrun.sh"
-        variables = "" if script == here else f"SCRIPT={name} "
-        python += f" -m torch.distributed.run --nproc-per-node={count}"
-        if (nodes := os.environ["GROUP_WORLD_SIZE"]) != "1":
-            store = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-            meeting = shlex.quote(os.environ.get("RENDEZVOUS") or store)
-            variables = f"NNODES={nodes} RENDEZVOUS={meeting} {variables}"
-            python += f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint={meeting}"
-        if wrapper.exists():
-            return f"{variables}{shlex.quote(str(wrapper))} {count}"
-    if not (script.parent / here.name).exists():
-        # Started by one of the scripts, which have said where to import this file from.
-        python = f"PYTHONPATH={shlex.quote(str(here.parent))} {python}"
-    return f"{python} {name}"
+        self._close_loader()
+        if hasattr(self, "_hook"):
+            self._hook.remove()
 
 
 # ---- Processes --------------------------------------------------------------------------------
@@ -2941,159 +1875,79 @@ def own_command() -> str:
 class Processes:
     """The processes that train one model together: torchrun's, or this one alone.
 
-    Each rank has the whole model, DistributedDataParallel averages the gradients, and rank 0
-    saves. If `sharded`, each has rows of every parameter, gradient and optimizer state
-    (fully_shard, PyTorch's FSDP2) and saves those. Rank 0 alone prints and hears the keys.
+    Each rank has the whole model (DistributedDataParallel) or, if `sharded`, rows of everything
+    (fully_shard, PyTorch's FSDP2). Rank 0 alone saves, prints and hears the keys.
     """
 
     def __init__(self, monitor: ExitMonitor) -> None:
-        self.monitor, self.save_requested = monitor, False
-        self.rank, self.local_rank, self.world_size, self.sharded = 0, 0, 1, False
+        self.monitor = monitor
+        self.save_requested = False
+        # What prepared() reads from the options.
+        self.device = torch.device("cpu")
+        self.sharded = self.compiled = False
         self.many = dist.is_torchelastic_launched()
-        self._mesh: Any = None
+        self.rank, self.world_size = 0, 1
         if not self.many:
             return
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend, self.local_rank = "gloo", int(os.environ["LOCAL_RANK"])
+        backend = "gloo"
         if torch.cuda.is_available():
-            here = os.environ["LOCAL_WORLD_SIZE"]
-            if int(here) > torch.cuda.device_count():
-                text = f"processes, but only {torch.cuda.device_count()} GPUs here"
-                raise UserError(f"{here} {text}")
-            torch.cuda.set_device(self.local_rank)
+            here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if here > devices:
+                raise UserError(f"{here} processes, but only {devices} GPUs here")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
-        self._store = torchruns_store()
-        size = self.world_size
-        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=size)
+        dist.init_process_group(backend)
         # Who leaves for a mistake now leaves no other alone in the middle of connecting.
         self._gather(None)
-        give_up_silent_peers()
-        self._saves = itertools.count()
-        # The signals heard before a failure, after which torchrun signals that one has died.
-        self._signals_before: int | None = None
-        self._torchrun = os.getppid()
         # From here on a request is for all, when the loop begins.
-        monitor.requests, monitor.nothing_to_save = [], None
+        monitor.requests = []
+        monitor.nothing_to_save = None
 
-    def wrap(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
-        """The module on the device, and what the loop calls."""
-        module = module.to(device)
+    def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The module on the device, and what the loop calls. Raises UserError."""
+        module = module.to(self.device)
+        if self.compiled:
+            module.compile()
         if self.sharded:
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
-            self._shard(module, device)
+            self._shard(module)
         elif self.many and any(parameter.requires_grad for parameter in module.parameters()):
             # Found anew in each batch, the parameters that take no part in it may differ (a GAN in
             # one module); and its buckets keep their order: a resumed run adds up in the same one.
             return module, nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         return module, module
 
-    def _shard(self, module: nn.Module, device: torch.device) -> None:
-        """Raises UserError for what cannot be shared out."""
+    def _shard(self, module: nn.Module) -> None:
+        """Shards every child of an nn.ModuleList, then the root, with rank 0's weights."""
         from torch.distributed.fsdp import fully_shard
 
-        if self._mesh is None:
-            self._mesh = dist.device_mesh.init_device_mesh(device.type, (self.world_size,))
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
         lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
         found = (unit for one in reversed(lists) for unit in one if list(unit.parameters()))
-        units = list(dict.fromkeys(found))
-        modules = dict(module.named_modules(remove_duplicate=False))
-        owners: dict[Tensor, tuple[str, nn.Module]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            above = (modules[name.rsplit(".", n)[0]] for n in range(1, name.count(".") + 1))
-            unit = next((one for one in above if one in units), module)
-            other, owner = owners.setdefault(parameter, (name, unit))
-            if owner is not unit:
-                raise UserError(f"--shard: {other} and {name} are one parameter in two units")
-        for unit in (*units, module):
+        for unit in (*dict.fromkeys(found), module):
             try:
-                fully_shard(unit, mesh=self._mesh)
+                fully_shard(unit, mesh=mesh)
             except (ValueError, NotImplementedError) as error:
                 raise UserError(f"--shard: {one_line(error)}") from None
 
-    def read(self, path: Path) -> dict:
-        """A verified checkpoint, of which each of many ranks verifies its share of every record.
-
-        Their tensors are on the meta device: restored() comes after it.
-        """
-        if not self.many:
-            return load_checkpoint(path)
-        readers: list[CheckpointReader] = []
-
-        def share() -> list[int]:
-            with opened_checkpoint(path) as checkpoint:
-                readers.append(checkpoint)
-                checkpoint.share(self.rank, self.world_size)
-                return checkpoint.read()
-
-        checksums = [answered(*answer) for answer in self._gather(attempt(share))]
-        check_checksums(path, readers[0].records, checksums)
-        return readers[0].state
+    def gathered(self, leaf: Any) -> Any:
+        """A collective: a copy on rank 0, of a tensor that is spread over processes all of it."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensor = whole(leaf.detach())
+        return tensor.to("cpu", copy=tensor.is_cpu) if self.rank == 0 else None
 
     def _gather(self, value: object) -> list[Any]:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def restored(self, path: Path | None, saved: dict, own: dict) -> dict:
-        """Part of what read() returned, with the tensors that this process loads into own."""
-        if not self.many or path is None:
-            return saved
-        with opened_checkpoint(path) as checkpoint:
-
-            def asked(value: Any, own: Any) -> Any:
-                if isinstance(value, dict):
-                    made = copy.copy(value)
-                    for key, item in value.items():
-                        made[key] = asked(item, own.get(key) if isinstance(own, dict) else own)
-                    return made
-                if is_sharded(own) and isinstance(value, Tensor) and value.shape == own.shape:
-                    first, last = self._share_of(len(own))
-                    return Rows(checkpoint.rows(value, first, last), first, value.shape)
-                return mapped(value, checkpoint.whole)
-
-            state = asked(saved, own)
-            checkpoint.read()
-        return mapped(state, self._from_rows)
-
-    def _from_rows(self, value: Any) -> Any:
-        if not isinstance(value, Rows):
-            return value
-        from torch.distributed.tensor import DTensor, Shard
-
-        local = value.local.contiguous().to(self._mesh.device_type)
-        stride = torch.empty(value.shape, device="meta").stride()
-        layout: dict[str, Any] = {"run_check": False, "shape": value.shape, "stride": stride}
-        return DTensor.from_local(local, self._mesh, [Shard(0)], **layout)
-
-    def _share_of(self, rows: int) -> tuple[int, int]:
-        """First row of this rank, and of the next, as PyTorch shards a tensor."""
-        share = -(-rows // self.world_size)
-        return min(self.rank * share, rows), min((self.rank + 1) * share, rows)
-
-    def rows(self, state: dict) -> dict:
-        """A state to be saved, with Rows in the place of tensors that are spread over processes."""
-
-        def own(value: Any) -> Any:
-            if not is_sharded(value):
-                return value
-            if not value.dim() or not value.placements[0].is_shard(0):
-                raise TypeError(" is a tensor that is spread over processes, but not by its rows")
-            return Rows(value.to_local().detach(), self._share_of(len(value))[0], value.shape)
-
-        return mapped(state, own) if self.sharded else state
-
-    def average(self, mean: Tensor) -> Tensor:
-        total = mean.clone()
-        if self.many:
-            dist.all_reduce(total)
-        return total / self.world_size
-
     def exchange(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
         """Between two batches: what one process has heard becomes the request of all.
 
-        Returns the sum of what all have brought along: {name: (sum, count)}, not all the same
-        names. Raises RuntimeError where a rank has died.
+        Returns the sum of what all have brought along: {name: (sum, count)}.
         """
         monitor = self.monitor
         mine = own, monitor.heard, monitor.save_requested
@@ -3101,198 +1955,56 @@ class Processes:
         monitor.save_requested = False
         if not self.many:
             return own
-        if os.getppid() != self._torchrun:
-            # Nobody is left who could end us.
-            monitor.request("torchrun_died", 1)
         total: dict[str, tuple[float, int]] = {}
         for values, requests, save in self._gather(mine):
             self.save_requested |= save
             for request in requests:
                 if request not in monitor.requests:
                     monitor.requests.append(request)
-                # Whoever heard it, rank 0 says so.
                 monitor.request(*request)
             for name, (part, count) in values.items():
                 before = total.get(name, (0.0, 0))
                 total[name] = before[0] + part, before[1] + count
         return total
 
-    def first(self, function: Callable, *arguments: object) -> Any:
+    def first(self, function: Callable[[], Any]) -> Any:
         """A collective: what function returns or raises on rank 0 is for all."""
         if not self.many:
-            return function(*arguments)
-        answer: Any = attempt(function, *arguments) if self.rank == 0 else None
+            return function()
+        answer: list[Any] = [None, None]
         try:
-            answer = self._gather(answer)[0]
-        except RuntimeError:
-            # That a rank has died is not rank 0's fault: the next batch will tell.
-            if self.rank:
-                raise
-        return answered(*answer)
-
-    def share_buffers(self, roots: Sequence[nn.Module]) -> None:
-        """Rank 0's buffers are those of all."""
-        for buffer in itertools.chain.from_iterable(root.buffers() for root in roots):
-            if self.many:
-                dist.broadcast(buffer, src=0)
-
-    def writers(self) -> OneWriter:
-        """Who takes part in the save that begins now."""
-        if not self.sharded:
-            return OneWriter()
-        store = dist.PrefixStore(f"save_{next(self._saves)}", self._store)
-        return StoreWriters(store, self.rank, self.world_size, self._others_may_live)
-
-    def _others_may_live(self) -> bool:
-        """False after a failure, once torchrun has signalled that a rank has died."""
-        before = self._signals_before
-        return before is None or self.monitor.signals_heard == before
-
-    def first_failure(self, name: str) -> tuple[int, str]:
-        """Rank and name of the exception that came first, of which others may be consequences."""
-        answer = f"{self.rank} {name}"
-        # An error: the store has died with torchrun.
-        with contextlib.suppress(RuntimeError):
-            if self.many:
-                answer = self._store.compare_set("failure", "", answer).decode()
-        rank, _, name = answer.partition(" ")
-        return int(rank), name
-
-    def break_off(self) -> None:
-        """After a failure: who waits for us in the middle of a batch gets an exception instead."""
-        if not self.many:
-            return
-        # A device may be waiting for ranks that will not come.
-        group: Any = dist.group.WORLD
-        group.abort()
-        if not self.sharded:
-            return
-        self._signals_before = self.monitor.signals_heard
-        # gloo's connections, which abort() does not close.
-        for connection in tcp_connections():
-            # An error: the other end has gone.
-            with contextlib.suppress(OSError):
-                ports = connection.getpeername()[1:2], connection.getsockname()[1:2]
-                if (int(os.environ["MASTER_PORT"]),) not in ports:
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Of a run that has left gracefully."""
-        if self.many:
-            dist.destroy_process_group()
+            answer[0] = function() if self.rank == 0 else None
+        except (UserError, *SAVE_ERRORS) as error:
+            answer[1] = error
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
-class StoreWriters(OneWriter):
-    """All ranks write one checkpoint, each its part.
-
-    What they tell each other goes through torchrun's store: beside training, and after a failure,
-    when no process group is of use.
-    """
-
-    # What a rank waits for another that may have died.
-    ANSWER_SECONDS = 30
-
-    def __init__(
-        self, store: dist.Store, rank: int, world_size: int, others_may_live: Callable[[], bool]
-    ) -> None:
-        self._store, self.rank, self.world_size = store, rank, world_size
-        self.on_several_machines = os.environ["GROUP_WORLD_SIZE"] != "1"
-        self._others_may_live = others_may_live
-        self._exchanges, self._began = itertools.count(), time.monotonic()
-
-    def lead(self, function: Callable, *arguments: object) -> Any:
-        key = f"{next(self._exchanges)}"
-        if self.rank == 0:
-            self._store.set(key, json.dumps(attempt(function, *arguments), default=str))
-        return self._answer(key, 0)
-
-    def each(self, function: Callable, *arguments: object) -> list:
-        key, results = f"{next(self._exchanges)} of ", []
-        self._store.set(f"{key}{self.rank}", json.dumps(attempt(function, *arguments)))
-
-        def gather() -> None:
-            for rank in range(self.world_size):
-                results.append(self._answer(f"{key}{rank}", rank))
-                self._store.delete_key(f"{key}{rank}")
-
-        self.lead(gather)
-        return results
-
-    def _answer(self, key: str, rank: int) -> Any:
-        """What attempt() has returned on a rank.
-
-        Raises RuntimeError where none comes: a rank is waited for much longer than this one itself
-        has taken for its part, but not if it has died.
-        """
-        began = time.monotonic()
-        patience = self.ANSWER_SECONDS + 10 * (began - self._began)
-        while not self._store.check([key]):
-            waited = time.monotonic() - began
-            if waited > patience or not self._others_may_live():
-                raise RuntimeError(f"Rank {rank}, which has a part of the model, does not answer")
-            # Waiting in the store would hear no signal, and print warnings.
-            time.sleep(min(0.1, 0.001 + waited / 8))
-        return answered(*json.loads(self._store.get(key)))
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor that may be spread over processes (a DTensor)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def tcp_connections() -> Iterator[socket.socket]:
-    """Those of this process, each open until the next."""
-    for fd in map(int, os.listdir("/dev/fd")):
-        # An error: it has been closed, or is not connected.
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.socket(fileno=os.dup(fd)) as connection:
-                    stream = connection.type == socket.SOCK_STREAM
-                    if stream and connection.family != socket.AF_UNIX and connection.getpeername():
-                        yield connection
+def own_part(saved: Any, own: Any) -> Any:
+    """Part of a checkpoint in memory of its own, spread over the processes as its like in own."""
+    if isinstance(saved, dict):
+        of_own = own.get if isinstance(own, dict) else lambda key: own
+        return type(saved)({key: own_part(value, of_own(key)) for key, value in saved.items()})
+    if isinstance(saved, (list, tuple)):
+        return type(saved)(own_part(value, None) for value in saved)
+    return spread(saved, own) if isinstance(saved, Tensor) else saved
 
 
-def give_up_silent_peers() -> None:
-    """Makes it an error that the system of a connected process answers nothing for SILENCE seconds.
+def spread(tensor: Tensor, own: Any) -> Tensor:
+    """A copy of a tensor that each rank has; where own is a DTensor, each rank's part of it."""
+    if not hasattr(own, "full_tensor") or tensor.shape != own.shape:
+        return tensor.clone()
+    from torch.distributed.tensor import distribute_tensor
 
-    The default is 60. A process that merely stands still has a system that answers. Raises
-    UserError for other words.
-    """
-    text = os.environ.get("SILENCE", "60")
-    if not text.isdecimal() or int(text) < 4:
-        raise UserError(f"SILENCE={text} is no number of seconds from 4 on")
-    seconds = int(text)
-    limits = {"KEEPIDLE": seconds // 4, "KEEPINTVL": seconds // 4, "USER_TIMEOUT": 1000 * seconds}
-    for connection in tcp_connections():
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in limits.items():
-            # Linux has them all.
-            if hasattr(socket, f"TCP_{name}"):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
-
-
-def torchruns_store() -> dist.Store:
-    """What torchrun's processes share before anything else."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps it over a restart, with what those that have died have said. Machines count
-    # alike where scripts/torchrun.py has started them.
-    attempt = os.environ.get("RENDEZVOUS_ROUND", os.environ["TORCHELASTIC_RESTART_COUNT"])
-    return dist.PrefixStore(f"attempt_{attempt}", store)
-
-
-def attempt(function: Callable, *arguments: object) -> tuple[Any, tuple | None]:
-    """(result, error), one of them None, for another process."""
-    try:
-        return function(*arguments), None
-    except UserError as error:
-        return None, ("user", str(error))
-    except SAVE_ERRORS as error:
-        return None, (getattr(error, "errno", None), one_line(error))
-
-
-def answered(result: Any, error: tuple | None) -> Any:
-    """The result of an attempt() elsewhere. Raises its UserError, or one of SAVE_ERRORS."""
-    if error is None:
-        return result
-    kind, text = error
-    if kind == "user":
-        raise UserError(text)
-    raise OSError(kind, text) if kind else RuntimeError(text)
+    mesh, tensor = own.device_mesh, tensor.to(own.device)
+    return distribute_tensor(tensor, mesh, own.placements, src_data_rank=None).clone()
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -3306,356 +2018,218 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     """
     try:
         code = trained(train, declared(options), argv)
-    except SystemExit as end:
-        # Of --help.
-        code = end.code if isinstance(end.code, int) else 0
     except UserError as error:
-        complain_for_all(error)
+        say_mistake(error)
         code = 2
     if argv is None:
-        leave_process(code)
+        end_process(code)
     return code
 
 
-def trained(
-    train: Callable[[Run], None], options: dict[str, Option], argv: Sequence[str] | None
-) -> int:
+def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | None) -> int:
     """Parses, trains and says how it ended; returns the exit code. Raises UserError."""
-    about = train.__doc__ or sys.modules["__main__"].__doc__
-    given = parse_options(options, argv, about)
+    given = parse_options(options, argv, train.__doc__ or sys.modules["__main__"].__doc__)
     for fd in range(3):
         # A checkpoint must never become descriptor 1 or 2 because the parent has closed it.
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    screen = Screen(shown=is_first_rank())
+    keyboard, screen = given.pop("keyboard", True), Screen(shown=is_first_rank())
     with contextlib.ExitStack() as stack:
-        stack.callback(end_children)
-        monitor = ExitMonitor(screen, is_first_rank() and given.pop("keyboard", True))
+        monitor = ExitMonitor(screen, is_first_rank() and keyboard)
         monitor.nothing_to_save = "Training has not begun: there is nothing to save."
         stack.enter_context(monitor)
-        processes = Processes(monitor)
-        run = prepared(options, given, processes, screen)
+        run = prepared(options, given, Processes(monitor), screen)
         stack.callback(run.close)
-        error = outcome(train, run)
+        error: BaseException | None = None
+        try:
+            train(run)
+            run.finish()
+        except (Exception, KeyboardInterrupt, SystemExit) as failure:
+            error = run.failed(failure)
         monitor.nothing_to_save = None
-        if error is None:
-            processes.close()
+        if error is None and run.processes.many:
+            dist.destroy_process_group()
         # A signal or a q that comes only now takes away neither the last words nor the exit code.
-        code = last_words(run, error)
+        last_words(run, error)
     if argv is not None and run.rank == 0 and run.trains:
-        # At the end of a process the lock goes with it, and not before.
+        # Of a process that ends the lock goes with it, and not before.
         run.directory.close()
-    return code
+    return run.exit_code
 
 
-def prepared(options: dict[str, Option], given: dict, processes: Processes, screen: Screen) -> Run:
-    """The run that the command line asks for, with the checkpoint that it goes on from."""
-    default = os.path.abspath(options["checkpoint_dir"].default)
-    directory = given.get("checkpoint_dir", default)
-    resumed = checkpoint_to_resume(given.pop("resume", None), directory, processes, screen.say)
-    path, state = resumed or (None, {})
-    if path is not None:
-        default, before = str(home_of(path)), str(state["config"].get("checkpoint_dir"))
-        if default == str(fallback_directory(before).resolve()):
-            default = before
-    given.setdefault("checkpoint_dir", default)
-    stored = state.get("config", {})
-    config = configuration(options, given, stored, path)
-    if config.shard and not processes.many:
-        if "shard" in given or resumed is None:
-            raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
-        # The checkpoint of a sharded run is one like any other.
-        config.shard = False
-    processes.sharded = config.shard
-    with fitting(path, "this program"):
-        run = Run(config, processes, screen, resumed)
-    # As texts: a tensor, say, has no one answer.
-    own = {name: f"{stored[name]}" for name in sorted(stored.keys() - given.keys())}
-    changed = (name for name, text in own.items() if text != f"{options[name].default}")
-    run.differs = "".join(f", {flag(name)} {own[name]}" for name in changed)
-    return run
-
-
-def checkpoint_to_resume(
-    name: str | None, directory: str, processes: Processes, report: Callable[[str], None]
-) -> tuple[Path, dict] | None:
-    """The checkpoint that --resume names, verified; None for a fresh start. Raises UserError."""
-
-    def read(path: Path) -> dict:
-        state = processes.read(path)
-        if wrong := wrong_entries(state):
-            text = f"not a checkpoint of this program and edition ({', '.join(wrong)})"
-            raise CheckpointError(f"{path}: {text}")
-        return state
-
-    if name is None:
-        return None
+def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -> Run:
+    """The run that the command line asks for, with the checkpoint it goes on from."""
+    directory = os.path.abspath(options["checkpoint_dir"].default)
+    name = given.pop("resume", None)
+    path: Path | None = None
     if name == "latest":
-        paths = processes.first(lambda: [one.path for one in find_checkpoints(directory, report)])
-        if not paths and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            return None
-        return first_whole(directory, read, report, paths)
-    path = Path(os.path.abspath(name))
-    # Path.exists() raises where a name is too long.
-    if not os.path.exists(path):
-        text = "No such file or directory; the newest is --resume latest"
-        raise CheckpointError(f"{path}: {text}")
-    if path.is_dir() and (found := find_checkpoints(path, lambda text: None)):
-        newest = os.path.relpath(found[0].path)
-        raise CheckpointError(f"{path} is a directory of checkpoints; its latest is {newest}")
-    return path, read(path)
+        path = latest_checkpoint(given.get("checkpoint_dir", directory), screen.say)
+    elif name is not None:
+        path = Path(os.path.abspath(name))
+    state = load_checkpoint(path, mmap=True) if path else {}
+    with fitting(path, "this program"):
+        if path is not None:
+            # Names of files are made of the id.
+            known = re.fullmatch("[0-9a-f]{12}", str(state.get("run_id")))
+            if state.get("format_version") != Run.FORMAT_VERSION or not known:
+                raise CheckpointError(f"{path}: not a checkpoint of this program and edition")
+            # The directory that its run saves in, links resolved.
+            folder = os.path.dirname(os.path.realpath(path))
+            directory = folder.removesuffix("/emergency_exit")
+            if folder == os.path.realpath(tempfile.gettempdir()):
+                directory = state["config"]["checkpoint_dir"]
+        given.setdefault("checkpoint_dir", directory)
+        config = configuration(options, given, state.get("config", {}), path)
+        if config.shard and not processes.many:
+            if "shard" in given or path is None:
+                raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
+            # The checkpoint of a sharded run is one like any other.
+            config.shard = False
+        processes.device = choose_device(config.device)
+        processes.sharded = config.shard
+        processes.compiled = config.compile
+        return Run(config, processes, screen, (path, state))
 
 
-def wrong_entries(state: dict) -> list[str]:
-    """What a state has not, or not as this edition saves it."""
-    progress = Progress()._asdict().items()
-    keys = {name: part.keys() for name, part in progress if isinstance(part, dict)}
-    wrong = [name for name, kind in Run.ENTRIES.items() if not isinstance(state.get(name), kind)]
-    wrong = wrong or [name for name in keys if state[name].keys() != keys[name]]
-    if not wrong and not re.fullmatch("[0-9a-f]{12}", state["run_id"]):
-        wrong = ["run_id"]
-    return wrong or ["format_version"] * (state["format_version"] != Run.FORMAT_VERSION)
-
-
-def outcome(train: Callable[[Run], None], run: Run) -> BaseException | None:
-    """Trains; returns the exception that ended it, if one has, once the state is safe."""
-    try:
-        train(run)
-        run.end()
-        return None
-    except Leaving:
-        return None
-    except (Exception, KeyboardInterrupt) as error:
-        failure: BaseException = error
-        if run.processes.sharded and not run.trained and (part := optimizer_in(error)):
-            text = f"PyTorch cannot share out what {part} does ({one_line(error)})"
-            failure = UserError(f"--shard: {text}")
-        run.exit_code = 2 if isinstance(failure, UserError) else 1
-    except SystemExit as end:
-        failure = end
-        run.exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    saved = run.completed or isinstance(failure, UserError) and not run.trained
-    if run.trains and not saved:
-        run.leave_after_exception(failure)
-    return failure
-
-
-def optimizer_in(error: BaseException) -> str | None:
-    """The class in torch.optim, of an optimizer or an average, in whose code an error came up."""
-    folder = os.path.dirname(torch.optim.__file__)
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename.startswith(folder) and "self" in frame.f_locals:
-            no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            return None if no_room else type(frame.f_locals["self"]).__name__
-    return None
-
-
-def last_words(run: Run, error: BaseException | None) -> int:
-    """Prints how it ended, and leaves that in the lock file for stop.sh; returns the exit code."""
-    screen = run.screen
-    if isinstance(error, UserError) and not run.trained:
-        raise error
+def last_words(run: Run, error: BaseException | None) -> None:
+    """Prints how it ended, and leaves that in the lock file for stop.sh."""
     if error is None:
-        if run.saved is not None and run.exit_code != 1:
+        if run.completed:
             done = "All steps done!" if run.step >= run.total_steps else "The loop has ended."
-            screen.say(f"🎉 {done}" if run.completed else "✨ Graceful exit completed!")
-    elif run.processes.first_failure(type(error).__name__)[0] == run.rank:
-        # No other rank can say more.
-        if isinstance(error, UserError):
-            complain_of(error)
-        elif not isinstance(error, SystemExit):
-            complain("".join(traceback.format_exception(error)))
+            run.screen.say(f"🎉 {done}")
+        elif run.trains and run.exit_code != 1:
+            run.screen.say("✨ Graceful exit completed!")
+    elif isinstance(error, UserError):
+        complain(f"error: {' '.join(str(error).split())}\n")
+    elif not isinstance(error, SystemExit):
+        complain("".join(traceback.format_exception(error)))
     if run.trains:
-        # The first machine may be gone.
-        alone = error is not None and run.rank and run.processes.local_rank == 0
-        if alone:
-            run.name_newest()
         summary = run.summary()
-        screen.say(summary)
-        if alone:
-            complain(f"{summary}\n")
+        run.screen.say(summary)
         if run.rank == 0:
             # On a full disk scripts/stop.sh will know less.
             with contextlib.suppress(OSError):
                 run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
     # A terminal that was stopped with Ctrl-S may take the last lines yet.
-    screen.clear(wait=2.0)
-    if error is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        # torchrun would start again what was asked to leave.
-        return 0
-    return run.exit_code
+    run.screen.write("", wait=2.0)
 
 
-def complain_of(mistake: UserError) -> None:
-    complain(f"error: {' '.join(str(mistake).splitlines())}\n")
-
-
-def complain_for_all(mistake: UserError) -> None:
-    """Of one process: torchrun ends all of them with the first that leaves."""
+def say_mistake(mistake: UserError) -> None:
+    """Prints a mistake, once where torchrun's processes all make the same."""
+    line = f"error: {' '.join(str(mistake).split())}\n"
     if not dist.is_torchelastic_launched():
-        return complain_of(mistake)
-    key, store = "mistake", torchruns_store()
+        return complain(line)
+    store = next(dist.rendezvous("env://"))[0]
     if not is_first_rank():
-        # The first makes the same one, as a rule.
+        # torchrun ends all of them with the first that leaves. An error: that one is silent.
         with contextlib.suppress(RuntimeError):
-            return store.wait([key], datetime.timedelta(seconds=10))
-    complain_of(mistake)
-    store.set(key, "")
+            return store.wait(["mistake"], datetime.timedelta(seconds=10))
+    complain(line)
+    store.set("mistake", "")
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process as Python does: threads and processes of the script finish their work.
+
+    All is saved and said: a signal changes nothing, but half a second later ends the waiting.
+    """
+    begun = time.monotonic()
+
+    def hurry(signum: int, frame: object) -> None:
+        if time.monotonic() - begun > 0.5:
+            end_children(multiprocessing.active_children())
+            os._exit(code)
+
+    for signum in EXIT_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, hurry)
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (AttributeError, OSError, ValueError):
+            # What Python cannot flush when it ends would turn any exit code into 120.
+            setattr(sys, name, None)
+    sys.exit(code)
+
+
+def own_command() -> str:
+    """What starts this program again, from any directory."""
+    script = os.path.abspath(sys.argv[0])
+    here = os.path.dirname(os.path.abspath(__file__))
+    python = shlex.quote(sys.executable)
+    if dist.is_torchelastic_launched():
+        python += f" -m torch.distributed.run --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"
+    if here != os.path.dirname(script):
+        python = f"PYTHONPATH={shlex.quote(here)} {python}"
+    # A shell wrapper says how it was started itself.
+    return os.environ.get("TRAIN_COMMAND") or f"{python} {shlex.quote(script)}"
 
 
 def choose_device(name: str) -> torch.device:
     """Raises UserError where the device is not there, or torch.distributed cannot use it."""
-    present = torch.accelerator.current_accelerator(check_available=True)
-    usable = ("cuda",) if dist.is_torchelastic_launched() else ("cuda", "mps")
-    if name == "auto":
-        return present if present is not None and present.type in usable else torch.device("cpu")
-    if name == "mps" and name not in usable:
-        raise UserError("--device mps: torchrun's processes cannot use it; --device cpu")
-    if name != "cpu" and (present is None or present.type != name):
-        found = present.type if present else "only the CPU"
-        raise UserError(f"--device {name}: there is none here (found {found})")
-    return torch.device(name)
-
-
-def leave_process(code: int) -> NoReturn:
-    """Ends the process. All is saved and said: a signal in the last moments changes nothing.
-
-    Taking torch's modules apart would keep the accelerator's memory, and leave what is typed to
-    the shell, for most of a second more.
-    """
-    for signum in EXIT_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    atexit._run_exitfuncs()
-    buffered = io.TextIOWrapper, io.BufferedWriter
-    # What the program has written to files that are still open is not lost either.
-    opened = (one for one in gc.get_objects() if issubclass(type(one), buffered))
-    for stream in filter(None, (sys.stdout, sys.stderr, *opened)):
-        # Gone with the terminal, or closed. Who reads another pipe may have stopped.
-        with contextlib.suppress(OSError, ValueError):
-            if stream in (sys.stdout, sys.stderr) or stat.S_ISREG(
-                os.fstat(stream.fileno()).st_mode
-            ):
-                stream.flush()
-    os._exit(code)
+    mps = torch.backends.mps.is_available() and not dist.is_torchelastic_launched()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    usable = [kind for kind, is_there in there.items() if is_there]
+    if name not in ("auto", *usable):
+        raise UserError(f"--device {name}: here it can be {' or '.join(usable)}")
+    device = torch.device(usable[0] if name == "auto" else name)
+    if device.type == "cuda":
+        # Bit for bit needs kernels that add in a fixed order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
 
 
 # ---- The built-in program: text ---------------------------------------------------------------
 
 
-def data_files(paths: Sequence[str], left_out: Path) -> dict[str, tuple[Path, int]]:
-    """{name: (file, size in bytes)} of every non-empty file in paths, folders in sorted order.
+class Text(Dataset):
+    """Windows of a text, uint8: item i is byte i * context and the `context` that follow it."""
 
-    Without paths, of Python's own source, but for installed packages and tests, which some
-    distributions omit. Hidden files and what is below left_out are not data. Raises UserError for
-    a path without any.
-    """
-    library, own = sysconfig.get_path("stdlib"), not paths
-    no_source = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-
-    def wanted(name: str) -> bool:
-        return name[0] != "." and not (own and name in no_source)
-
-    found: dict[str, tuple[Path, int]] = {}
-    for top in map(Path, paths or [library]):
-        files, before = [top], len(found)
-        if top.is_dir():
-            files = []
-            for folder, subfolders, names in os.walk(top):
-                subfolders[:] = filter(wanted, subfolders)
-                some = (name for name in filter(wanted, names) if not own or name[-3:] == ".py")
-                files += [Path(folder, name) for name in some]
-        for file in sorted(file for file in files if left_out not in file.parents):
-            try:
-                status = file.stat()
-                if stat.S_ISREG(status.st_mode) and status.st_size:
-                    with open(file, "rb"):
-                        name = file.name if file == top else str(file.relative_to(top))
-                        found[name if name not in found else str(file)] = file, status.st_size
-            except OSError as error:
-                raise UserError(f"--data {file}: {error.strerror}") from error
-        if len(found) == before:
-            text = "no text there (hidden files and the checkpoint directory are left out)"
-            raise UserError(f"--data {top}: {text}")
-    return found
-
-
-class Corpus:
-    """Files laid end to end, memory-mapped where they are read."""
-
-    # Of a larger one, a fingerprint holds samples.
-    SMALL_BYTES = 64 * 2**20
-
-    def __init__(self, files: dict[str, tuple[Path, int]]) -> None:
-        self.names, self.files = list(files), list(files.values())
-        self.starts = list(itertools.accumulate((size for _, size in self.files), initial=0))
+    def __init__(self, text: np.ndarray, context: int) -> None:
+        self.text, self.context = text, context
 
     def __len__(self) -> int:
-        return self.starts[-1]
-
-    def read(self, start: int, length: int) -> Tensor:
-        """Bytes start to start + length, across the ends of files; uint8 of shape (length,)."""
-        pieces = []
-        number = bisect.bisect_right(self.starts, start) - 1
-        while length:
-            offset = start - self.starts[number]
-            pieces.append(self._mapped(number)[offset : offset + length])
-            start, length = start + len(pieces[-1]), length - len(pieces[-1])
-            number += 1
-        return torch.cat(pieces)
-
-    def _mapped(self, number: int) -> Tensor:
-        # Not kept: a mapping costs 20 us, and a kept one counts all that was read as our memory.
-        path, size = self.files[number]
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-
-    def fingerprint(self) -> dict[str, str]:
-        """{name: a digest of its content}; of more than 1,000 files a digest for each folder."""
-        digests: dict[str, Any] = {}
-        for number, (name, (_, size)) in enumerate(zip(self.names, self.files)):
-            label = name if len(self.names) <= 1000 else os.path.dirname(name) or "."
-            digest = digests.setdefault(label, hashlib.blake2b(digest_size=8))
-            digest.update(b"%d" % size)
-            text, starts, length = self._mapped(number), [0], size
-            if len(self) > self.SMALL_BYTES:
-                starts, length = [part * max(0, size - 4096) // 7 for part in range(8)], 4096
-            for start in starts:
-                digest.update(text[start : start + length].numpy())
-        return {label: digest.hexdigest() for label, digest in digests.items()}
-
-
-class ByteDataset(Dataset):
-    """Windows of a corpus: item i is bytes i * context and the context that follow it, uint8.
-
-    A model predicts bytes 1 ... context from bytes 0 ... context - 1.
-    """
-
-    def __init__(self, corpus: Corpus, first: int, last: int, context: int) -> None:
-        self.corpus, self.first, self.context = corpus, first, context
-        self._windows = max(0, last - first - 1) // context
-
-    def __len__(self) -> int:
-        return self._windows
+        return max(0, len(self.text) - 1) // self.context
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.corpus.read(self.first + index * self.context, self.context + 1)
+        start = index * self.context
+        return torch.from_numpy(self.text[start : start + self.context + 1])
 
-    def fingerprint(self) -> dict[str, str] | None:
-        """Of the whole corpus, once."""
-        return self.corpus.fingerprint() if self.first == 0 else None
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(self.text.data, digest_size=16).hexdigest()
 
 
-def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[ByteDataset]:
-    """Training and validation data: the first 95 % of the files in paths, and the rest."""
-    corpus = Corpus(data_files(paths, left_out))
-    split = len(corpus) - len(corpus) // 20
-    training = ByteDataset(corpus, 0, split, context)
-    validation = ByteDataset(corpus, split, len(corpus), context)
-    if not len(training) or not len(validation):
-        text = f"{len(corpus):,} bytes are too few for --context {context}"
-        raise UserError(f"--data {' '.join(paths) or '(the standard library)'}: {text}")
-    return [training, validation]
+def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Text]:
+    """Training and validation data: the first 95 % of the files in paths, and the rest.
+
+    Without paths, of Python's own source, but for what some distributions omit. Hidden files and
+    what is below left_out are not data. Raises UserError for a path without any.
+    """
+    omitted = set() if paths else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    content = bytearray()
+    for top in map(Path, paths or [sysconfig.get_path("stdlib")]):
+        before = len(content)
+        try:
+            for file in sorted(top.rglob("*" if paths else "*.py")) if top.is_dir() else [top]:
+                parts = file.relative_to(top).parts or (file.name,)
+                hidden = any(part[0] == "." for part in parts) or left_out in file.parents
+                if not hidden and omitted.isdisjoint(parts) and file.is_file():
+                    content += file.read_bytes()
+        except OSError as error:
+            raise UserError(f"--data {error.filename}: {error.strerror}") from error
+        if len(content) == before:
+            what = "no text there (hidden files and the checkpoint directory are left out)"
+            raise UserError(f"--data {top}: {what}")
+    text = np.frombuffer(content, np.uint8)
+    split = len(text) - len(text) // 20
+    datasets = [Text(text[:split], context), Text(text[split:], context)]
+    if not all(map(len, datasets)):
+        what = f"{len(text):,} bytes are too few for --context {context}"
+        raise UserError(f"--data {' '.join(paths) or '(the standard library)'}: {what}")
+    return datasets
 
 
 # ---- The built-in program: model --------------------------------------------------------------
@@ -3684,8 +2258,7 @@ def rotate_columns(weight: Tensor, angle: Tensor) -> Tensor:
     """weight @ R(angle), for weight (..., hidden, dim) and angle (..., planes) in radians.
 
     R is the product of the Givens rotations of the disjoint coordinate planes (i, i + planes), with
-    planes <= dim / 2: it maps (x_i, x_j) to (x_i cos - x_j sin, x_i sin + x_j cos). Since
-    (W R) x = W (R x), folding R into the weight rotates every input.
+    planes <= dim / 2. Since (W R) x = W (R x), folding R into the weight rotates every input.
     """
     planes = angle.shape[-1]
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
@@ -3697,11 +2270,9 @@ def rotate_columns(weight: Tensor, angle: Tensor) -> Tensor:
 class Experts(nn.Module):
     """A softmax-routed mixture of two-layer MLPs that share 4 * dim hidden units.
 
-    Every expert sees every token, weighted by its gate, so the mixture is two matrix products over
-    all experts. With rotations, expert e sees its input through R_e with angles
-    max_angle * tanh(theta_e), folded into its first weight: once a forward pass, at a cost that
-    does not grow with the batch. `gates` (..., experts) and `rotated_by` (experts, dim // 2) are
-    then the routing and the angles of the last pass: theta itself may be spread over processes.
+    Every expert sees every token, weighted by its gate; with rotations, through R_e with angles
+    max_angle * tanh(theta_e), folded into its first weight. `gates` (..., experts) and `rotated_by`
+    (experts, dim // 2) are then routing and angles of the last pass.
     """
 
     def __init__(self, dim: int, experts: int, rotations: bool = True) -> None:
@@ -3774,9 +2345,8 @@ class ByteLM(nn.Module):
 def orthogonality_loss(angles: Tensor) -> Tensor:
     """How alike the experts' rotations are: mean over e < f of (<R_e, R_f> / <R_e, R_e>)**2.
 
-    <A, B> = trace(A^T B). Both are block diagonal in the same planes, so the quotient is
-    mean_i cos(angle_ei - angle_fi). In [0, 1]; zero for a single expert. angles (experts, planes),
-    radians.
+    With <A, B> = trace(A^T B) the quotient is mean_i cos(angle_ei - angle_fi). In [0, 1]; zero for
+    a single expert. angles (experts, planes), radians.
     """
     count = len(angles)
     first, second = torch.triu_indices(count, count, offset=1, device=angles.device)
@@ -3793,10 +2363,9 @@ def rotation_efficiency_loss(angles: Tensor) -> Tensor:
 def specialization_loss(gates: Tensor, load: Tensor) -> Tensor:
     """(mean_t H(p_t) - H(load)) / log(experts), in [-1, 0]; H is the entropy.
 
-    Minus the information a token has about its expert: low when each token is routed decisively
-    while all experts share the load (regularized information maximization; Krause, Perona and
-    Gomes, 2010). gates (..., experts), each row summing to 1; load (experts,) is their mean over
-    the tokens of the batch.
+    Low when each token is routed decisively while all experts share the load (regularized
+    information maximization; Krause, Perona and Gomes, 2010). gates (..., experts), each row
+    summing to 1; load (experts,) is their mean over the tokens of the batch.
     """
     if gates.shape[-1] == 1:
         return gates.new_zeros(())
@@ -3805,36 +2374,18 @@ def specialization_loss(gates: Tensor, load: Tensor) -> Tensor:
 
 
 def forward_backward(
-    model: nn.Module,
-    loss: Callable[[Any], Tensor],
-    batch: Any,
-    grad_accum: int = 1,
-    regularization: Callable[[], Tensor | float] = lambda: 0.0,
+    loss: Callable, batch: Any, grad_accum: int = 1, regularization: Callable = lambda: 0.0
 ) -> Tensor:
     """Adds the gradient of loss(batch) + regularization() to .grad; returns the mean of loss.
 
     A batch that is a tensor is taken in grad_accum forward passes; loss is a mean over samples.
     """
-    parts = [batch] if grad_accum == 1 else batch.chunk(grad_accum)
     losses = []
-    for part in parts:
-        # Of many processes, the gradients meet in the last pass.
-        apart: Any = getattr(model, "no_sync", None) if part is not parts[-1] else None
-        with apart() if apart else contextlib.nullcontext():
-            value = loss(part)
-            ((value + regularization()) / len(parts)).backward()
-            losses.append(value.detach())
+    for part in [batch] if grad_accum == 1 else batch.chunk(grad_accum):
+        value = loss(part)
+        ((value + regularization()) / grad_accum).backward()
+        losses.append(value.detach())
     return torch.stack(losses).mean()
-
-
-def cosine(progress: float) -> float:
-    """Half a cosine, from 1 down to a tenth."""
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def linear(progress: float) -> float:
-    """From 1 straight down to 0 (Bergsma et al., "Straight to Zero", 2025)."""
-    return 1 - progress
 
 
 def warmup_decay(
@@ -3850,31 +2401,44 @@ def warmup_decay(
     return LambdaLR(optimizer, factor)
 
 
-class TrainingController:
-    """Turns batches into optimizer steps. A subclass fills `optimizers` and `schedulers`.
+class StandardTrainingController:
+    """Turns batches into optimizer steps: one AdamW, one warm-up and cosine schedule.
 
-    loss(batch) is the mean loss of a batch, a scalar; model is what run.model() returned. The
-    options are those of the command line: lr, warmup_steps, weight_decay, grad_clip, grad_accum
-    and rotation_lr, or their defaults in the built-in program.
+    loss(batch) is the mean loss of a batch, a scalar; model is what run.model() returned. Options
+    that the run has not (lr, warmup_steps, weight_decay, grad_clip, ...) are the built-in ones.
     """
+
+    def decay(self, progress: float) -> float:
+        """Half a cosine, from 1 down to a tenth: the learning rate's factor after the warm-up."""
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
     def __init__(self, run: Run, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
         self.run, self.model, self.loss = run, model, loss
         defaults = {name: one.default for name, one in declared(OPTIONS).items()}
         self.options = argparse.Namespace(**{**defaults, **vars(run.options)})
-        self.optimizers: dict[str, Optimizer] = {}
-        self.schedulers: dict[str, LRScheduler] = {}
+        self.optimizers = self.make_optimizers()
+        self.schedulers = {
+            name: warmup_decay(one, self.options.warmup_steps, run.total_steps, self.decay)
+            for name, one in self.optimizers.items()
+        }
+
+    def make_optimizers(self) -> dict[str, Optimizer]:
+        return {"adamw": self.adamw(self.model.parameters())}
+
+    def adamw(self, parameters: Iterable) -> Optimizer:
+        rate, decay = self.options.lr, self.options.weight_decay
+        return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True)
 
     def regularization(self) -> Tensor | float:
-        """What is added to the loss of the last forward pass."""
+        """Returns what is added to the loss of the last forward pass."""
         return 0.0
 
     def training_step(self, batch: Any) -> Tensor:
-        """One step of every optimizer; returns the mean loss of the batch."""
+        """Makes one step of every optimizer; returns the mean loss of the batch."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         accum = self.options.grad_accum
-        loss = forward_backward(self.model, self.loss, batch, accum, self.regularization)
+        loss = forward_backward(self.loss, batch, accum, self.regularization)
         self.run.clip_gradients(self.options.grad_clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -3883,26 +2447,48 @@ class TrainingController:
         return loss
 
 
-class StandardTrainingController(TrainingController):
-    """One AdamW over all parameters, one warm-up and cosine schedule."""
+class BatchedMuon(Optimizer):
+    """Muon (Jordan et al., 2024), all matrices of a shape at once, with the state of PyTorch's."""
 
-    def __init__(self, run: Run, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-        super().__init__(run, model, loss)
-        o, parameters = self.options, model.parameters()
-        optimizer = torch.optim.AdamW(parameters, o.lr, weight_decay=o.weight_decay, fused=True)
-        scheduler = warmup_decay(optimizer, o.warmup_steps, run.total_steps, cosine)
-        self.optimizers, self.schedulers = {"adamw": optimizer}, {"adamw": scheduler}
+    def __init__(self, params: Iterable, lr: float, weight_decay: float, ns_steps: int) -> None:
+        settings = {"momentum": 0.95, "ns_coefficients": (3.4445, -4.7750, 2.0315), "eps": 1e-7}
+        rates = {"lr": lr, "weight_decay": weight_decay, "ns_steps": ns_steps}
+        super().__init__(params, {**rates, **settings})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Any]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._update_all(parameters, group)
+
+    def _update_all(self, parameters: list[Any], group: dict) -> None:
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            # Where a matrix is spread over processes, each computes all of it.
+            updates.append(whole(parameter.grad.lerp(momentum, group["momentum"])))
+        rows, columns = parameters[0].shape
+        rate = group["lr"] * math.sqrt(max(1, rows / columns))
+        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), group)):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(spread(update, parameter), alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, group: dict) -> Tensor:
     """The nearest (semi-)orthogonal matrix, roughly, to each of matrices (count, rows, columns).
 
-    A quintic Newton-Schulz iteration whose singular values end near 1, not at it (Jordan et al.,
-    "Muon", 2024), with the settings of a group of torch.optim.Muon. In bfloat16, or in float32 on a
-    CPU without bfloat16 arithmetic, which would emulate it at a fraction of the speed.
+    A quintic Newton-Schulz iteration (Jordan et al., "Muon", 2024), in bfloat16, or in float32 on a
+    CPU that would only emulate it. group has the settings of a BatchedMuon.
     """
     a, b, c = group["ns_coefficients"]
-    emulated = matrices.is_cpu and not torch.cpu.get_capabilities().get("avx512_bf16")
+    emulated = matrices.is_cpu and not torch.cpu._is_avx512_bf16_supported()
     x = matrices.to(torch.float32 if emulated else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -3913,152 +2499,85 @@ def orthogonalize(matrices: Tensor, group: dict) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon, its options and its state; all matrices of a shape go at once."""
+class GeometricTrainingController(StandardTrainingController):
+    """Rotated experts, and an optimizer for each kind of parameter.
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-                    if not self.state[parameter]:
-                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            for shape, parameters in by_shape.items():
-                scale = math.sqrt(max(1, shape[0] / shape[1]))
-                self._update_all(parameters, group, group["lr"] * scale)
-
-    def _update_all(self, parameters: list[Tensor], group: dict, lr: float) -> None:
-        buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-        momentum = torch.stack(buffers)
-        gradient = torch.stack([local(parameter.grad) for parameter in parameters])
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        torch._foreach_copy_(buffers, list(momentum))
-        update = gradient.lerp_(momentum, group["momentum"])
-        if is_sharded(parameters[0]):
-            newton_schulz = functools.partial(orthogonalize, group=group)
-            update = on_whole_matrices(newton_schulz, update, parameters[0])
-        else:
-            update = orthogonalize(update, group)
-        weights = [local(parameter) for parameter in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(update), alpha=-lr)
-
-
-def local(tensor: Any) -> Tensor:
-    """Of a sharded tensor this process's part, in the same memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def on_whole_matrices(function: Callable[[Tensor], Tensor], rows: Tensor, parameter: Any) -> Tensor:
-    """function of whole matrices for a rank that has some rows of each, as of parameter.
-
-    Every rank computes all of it. rows (count, local rows, columns), and so the result.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    mesh, shape = parameter.device_mesh, torch.Size((len(rows), *parameter.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    spread = DTensor.from_local(rows, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-    updated = function(spread.full_tensor())
-    result = DTensor.from_local(updated, mesh, [Replicate()], run_check=False)
-    return result.redistribute(placements=[Shard(1)]).to_local()
-
-
-class GeometricTrainingController(TrainingController):
-    """Geometric constrained learning: rotated experts, and an optimizer for each kind of parameter.
-
-    loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, each
-    averaged over the Experts of the model. `rotation`: Adam on their angles. `expert`: Muon (Jordan
-    et al., 2024) on the 2-D matrices inside them or an nn.ModuleList. `embedding`: AdamW on the
-    rest, the routers among it. Muon is what lowers the loss: W (R x) = (W R) x, so a rotation adds
-    nothing to experts with matrices of their own. Raises UserError for a model without tg.Experts
-    that have rotations.
+    loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, averaged
+    over the Experts. `rotation`: Adam on their angles. `expert`: Muon on the matrices in them or in
+    an nn.ModuleList. `embedding`: AdamW on the rest. Muon is what lowers the loss: since (W R) x =
+    W (R x), rotations add nothing to experts with matrices of their own. Raises UserError for a
+    model without tg.Experts that have rotations.
     """
 
-    # Muon's learning rate relative to --lr, which is AdamW's.
-    MUON_LR_FACTOR = 8.0
+    def decay(self, progress: float) -> float:
+        """From 1 straight down to 0 (Bergsma et al., "Straight to Zero", 2025)."""
+        return 1 - progress
 
-    def __init__(self, run: Run, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-        super().__init__(run, model, loss)
-        experts = (module for module in model.modules() if isinstance(module, Experts))
+    def make_optimizers(self) -> dict[str, Optimizer]:
+        experts = (module for module in self.model.modules() if isinstance(module, Experts))
         self.experts = [one for one in experts if one.theta is not None]
         if not self.experts:
             text = "the model has no tg.Experts(dim, experts)"
             raise UserError(f"GeometricTrainingController: {text}")
-        o, factor = self.options, self.MUON_LR_FACTOR
-        # A step decays the weights by lr * weight_decay: as much as AdamW's does. Four iterations
-        # instead of five: a fifth of Muon's time, and the loss falls as fast.
-        muon = {"lr": factor * o.lr, "weight_decay": o.weight_decay / factor, "ns_steps": 4}
+        o = self.options
+        # A step decays the weights by lr * weight_decay: as much as AdamW's does. With four
+        # iterations instead of five the loss falls as fast.
+        muon = {"lr": 8 * o.lr, "weight_decay": o.weight_decay / 8, "ns_steps": 4}
         rotation, expert, embedding = self._groups()
-        adamw = torch.optim.AdamW(embedding, o.lr, weight_decay=o.weight_decay, fused=True)
-        self.optimizers = {
+        return {
             "rotation": torch.optim.Adam(rotation, o.rotation_lr, fused=True),
             "expert": BatchedMuon(expert, **muon),
-            "embedding": adamw,
-        }
-        self.schedulers = {
-            name: warmup_decay(optimizer, o.warmup_steps, run.total_steps, linear)
-            for name, optimizer in self.optimizers.items()
+            "embedding": self.adamw(embedding),
         }
 
     def _groups(self) -> tuple[list, list, list]:
         modules = list(self.model.modules())
         lists = [one for one in modules if isinstance(one, (nn.ModuleList, Experts))]
         inside = {p for one in lists for p in one.parameters() if p.dim() == 2}
-        angles = {id(one.theta) for one in self.experts}
+        angles = {one.theta for one in self.experts}
         # What looks things up or chooses is no hidden layer.
         inside -= {one.weight for one in modules if isinstance(one, nn.Embedding)}
         inside -= {one.router.weight for one in modules if isinstance(one, Experts)}
-        rotation = [p for p in self.model.parameters() if id(p) in angles]
-        others = [p for p in self.model.parameters() if id(p) not in angles]
+        rotation = [p for p in self.model.parameters() if p in angles]
+        others = [p for p in self.model.parameters() if p not in angles]
         return rotation, [p for p in others if p in inside], [p for p in others if p not in inside]
 
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
         # Some may have had no part in this forward pass.
-        experts = [one for one in self.experts if one.gates is not None]
-        if not experts:
-            return torch.zeros(())
-        passes: list[Any] = [(one.gates, one.rotated_by) for one in experts]
-        loads = torch.cat([gates.float().flatten(0, -2).mean(dim=0) for gates, _ in passes])
-        # The value is that of all processes, the slope this one's, as for the rest of the loss.
-        loads = loads + (self.run.average(loads.detach()) - loads.detach())
-        each = loads.split([gates.shape[-1] for gates, _ in passes])
-        total = torch.zeros((), device=loads.device)
-        for one, (gates, angles), load in zip(experts, passes, each):
+        experts: list[Any] = [one for one in self.experts if one.gates is not None]
+        total = torch.zeros((), device=self.run.device)
+        for one in experts:
+            load = one.gates.float().flatten(0, -2).mean(dim=0)
+            # The value is that of all processes, the slope this one's, as in the rest of the loss.
+            whole_load = load.detach().clone()
+            if self.run.processes.many:
+                dist.all_reduce(whole_load)
+            load = load + (whole_load / self.run.world_size - load.detach())
+            total = total + 0.01 * orthogonality_loss(one.rotated_by)
+            total = total + 0.001 * rotation_efficiency_loss(one.rotated_by)
+            total = total + 0.01 * specialization_loss(one.gates, load)
             one.gates = one.rotated_by = None
-            total = total + 0.01 * orthogonality_loss(angles)
-            total = total + 0.001 * rotation_efficiency_loss(angles)
-            total = total + 0.01 * specialization_loss(gates, load)
-        return total / len(passes)
+        return total / max(1, len(experts))
 
 
 # ---- The built-in program: loops --------------------------------------------------------------
 
 
 def standard_training_loop(
-    run: Run,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loss: Callable[[Any], Tensor],
-    evaluate: Callable[[Any], dict],
+    run: Run, optimizer: Optimizer, scheduler: LRScheduler, loss: Callable, evaluate: Callable
 ) -> None:
     """Trains until all steps are done or somebody asks to leave; either way everything is saved."""
     for batch in run.batches(evaluate):
         optimizer.zero_grad()
-        mean = forward_backward(model, loss, batch, run.options.grad_accum)
+        mean = forward_backward(loss, batch, run.options.grad_accum)
         run.clip_gradients(run.options.grad_clip)
         optimizer.step()
         scheduler.step()
         run.log(loss=mean)
 
 
-def controller_training_loop(
-    run: Run, controller: TrainingController, evaluate: Callable[[Any], dict]
-) -> None:
+def controller_training_loop(run: Run, controller: Any, evaluate: Callable) -> None:
     """The same for any controller, which decides what an optimizer step on a batch is."""
     for batch in run.batches(evaluate):
         run.log(loss=controller.training_step(batch))
@@ -4071,15 +2590,13 @@ def train(run: Run) -> None:
     if geometric and o.loop == "standard":
         text = "the standard loop has one optimizer"
         raise UserError(f"--mode geometric needs --loop controller: {text}")
-    check_model(o, run.resumed)
+    if o.dim % o.heads or o.dim < 2 or 4 * o.dim < o.experts:
+        text = "--heads has to divide --dim (2 or more), and --experts be at most 4 times --dim"
+        raise UserError(text)
     training, validation = text_datasets(o.data, o.context, Path(o.checkpoint_dir).resolve())
     run.data(training, validation, batch_size=o.batch_size * o.grad_accum)
     sizes = o.context, o.layers, o.heads, o.dim, o.experts, o.dropout
-    try:
-        module = ByteLM(*sizes, rotations=geometric)
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f"no memory for a model of this size ({one_line(error)})") from error
-    model = run.model(module)
+    model = run.model(ByteLM(*sizes, rotations=geometric))
 
     def losses(windows: Tensor) -> Tensor:
         """Nats a byte, (batch, context)."""
@@ -4101,24 +2618,11 @@ def train(run: Run) -> None:
         controller_training_loop(run, controller, evaluate)
     else:
         optimizer, scheduler = controller.optimizers["adamw"], controller.schedulers["adamw"]
-        standard_training_loop(run, model, optimizer, scheduler, loss, evaluate)
+        standard_training_loop(run, optimizer, scheduler, loss, evaluate)
 
 
-def check_model(o: argparse.Namespace, resumed: Path | None) -> None:
-    """Raises UserError for sizes that do not go together, or not with the checkpoint."""
-    if o.dim % o.heads:
-        raise UserError(f"--dim {o.dim} is not divisible by --heads {o.heads}")
-    if o.mode == "geometric" and o.dim < 2:
-        raise UserError(f"--mode geometric needs --dim 2 or more to rotate, not {o.dim}")
-    if 4 * o.dim < o.experts:
-        raise UserError(f"--experts {o.experts} is more than --dim {o.dim} has units (4 x)")
-    # A forged one must not take memory before its weights are compared with the model's.
-    at_least = o.dim * (512 + o.context + o.layers * (4 * o.dim + o.experts))
-    if resumed is not None and 4 * at_least > resumed.stat().st_size:
-        raise CheckpointError(f"{resumed}: of another program, or too small for its sizes")
-
-
-MODES, LOOPS = ("standard", "geometric"), ("standard", "controller")
+MODES = ("standard", "geometric")
+LOOPS = ("standard", "controller")
 OPTIONS = {
     "mode": option("standard", "one AdamW, or rotated experts and three optimizers", MODES),
     "loop": option(None, "for --mode standard (default standard)", LOOPS),

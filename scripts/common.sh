@@ -38,3 +38,11 @@ find_directory() {
         previous=$word
     done
 }
+
+# quoted WORD: as a person would have to type it
+quoted() {
+    case $1 in
+        *[!A-Za-z0-9_./:=@%+,-]* | '') printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")" ;;
+        *) printf %s "$1" ;;
+    esac
+}

@@ -47,7 +47,7 @@ fi
 before=$(cat "$directory/run.lock" 2>/dev/null || :)
 code=0
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export NNODES="$SLURM_JOB_NUM_NODES" RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 10000))" PATIENCE=3600 RESTARTS=0
+export NNODES="$SLURM_JOB_NUM_NODES" RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 10000))" PATIENCE=3600
 srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
     scripts/train_torchrun.sh "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --no-keyboard "$@" || code=$?
 
