@@ -58,6 +58,7 @@ import time
 import traceback
 import types
 import uuid
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -217,7 +218,7 @@ def in_foreground(fd: int) -> bool:
 
 
 def complain(text: str) -> None:
-    """Prints on standard error, if anybody is there to read it."""
+    # An error: nobody is there to read it.
     with contextlib.suppress(OSError, AttributeError):
         print(text, end="", file=sys.stderr, flush=True)
 
@@ -244,7 +245,6 @@ class Screen:
         self._status_width, self._drawn, self._unwritten = 0, -math.inf, b""
 
     def say(self, text: str) -> None:
-        """Prints a line, in the place of the status line."""
         self.write(text + "\n")
 
     def status(self, text: Callable[[], str]) -> None:
@@ -480,7 +480,6 @@ class ExitMonitor:
     def _restore_terminal(self) -> None:
         if self._terminal_settings is None or not in_foreground(self._stdin):
             return
-        # An error: hung up, no terminal is left to restore.
         with contextlib.suppress(termios.error):
             # TCSANOW: waiting for output to drain would hang on a terminal stopped with Ctrl-S.
             termios.tcsetattr(self._stdin, termios.TCSANOW, self._terminal_settings)
@@ -545,7 +544,6 @@ def begin_worker(number: int = 0) -> None:
 
 
 def end_children(children: Iterable) -> None:
-    """Kills and reaps processes that hold nothing to save."""
     for child in children:
         child.kill()
         child.join()
@@ -817,8 +815,6 @@ class RunDirectory:
                 leftover.unlink()
         # A save in its thread flushes the rows while the main thread adds one.
         self._rows_lock = threading.Lock()
-        self._columns: list[str] = []
-        self._rows: list[dict] = []
         # Whether the file holds all rows but the last, in these columns.
         self._current = False
         for number in itertools.count(1):
@@ -826,9 +822,10 @@ class RunDirectory:
             rows = self._read_rows()
             if rows or not self._metrics.exists():
                 break
-        for row in rows:
-            if int(row["step"]) <= step:
-                self.add_row(row)
+        self._columns = list(rows[0]) if rows else ["run"]
+        self._rows = [row for row in rows if int(row["step"]) <= step]
+        if rows:
+            self._write_rows()
 
     def _refused(self, error: OSError) -> None:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -1052,7 +1049,6 @@ class Batches(Dataset):
     collate: Callable[[list], Any]
     batch_size: int
     seed: int
-    # Samples of an evaluation.
     validated: int
     rank: int
     world_size: int
@@ -1082,7 +1078,6 @@ class Batches(Dataset):
         return self.collate(samples), len(indices)
 
     def _places(self, number: int, end: int) -> np.ndarray:
-        """Where this rank's samples of batch number stand among so many."""
         first = number * self.batch_size
         return np.arange(first + self.rank, min(first + self.batch_size, end), self.world_size)
 
@@ -1136,6 +1131,7 @@ class RunState:
     def __init__(self, processes: Processes, resumed: Path | None, saved: dict) -> None:
         self.processes = processes
         self.resumed = resumed
+        self.step: int = saved.get("step", 0)
         self.trains = False
         self._saved = saved
         # {name: (the bare module, what the loop calls)}, {kind of state: {name: object}}.
@@ -1152,6 +1148,8 @@ class RunState:
         # The parameters of all models, with their names; those that this batch has updated.
         self._names: dict[Tensor, str] = {}
         self._updated: set[Tensor] = set()
+        # The step in which each optimizer has stepped first.
+        self._first_seen = weakref.WeakKeyDictionary[Optimizer, int]()
 
     def model(self, module: nn.Module, name: str = "model") -> nn.Module:
         """Moves a module to the device, wraps and compiles it, and restores its weights on resume.
@@ -1220,8 +1218,11 @@ class RunState:
     def _before_step(self, optimizer: Optimizer, *arguments: object) -> None:
         parameters = self._names.keys() & parameters_of(optimizer)
         self._updated |= parameters
-        # Another object that is kept, a controller for instance, may save it.
-        if parameters and optimizer not in self._optimizers.values() and not self._others:
+        # One that lives for a batch (an attack's, say) leaves nothing to keep, and another object
+        # that is kept, a controller for instance, may save it.
+        lasts = self._first_seen.setdefault(optimizer, self.step) != self.step
+        unkept = optimizer not in self._optimizers.values() and not self._others
+        if unkept and (parameters or lasts):
             word = type(optimizer).__name__
             hint = f"run.keep(name={word}(...)), and its module is for run.model"
             raise UserError(f"{word} steps in the loop but is not kept: {hint}")
@@ -1278,7 +1279,6 @@ class RunState:
             put_back(state)
 
     def _states(self) -> dict:
-        """The states of all, by kind."""
         models = {name: module.state_dict() for name, (module, _) in self._models.items()}
         model = models.pop("model", {})
         if self._gradients:
@@ -1321,7 +1321,6 @@ class Run(RunState):
         self.rank = processes.rank
         self.world_size = processes.world_size
         self.run_id: str = saved.get("run_id") or uuid.uuid4().hex[:12]
-        self.step: int = saved.get("step", 0)
         best = saved.get("best", {"value": None, "step": 0, "of": None})
         self.best: float | None = best["value"]
         self.best_step: int = best["step"]
@@ -1373,7 +1372,7 @@ class Run(RunState):
                 what = f"{type(data).__name__} is no map-style dataset, which a stream cannot be"
                 raise UserError(f"run.data: {what}: give it __getitem__(index) and __len__()")
             if len(data) < fewest:
-                text = f"{len(data)} {split} samples are less than a batch of {fewest}"
+                text = f"{len(data)} {split} samples, but at least {fewest} are needed"
                 raise UserError(f"run.data: {text}")
             self._fingerprint[split] = [len(data), getattr(data, "fingerprint", lambda: None)()]
         if self._fingerprint != (there := self._saved.get("data_fingerprint", self._fingerprint)):
@@ -1425,7 +1424,6 @@ class Run(RunState):
         return norm
 
     def rates(self) -> dict[str, float]:
-        """The optimizers' learning rates, as columns of metrics.csv."""
         optimizers = self._optimizers.items()
         return {f"lr_{name}": float(one.param_groups[0]["lr"]) for name, one in optimizers}
 
@@ -1636,7 +1634,6 @@ class Run(RunState):
             reason = "user_requested_save" if self.processes.save_requested else "periodic"
             self.processes.save_requested = False
             targets[reason] = f"step_{self.step}.pt"
-        # What an evaluation has found is part of the state of this step.
         self._metrics["done_step"] = self.step
         if targets:
             state = self.state_dict("")
@@ -1689,14 +1686,17 @@ class Run(RunState):
         self._in_body = False
         if not isinstance(values, dict) or self._best_name not in values:
             wanted = f"{{name: a value for each sample}}, {self._best_name} among them"
-            raise UserError(f"evaluate has to return {wanted} (see best=...)")
+            raise UserError(f"evaluate returned {values!s:.60}; it has to return {wanted}")
         sums = {}
         for name, value in values.items():
-            value = whole(torch.as_tensor(value).detach())
-            if value.shape != (max(count, 1),):
+            got = f"as {type(value).__name__}"
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                value = whole(torch.as_tensor(value).detach())
+                got = f"of shape {tuple(value.shape)}"
+            if getattr(value, "shape", None) != (max(count, 1),):
                 raise UserError(
-                    f'evaluate returned "{name}" of shape {tuple(value.shape)} for a batch of'
-                    f' {max(count, 1)} samples: one value for each (reduction="none") is wanted'
+                    f'evaluate returned "{name}" {got} for a batch of {max(count, 1)} samples: one'
+                    ' value for each is wanted, as reduction="none" gives it'
                 )
             sums[name] = value[:count].to("cpu", torch.float64).sum().item()
         return sums
@@ -1723,7 +1723,6 @@ class Run(RunState):
             "torch_version": str(torch.__version__),
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
-        # Every rank takes part, in the same order.
         return mapped(state, self.processes.gathered) if self.processes.sharded else state
 
     def _leave(self) -> None:
@@ -1763,7 +1762,6 @@ class Run(RunState):
 
     def _name_newest(self) -> None:
         """Finds, for a summary after which nothing new is on the disk, what is there."""
-        # Where there is none, the summary names none.
         with contextlib.suppress(CheckpointError, OSError):
             newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
             self.saved = "Newest whole checkpoint", newest
@@ -1900,6 +1898,7 @@ class Processes:
         dist.init_process_group(backend)
         # Who leaves for a mistake now leaves no other alone in the middle of connecting.
         self._gather(None)
+        self._torchrun = os.getppid()
         # From here on a request is for all, when the loop begins.
         monitor.requests = []
         monitor.nothing_to_save = None
@@ -1955,6 +1954,9 @@ class Processes:
         monitor.save_requested = False
         if not self.many:
             return own
+        if os.getppid() != self._torchrun:
+            # Nobody is left who could end us.
+            monitor.request("torchrun_died", 1)
         total: dict[str, tuple[float, int]] = {}
         for values, requests, save in self._gather(mine):
             self.save_requested |= save
@@ -2109,7 +2111,6 @@ def last_words(run: Run, error: BaseException | None) -> None:
         summary = run.summary()
         run.screen.say(summary)
         if run.rank == 0:
-            # On a full disk scripts/stop.sh will know less.
             with contextlib.suppress(OSError):
                 run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
     # A terminal that was stopped with Ctrl-S may take the last lines yet.
