@@ -95,10 +95,7 @@ def one_line(error: BaseException) -> str:
 
 
 class option(NamedTuple):
-    """An option of the command line: its type is that of the default, unless kind converts it.
-
-    A fixed one cannot change on resume. Numbers are at least `least` and less than `below`.
-    """
+    """An option of the command line; a fixed one cannot change when a run is resumed."""
 
     default: Any
     help: str = ""
@@ -232,10 +229,7 @@ def descriptor(stream: Any) -> int | None:
 
 
 class Screen:
-    """Lines for people on standard output; a failed write never raises and never blocks training.
-
-    (With os.write: what a failed flush leaves in Python's buffer turns exit code 0 into 120.)
-    """
+    """Lines for people on standard output; a failed write raises nothing and blocks no training."""
 
     def __init__(self, shown: bool = True) -> None:
         self._lock = threading.Lock()
@@ -272,6 +266,7 @@ class Screen:
             # So much is kept for a terminal or a pipe that takes none right now.
             self._unwritten = (self._unwritten + encoded)[-65536:]
             try:
+                # What a failed flush leaves in Python's buffer would turn exit code 0 into 120.
                 while self._unwritten and select.select([], [self._fd], [], wait)[1]:
                     written = os.write(self._fd, self._unwritten[: select.PIPE_BUF])
                     self._unwritten = self._unwritten[written:]
@@ -590,6 +585,8 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     TypeError, with the place, for anything else in it; OSError, or what torch raises where memory
     or a device fails it. Then the file that was at path before is untouched.
     """
+    if not isinstance(state, dict):
+        raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
     state = to_host(state)
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -597,7 +594,9 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of this save alone: others may write the same path at the same time.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}.tmp")
+    checksums_wanted = torch.serialization.get_crc32_options()
     try:
+        torch.serialization.set_crc32_options(True)
         with FileForDisk(temporary, "x") as file:
             torch.save(state, file)
         flush_to_disk(temporary)
@@ -614,6 +613,8 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+    finally:
+        torch.serialization.set_crc32_options(checksums_wanted)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -638,7 +639,7 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
         if not isinstance(leaf, Tensor) or memory is None and leaf.is_cpu:
             return leaf
         # Those that are the same share their copy.
-        key = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
+        key = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg()
         if key not in copies or not leaf.numel():
             place = len(copies), leaf.dtype, leaf.shape
             if place not in kept:
@@ -657,6 +658,8 @@ def savable(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     kind = type(value)
+    if kind is int and value.bit_length() > 2000:
+        raise TypeError(" is an integer of more than 2,000 bits, which torch.load refuses")
     if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
         return value
     if kind in (Tensor, nn.Parameter) and value.layout == torch.strided:
@@ -754,8 +757,8 @@ def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path
     """The checkpoints in a directory, the one that `latest` prefers first; no tensor is read.
 
     It is the furthest of the run that has saved last, of which a start that was stopped before its
-    first step is none; a run that has gone on from an older checkpoint goes on from there. Those
-    that cannot be read are named through report.
+    first step is none; one that has gone on from an older checkpoint goes on from there. Report
+    is told which cannot be read.
     """
     found: list[tuple] = []
     newest: dict[str, str] = {}
@@ -1123,10 +1126,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 class RunState:
-    """What a run consists of: its models, and the objects that it keeps.
-
-    On resume they are restored from the state of the checkpoint `resumed`.
-    """
+    """What a run consists of, its models and the objects that it keeps, and their states."""
 
     def __init__(self, processes: Processes, resumed: Path | None, saved: dict) -> None:
         self.processes = processes

@@ -83,7 +83,7 @@ def test_bad_data_is_named(mistake, tmp_path, corpus):
     for name, word in {"missing": "No such file", "empty": "no text there", "short": "too few", "folder": "no text there", "fifo": "no text there"}.items():
         message = mistake("--data", tmp_path / name)
         assert str(tmp_path / name) in message and word in message
-    assert "are less than a batch of 100000" in mistake("--data", corpus, "--batch-size", "100000")
+    assert "at least 100000 are needed" in mistake("--data", corpus, "--batch-size", "100000")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")

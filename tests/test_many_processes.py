@@ -22,6 +22,7 @@ from conftest import (
     assert_same_run,
     finish,
     metrics_without_times,
+    run,
     saved_path,
     wait_until,
 )
@@ -58,22 +59,22 @@ def leaves_after(batches: int) -> list:
 
 @pytest.mark.parametrize("validated", [8, 13, 16])
 def test_the_processes_share_out_the_samples_of_each_batch(validated):
-    options = t.configuration(t.declared({}), {}, {}, None)
     training, validation = torch.arange(43).unsqueeze(1), torch.arange(validated).unsqueeze(1)
-    whole_batches = t.Batches(training, validation, None, 8, options, 0, 1)
+    of = training, validation, torch.stack, 8, 0, validated
+    whole_batches = t.Batches(*of, 0, 1)
     for size in (2, 4):
-        ranks = [t.Batches(training, validation, None, 8, options, rank, size) for rank in range(size)]
+        ranks = [t.Batches(*of, rank, size) for rank in range(size)]
         for step in (0, 4, 7):
             key = "training", step
-            shares = [share[key][1] for share in ranks]
-            assert torch.stack(shares, dim=1).flatten(0, 1).equal(whole_batches[key][1])
+            shares, (batch, _) = [share[key][0] for share in ranks], whole_batches[key]
+            assert torch.stack(shares, dim=1).flatten(0, 1).equal(batch)
             for part in range(2):  # and of each forward pass, with --grad-accum 2
                 together = torch.cat([share.chunk(2)[part] for share in shares])
-                assert sorted(together.tolist()) == sorted(whole_batches[key][1].chunk(2)[part].tolist())
+                assert sorted(together.tolist()) == sorted(batch.chunk(2)[part].tolist())
         seen = []
         for number in range(whole_batches.per_evaluation):
             for share in ranks:
-                _, samples, count = share["validation", number]
+                samples, count = share["validation", number]
                 assert len(samples) == max(1, count)  # each rank makes as many forward passes
                 seen += samples[:count].flatten().tolist()
         assert sorted(seen) == list(range(validated))
@@ -282,9 +283,8 @@ def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, forty_windows, t
     options = [*OPTIONS, *MODES[mode], "--dropout", 0.1, "--data", forty_windows]
     finished(group(size, *options, "--checkpoint-dir", tmp_path / "whole"))
     directory, arguments = tmp_path / "stopped", options
-    # evaluate is tried once before training.
     for rank, signum, moment in [(size - 1, signal.SIGTERM, Moment("forward_backward", 3)),
-                                 (0, signal.SIGUSR1, Moment("evaluate", 2))]:
+                                 (0, signal.SIGUSR1, Moment("evaluate"))]:
         plans = {rank: [(moment, send(signum))]}
         texts, codes = finished(group(size, *arguments, "--checkpoint-dir", directory, plans=plans))
         assert codes == [128 + signum] * size and texts[0].count("Exit requested") == 1, texts
@@ -355,7 +355,6 @@ def test_an_exception_in_one_rank_ends_all_with_a_checkpoint(group, forty_window
     plans = {1: [(Moment("forward_backward", 3), fail)]}
     texts, codes = finished(group(2, *options, "--checkpoint-dir", tmp_path / "ck", plans=plans))
     assert codes == [1, 1] and "RuntimeError: injected" in texts[1], texts
-    assert "RuntimeError in rank 1." in texts[0] and "Traceback" not in texts[0]
     state = t.load_checkpoint(saved_path(texts[0]))
     assert state["exit_reason"] == "exception_RuntimeError" and state["step"] == 2
     texts, codes = finished(group(2, "--resume", "latest", "--checkpoint-dir", tmp_path / "ck"))
@@ -431,8 +430,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_all(group, forty_windows, tmp_
     for arguments, message in [
         (["--data", forty_windows, "--checkpoint-dir", tmp_path], "in use by another run"),
         (["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1], "cannot be shared out equally among 2"),
-        (["--data", tmp_path / "none"], "No such file"),
-        (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "No such file"),
+        (["--data", tmp_path / "none"], "no text there"),
+        (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint there"),
         (["--batch-siez", 4], "batch-siez"),
     ]:
         texts, codes = finished(group(2, *OPTIONS, *arguments))
@@ -450,7 +449,8 @@ def test_q_and_enter_in_torchruns_terminal(spawn, forty_windows, tmp_path):
     child.send("q\n")
     text = finish(child)
     assert child.exitstatus == 0 and "Graceful exit completed" in text
-    assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume ", text), text
+    command = rf"-m torch.distributed.run --nproc-per-node=2 {SCRIPT} --resume /"
+    assert command in text.partition("Resume with: ")[2], text
     assert len(workers) == 2 and not any(map(alive, workers))
 
 
@@ -461,7 +461,8 @@ def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(sp
     child.sendintr()
     text = finish(child)
     assert child.exitstatus == 130 and "Emergency checkpoint saved" in text and "Second Ctrl-C" not in text
-    assert "Traceback" not in text and "Resume with" in text
+    assert "Traceback" not in text
+    assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume /", text), text
     assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
     assert not any(map(alive, workers))
 
@@ -493,7 +494,7 @@ def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_w
 def test_a_mistake_is_not_buried_by_torchrun(spawn):
     child = by_script(spawn, 2, "--stps", 5)
     lines = finish(child).splitlines()
-    assert child.exitstatus == 2 and "error: unrecognized arguments: --stps 5 (did you mean --steps?)" in lines
+    assert child.exitstatus == 2 and "error: unrecognized arguments: --stps 5 (--help lists the options)" in lines
     assert len(lines) <= 3  # beside it what torchrun says of the process that failed first, and of the other
 
 
@@ -519,10 +520,10 @@ def test_a_mistake_that_the_second_process_makes_alone_is_said(spawn, tmp_path):
 
 
 def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_windows, tmp_path):
-    environment = {**os.environ, "PS1": "$ "}
+    environment = {**os.environ, "PS1": "$ ", "PYTHON": sys.executable}
     shell = spawn(command=["bash", "--norc", "--noprofile", "-i"], env=environment)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, *OPTIONS, *ENDLESS,
-             "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, *ENDLESS]
+    words += ["--data", forty_windows, "--checkpoint-dir", tmp_path]
     shell.sendline(" ".join(map(str, words)) + " &")
     shell.expect(r"step \d+/")
     for number in range(5):
@@ -530,20 +531,10 @@ def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_w
         shell.expect(f"sum {number + 100}")
     shell.sendline("fg")
     shell.expect(r"step \d+/")
-    shell.sendline("q")
+    shell.sendintr()
     shell.expect("Graceful exit completed")
     shell.sendline("exit")
     finish(shell)
-
-
-def test_leaving_is_no_failure_that_torchrun_would_mend(spawn, forty_windows, tmp_path):
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows,
-                     "--checkpoint-dir", tmp_path, "--resume", "latest")
-    child.expect(r"step \d+/")
-    os.kill(worker_pids(child.pid)[1], signal.SIGTERM)
-    text = finish(child)
-    assert child.exitstatus == 0 and text.count("Training Summary") == 1 and "Resumed" not in text
-    assert (tmp_path / "run.lock").read_text().splitlines()[1] == "143"
 
 
 def test_torchrun_killed_outright_leaves_no_worker(spawn, forty_windows, tmp_path):
@@ -556,10 +547,16 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, forty_windows, tmp_pat
 
 
 def test_torchrun_restarts_from_the_last_save(spawn, forty_windows, tmp_path):
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path,
-                     "--steps", 60, "--save-every", 5, "--resume", "latest")
-    child.expect(r"step \d+/")
+    """By its own --max-restarts; the first start goes on from a save of one process."""
+    own = [*OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    assert run(*own, "--no-keyboard").returncode == 0
+    further = ["--resume", "latest", "--steps", 10**6, "--save-every", 5]
+    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *own, *further)
+    child.expect("Resumed at step 8 of")
+    wait_until((tmp_path / "step_20.pt").exists)
     os.kill(worker_pids(child.pid)[1], signal.SIGKILL)
-    text = finish(child)
-    assert re.search(r"Resumed at step \d+ of 60", text), text
-    assert child.exitstatus == 0 and "All steps done" in text
+    child.expect(r"Resumed at step (\d+) of")
+    assert int(child.match[1]) >= 20
+    child.expect(r"step \d+/")
+    child.send("q\n")
+    assert "Graceful exit completed" in finish(child) and child.exitstatus == 0
