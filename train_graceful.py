@@ -1514,8 +1514,9 @@ class Run(RunState):
         batches, say = self._batches, self.screen.say
         models = " and ".join(type(module).__name__ for module, _ in self._models.values())
         count = sum(parameter.numel() for parameter in self._names)
+        where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
         say(
-            f"🧠 {models}, {count:,} parameters, on {self.world_size} x {self.device}:"
+            f"🧠 {models}, {count:,} parameters, on {where}:"
             f" {len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch;"
             f" saves in {self.options.checkpoint_dir}"
         )

@@ -132,12 +132,12 @@ def test_ctrl_c_typed_in_the_terminal_leaves_with_130(spawn, options):
 
 STUCK_IN_THE_SAVE = """
 import sys, threading, train_graceful as t
-def stuck(shown, parts, path, writers):
+def stuck(state, path):
     path.parent.mkdir()
     path.with_name("." + path.name + ".tmp").write_bytes(b"half")
     t.Screen().say("stuck in the save")
     threading.Event().wait()
-t.write_checkpoint = stuck
+t.save_checkpoint = stuck
 t.main(t.train, **t.OPTIONS)
 """
 

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -72,18 +73,6 @@ def test_a_background_job_trains_on_while_the_shell_is_typed_at_and_hears_q_afte
     assert "-icanon" not in shell.before
 
 
-def test_a_background_job_is_not_stopped_by_a_terminal_with_tostop(shell, options, tmp_path):
-    metrics = tmp_path / "ck" / "metrics.csv"
-    shell.sendline("stty tostop")
-    shell.expect("READY> ")
-    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS, "&"]))
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
-    size = metrics.stat().st_size
-    wait_until(lambda: metrics.stat().st_size > size)
-    shell.sendline("kill %1; wait %1; echo code $?")
-    shell.expect("code 143")
-
-
 def test_ctrl_z_and_fg_in_the_middle_of_training(shell, options, tmp_path):
     shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS]))
     shell.expect("step [0-9]+/")
@@ -99,12 +88,12 @@ def test_ctrl_z_and_fg_in_the_middle_of_training(shell, options, tmp_path):
 SAVES_SLOWLY = """
 import os, sys, train_graceful as t
 go = sys.argv[1] + ".go"
-def slow(*arguments, save=t.write_checkpoint):
+def slow(*arguments, save=t.save_checkpoint):
     t.Screen().say("@saving")
     while not os.path.exists(go):
         pass
     save(*arguments)
-t.write_checkpoint = slow
+t.save_checkpoint = slow
 del sys.argv[1]
 t.main(t.train, **t.OPTIONS)
 """
@@ -229,20 +218,20 @@ def test_a_plain_line_for_every_log_interval_where_there_is_no_terminal(options)
 
 
 @pytest.mark.parametrize("columns, expected", [
-    (120, "step 5/10 | loss 2.1559 | 0:04:54 left | val loss 2.6012 (best 2.5669) | epoch 0 | 123 samples/s | lr 2.97e-03"),
-    (94, "step 5/10 | loss 2.1559 | 0:04:54 left | val loss 2.6012 (best 2.5669) | epoch 0"),
-    (40, "step 5/10 | loss 2.1559"), (20, "step 5/10"), (10, "step"), (5, "s")])
-def test_the_status_line_shows_what_matters_most_and_leaves_room_for_a_command(monkeypatch, columns, expected):
+    (120, "step 5/10 | loss 2.1559 | 0:04:54 left"), (40, "step 5/10 | loss 2.1559 | 0:04:54 "),
+    (20, "step 5/10 | lo"), (5, "s")])
+def test_the_status_line_leaves_room_for_a_command(monkeypatch, columns, expected):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(theirs, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         screen = t.Screen()
-        screen.status(["step 5/10", "loss 2.1559", "0:04:54 left", "val loss 2.6012 (best 2.5669)", "epoch 0", "123 samples/s", "lr 2.97e-03"])
+        screen.status(lambda: "step 5/10 | loss 2.1559 | 0:04:54 left")
         drawn = os.read(ours, 1000).decode()
     os.close(ours)
-    assert drawn == f"\r{expected} "
-    assert columns < 20 or len(expected + " quit") < columns  # in the last column a terminal would wrap
+    assert drawn == f"{expected} "
+    # In the last column a terminal would wrap.
+    assert columns < 20 or len(expected + " quit") < columns
 
 
 def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, options, tmp_path):
@@ -261,24 +250,21 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child = fork("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("?\n")
-    child.terminal.expect("No checkpoint yet since the one resumed.")
+    child.terminal.expect("No checkpoint yet since this start.")
 
 
-@pytest.mark.parametrize("name", ["known", "unknown"])
-def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkeypatch, name):
+def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkeypatch):
     """Around fg: select() has announced a line, and when the monitor comes to read it the shell has done so."""
     ours, theirs = pty.openpty()
     taken = threading.Event()
 
-    def typed_at_us(fd: int) -> bool:
-        if not taken.is_set():
+    def in_foreground(fd: int) -> bool:
+        if not taken.is_set() and select.select([theirs], [], [], 0)[0]:
             assert os.read(theirs, 100) == b"fg\n"
             taken.set()
         return True
 
-    monkeypatch.setattr(t, "typed_at_us", typed_at_us)
-    if name == "unknown":
-        monkeypatch.setattr(os, "ttyname", lambda fd: os.open("/nowhere", os.O_RDONLY))
+    monkeypatch.setattr(t, "in_foreground", in_foreground)
     with open(theirs) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         with t.ExitMonitor(t.Screen(shown=False)) as monitor:
