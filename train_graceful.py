@@ -223,8 +223,8 @@ def complain(text: str) -> None:
 def descriptor(stream: Any) -> int | None:
     """None for a stream that was closed by the parent or is no file, as in a notebook."""
     try:
-        return None if stream is None else stream.fileno()
-    except (OSError, ValueError):
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
         return None
 
 
@@ -570,10 +570,10 @@ class FileForDisk(io.FileIO):
         done = 0
         while done < len(view):
             done += super().write(view[done : done + PIECE_BYTES]) or 0
-            start, end = self._advised, self.tell()
-            if end - start >= PIECE_BYTES and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
-                self._advised = end
+            length = self.tell() - self._advised
+            if length >= PIECE_BYTES and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.fileno(), self._advised, length, os.POSIX_FADV_DONTNEED)
+                self._advised += length
         return done
 
 
@@ -1347,7 +1347,7 @@ class Run(RunState):
         # What the loader yields, and its workers.
         self._items: Iterator | None = None
         self._workers: list = []
-        self._evaluate: Callable[[Any], dict] | None = None
+        self._evaluate: Any = None
         self._seed("start")
 
     def _seed(self, *what: object) -> None:
@@ -1683,7 +1683,7 @@ class Run(RunState):
     def _sums(self, batch: Any, count: int) -> dict[str, float]:
         """What evaluate returns for a batch, summed up. Raises UserError for anything else."""
         self._in_body = True
-        values: Any = self._evaluate(batch) if self._evaluate else {}
+        values = self._evaluate(batch)
         self._in_body = False
         if not isinstance(values, dict) or self._best_name not in values:
             wanted = f"{{name: a value for each sample}}, {self._best_name} among them"
