@@ -132,7 +132,7 @@ COMMON_OPTIONS = {
     "device": option("auto", "where to train", ("auto", "cpu", "cuda", "mps"), False),
     "dtype": option("auto", "of autocast; auto: bfloat16 on CUDA, else float32", DTYPES, False),
     "compile": option(False, "run the models through torch.compile", fixed=False),
-    "shard": option(False, "spread the models over processes; rank 0 saves all", fixed=False),
+    "shard": option(False, "share models out; to save, rank 0 holds all in memory", fixed=False),
     "eval_every": option(100, "batches between evaluations", None, False, 1),
     "eval_batches": option(None, "of an evaluation (default all)", None, False, 1, kind=int),
     "save_every": option(500, "batches between periodic checkpoints", None, False, 1),
