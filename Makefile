@@ -123,7 +123,7 @@ install: .venv/installed ## create .venv and install requirements.txt (PYTHON=py
 
 .venv-peers/installed: requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate tensorboard
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate
 	@touch .venv-peers/installed
 
 clean: ## remove .venv and caches, never checkpoints

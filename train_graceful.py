@@ -502,24 +502,30 @@ def leave_to_parent(signum: int, frame: object) -> None:
 
 
 def in_forked_child() -> None:
-    if not handlers_before:
-        return
-    # The pipe is the parent's; terminate() ends a child at once.
-    signal.set_wakeup_fd(-1)
-    for signum, before in handlers_before.items():
-        signal.signal(signum, before if signum == SIGTERM else leave_to_parent)
-    # But a loader's workers, to which PyTorch gives a handler that ends them, end otherwise.
-    workers: Any = torch.utils.data._utils.signal_handling
-    set_handlers = workers._set_worker_signal_handlers
+    if handlers_before:
+        # The pipe is the parent's; terminate() ends a child at once.
+        signal.set_wakeup_fd(-1)
+        for signum, before in handlers_before.items():
+            signal.signal(signum, before if signum == SIGTERM else leave_to_parent)
+        # But a loader's workers, to which PyTorch gives a handler that ends them, end otherwise.
+        workers: Any = torch.utils.data._utils.signal_handling
+        set_handlers = workers._set_worker_signal_handlers
 
-    def set_other_handlers() -> None:
-        set_handlers()
-        signal.signal(SIGTERM, leave_to_parent)
+        def set_other_handlers() -> None:
+            set_handlers()
+            signal.signal(SIGTERM, leave_to_parent)
 
-    workers._set_worker_signal_handlers = set_other_handlers
+        workers._set_worker_signal_handlers = set_other_handlers
+    signal.pthread_sigmask(signal.SIG_SETMASK, masks_before.pop())
 
 
-os.register_at_fork(after_in_child=in_forked_child)
+# Until a child's handlers are there, its signals wait.
+masks_before: list[set] = []
+os.register_at_fork(
+    before=lambda: masks_before.append(signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks_before.pop()),
+    after_in_child=in_forked_child,
+)
 
 
 def begin_worker(number: int = 0) -> None:
@@ -1610,10 +1616,7 @@ class Run(RunState):
         self._batch_time = now
 
     def _at_boundary(self) -> None:
-        """Evaluates, logs and saves what is due since the last time. Raises Interrupted.
-
-        A request to leave cuts an evaluation short; all of this is then done on resume.
-        """
+        """Evaluates, logs and saves what is due. What a request cuts short is done on resume."""
         o = self.options
         last = self.step >= self.total_steps
         targets = {}
@@ -1738,10 +1741,7 @@ class Run(RunState):
             self.monitor.withdraw()
 
     def _save_last(self, reason: str, together: bool = True) -> bool:
-        """Saves the last boundary on leaving; False where that failed, and the exit code is 1.
-
-        Together: all ranks call this, and learn from rank 0 where it is.
-        """
+        """Saves the last boundary on leaving; False where that failed. Together: on all ranks."""
         if reason != "completed":
             self.screen.say("📝 Saving emergency checkpoint...")
         state = self.state_dict(reason)

@@ -296,7 +296,7 @@ def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tm
 BAD = ["", "x", "-1", "nan", "inf", "1e400", "9" * 5000, "1.5", "0", "\ud800", "a\nb"]
 
 
-@pytest.mark.parametrize("name", [*{**t.OPTIONS, **OWN, **t.COMMON_OPTIONS, **t.NOT_STORED}])
+@pytest.mark.parametrize("name", [*{**t.OPTIONS, **OWN, **t.COMMON_OPTIONS}])
 def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, monkeypatch, capfd):
     """The value that is taken is of the option's type."""
     monkeypatch.chdir(tmp_path)

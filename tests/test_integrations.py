@@ -1,12 +1,9 @@
 """The examples, run as they are and ended by q + Enter; and what needs other packages."""
 
-import csv
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, assert_same_run, finish, run
+from conftest import ROOT, assert_same_run, finish
 
 import train_graceful as t
 
@@ -111,62 +108,3 @@ def test_every_example_fits_on_a_screen():
         code = re.sub('""".*?"""', "", path.read_text(), flags=re.S)
         lines = [line for line in code.splitlines() if line.strip() and "#" not in line]
         assert len(lines) <= (60 if path.name == "own_model.py" else 36), path
-
-
-def test_tensorboard_shows_a_run_that_died_and_went_on_as_one(options, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is missing: make test-integrations")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    die = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train_graceful as t
-
-def train(run):
-    batches = run.batches
-
-    def until_step_9(*arguments):
-        for batch in batches(*arguments):
-            if run.step == 9:
-                while not os.path.exists(run.options.checkpoint_dir + "/best.pt"):
-                    time.sleep(0.01)
-                run._tensorboard.flush()
-                os._exit(9)
-            yield batch
-
-    run.batches = until_step_9
-    t.train(run)
-
-t.main(train, **t.OPTIONS)
-"""
-    arguments = "--steps 16 --log-every 1 --save-every 6 --eval-every 8 --tensorboard".split()
-    command = [sys.executable, "-c", die, *options, *arguments]
-    assert subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 9
-    result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Resumed at step 8 of 16" in result.stdout
-    events = EventAccumulator(str(tmp_path / "ck" / "tensorboard"))
-    events.Reload()
-    with open(tmp_path / "ck" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 17))
-    losses = [float(row["loss"]) for row in rows]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
-    assert [event.step for event in events.Scalars("val/loss")] == [8, 16]
-    assert events.Scalars("lr/adamw")[-1].value == pytest.approx(float(rows[-1]["lr_adamw"]))
-
-
-def test_tensorboard_shows_an_evaluation_that_was_cut_short_once(options, tmp_path):
-    """Whatever became of the session that made up for it, as in metrics.csv."""
-    pytest.importorskip("tensorboard", reason="tensorboard is missing: make test-integrations")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from test_resume import train
-
-    arguments = "--steps 16 --log-every 1 --eval-every 8 --tensorboard".split()
-    path = train(None, *options, *arguments, stop=("evaluation", 8)).saved[1]
-    train(None, "--resume", path)
-    train(None, "--resume", path)
-    events = EventAccumulator(str(tmp_path / "ck" / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 17))
-    assert [event.step for event in events.Scalars("val/loss")] == [8, 16]
