@@ -115,6 +115,8 @@ class option(NamedTuple):
         if self.default not in (None, ()):
             text += f" (default {self.default})"
             kind = self.kind or type(self.default)
+        if kind is tuple:
+            kind = type(self.default[0])
         group.add_argument(flag(name), type=kind, choices=self.choices, nargs=several, help=text)
 
 
@@ -179,6 +181,8 @@ def parse_options(options: dict, argv: Sequence[str] | None, about: str | None) 
         least, below = options[name].least, options[name].below
         if isinstance(value, (int, float)) and not least <= value < below:
             raise UserError(f"{flag(name)} {value} is not {least:g} or more and below {below:g}")
+        if isinstance(value, list):
+            given[name] = tuple(value)
     return given
 
 
@@ -532,6 +536,8 @@ def begin_worker(number: int = 0) -> None:
     """In a loader's worker: leaves signals to the process that trains, and ends with it."""
     for signum in EXIT_SIGNALS:
         signal.signal(signum, lambda *_: None)
+    # What comes once is for the group; at the end of a loop of one's own PyTorch asks twice.
+    signal.signal(SIGTERM, lambda *_: signal.signal(SIGTERM, signal.SIG_DFL))
     # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
     sys.excepthook = lambda *error: None
 
@@ -772,6 +778,8 @@ def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path
     for path in (*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")):
         try:
             state = load_checkpoint(path, map_location="meta")
+            if state["format_version"] != Run.FORMAT_VERSION:
+                raise ValueError
             run, step, saved_at = str(state["run_id"]), int(state["step"]), str(state["saved_at"])
             order = run, int(state["metrics"]["sessions"]), step, saved_at, path
         except CheckpointError as error:
@@ -1263,10 +1271,7 @@ class RunState:
         self._saved = {}
 
     def _mark_boundary(self) -> None:
-        """Remembers what an exception in the next batch has to put back, and waiting gradients.
-
-        These are of parameters that no optimizer has updated in the batch before.
-        """
+        """Remembers what an exception in a batch has to put back, and gradients that wait."""
         buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
         # All of them: BatchNorm changes its own without a new version.
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
@@ -1418,8 +1423,8 @@ class Run(RunState):
     def clip_gradients(self, max_norm: float, parameters: Any = None) -> Tensor:
         """Scales the gradient to a norm of at most max_norm; returns the norm that it had.
 
-        Raises FloatingPointError, before anything is updated, where it is not finite; not with a
-        kept GradScaler that is enabled, which then skips the step itself.
+        Raises FloatingPointError where it is not finite, before anything is updated; not with a
+        kept, enabled GradScaler, which then skips the step itself.
         """
         if parameters is None:
             parameters = self._names
@@ -1647,8 +1652,6 @@ class Run(RunState):
             self.screen.status(self._status)
         elif logs:
             self.screen.say(self._status())
-
-    # Evaluation.
 
     @torch.no_grad()
     def _evaluated(self) -> None:
@@ -2133,10 +2136,7 @@ def say_mistake(mistake: UserError) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process as Python does: threads and processes of the script finish their work.
-
-    All is saved and said: a signal changes nothing, but half a second later ends the waiting.
-    """
+    """Ends the process as Python does. A signal half a second later ends the wait for threads."""
     begun = time.monotonic()
 
     def hurry(signum: int, frame: object) -> None:
