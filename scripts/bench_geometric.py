@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""What the geometric mode is good for: `make bench` measures its steps, `make ablation` its parts.
-
-    make ablation        a Markdown table of validation losses, in half an hour on 2 cores
-"""
+"""Prints what each part of the geometric mode does: validation losses, for `make ablation`."""
 
 import argparse
 import csv
@@ -11,14 +8,12 @@ import os
 import statistics
 import sys
 import tempfile
-import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from bench_tools import NEVER, TINY, child, interleaved, seconds_to, words
-from torch.nn import functional as F
+from bench_tools import NEVER, NO_SAVES, TINY, child, words
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_graceful as t
@@ -26,12 +21,14 @@ import train_graceful as t
 GEOMETRIC = ["--mode", "geometric"]
 # Adam moves an angle by about its learning rate a step.
 FROZEN = [*GEOMETRIC, "--rotation-lr", 1e-12]
+TO_ZERO = {"StandardTrainingController": "ToZero"}
 LOSSES = ("orthogonality_loss", "rotation_efficiency_loss", "specialization_loss")
 
 
-def to_zero(progress: float) -> float:
-    """Half a cosine, from 1 down to 0."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+class ToZero(t.StandardTrainingController):
+    def decay(self, progress: float) -> float:
+        """Half a cosine, from 1 down to 0."""
+        return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Unrotated(t.GeometricTrainingController):
@@ -58,9 +55,8 @@ def trained(options: list, folder: str, left_out: tuple = (), **replaced: str) -
         setattr(t, name, lambda angles, *_: angles.new_zeros(()))
     for name, other in replaced.items():
         setattr(t, name, globals()[other])
-    given = [*options, "--eval-every", NEVER, "--save-every", NEVER, "--checkpoint-dir", folder]
-    code = t.main(t.train, argv=[*words(given), "--no-keyboard"], **t.OPTIONS)
-    assert code == 0
+    given = [*options, *NO_SAVES, "--no-keyboard", "--checkpoint-dir", folder]
+    assert t.main(t.train, argv=words(given), **t.OPTIONS) == 0
     with open(Path(folder, "metrics.csv")) as file:
         return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
 
@@ -100,7 +96,7 @@ def steps_saved(scale: float, folder: Path) -> tuple[str, list[float], float]:
     if scale < 1:
         seeds, rates = range(2), rates[:1]
     adamw = budget(scale, 2000)
-    decays: dict[str, dict] = {"a tenth": {}, "zero": {"cosine": "to_zero"}}
+    decays: dict[str, dict] = {"a tenth": {}, "zero": TO_ZERO}
     tried = {
         f"lr {rate:g} to {decay}": {"options": [*adamw, "--lr", rate], **replaced}
         for rate in rates
@@ -127,33 +123,6 @@ def steps_saved(scale: float, folder: Path) -> tuple[str, list[float], float]:
     return f"{best}, best of {others}", reached, 2000 * scale
 
 
-def steps_in_turn(batch_size: int, rounds: int) -> list[list[float]]:
-    """Milliseconds of steps of the two controllers."""
-    training, _ = t.text_datasets((), 128, Path("/nowhere"))
-    batch = torch.stack([training[index] for index in range(batch_size)]).long()
-
-    def step_of(kind: type[t.TrainingController]) -> Callable[[], float]:
-        torch.manual_seed(0)
-        model = t.ByteLM(128, 4, 4, 128, 4, 0.0, kind is t.GeometricTrainingController)
-
-        def loss(batch: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-        # What a controller needs of a run.
-        run = types.SimpleNamespace(
-            options=types.SimpleNamespace(),
-            total_steps=2000,
-            average=lambda mean: mean,
-            clip_gradients=lambda norm: torch.nn.utils.clip_grad_norm_(model.parameters(), norm),
-        )
-        controller = kind(run, model, loss)
-        return lambda: 1e3 * seconds_to(controller.training_step, batch)
-
-    steps = step_of(t.StandardTrainingController), step_of(t.GeometricTrainingController)
-    interleaved(3, *steps)
-    return interleaved(rounds, *steps)
-
-
 # ---- Which of its parts help? -----------------------------------------------------------------
 
 WITHOUT_ROTATIONS: dict = {
@@ -163,16 +132,13 @@ WITHOUT_ROTATIONS: dict = {
 }
 VARIANTS: dict[str, dict] = {
     "AdamW (standard mode)": {"options": []},
-    "AdamW, decayed to zero": {"options": [], "cosine": "to_zero"},
+    "AdamW, decayed to zero": {"options": [], **TO_ZERO},
     "Muon without rotations": WITHOUT_ROTATIONS,
     "rotations frozen at their start": {"options": FROZEN},
     "rotations learned: geometric mode": {"options": GEOMETRIC},
     **{
-        f"geometric mode without {name.replace('_', ' ')}": {
-            "options": GEOMETRIC,
-            "left_out": [name],
-        }
-        for name in LOSSES
+        f"geometric mode without {one.replace('_', ' ')}": {"options": GEOMETRIC, "left_out": [one]}
+        for one in LOSSES
     },
     "one matrix for all experts, without rotations": {**WITHOUT_ROTATIONS, "Experts": "OneMatrix"},
     "one matrix, rotations frozen": {"options": FROZEN, "Experts": "OneMatrix"},
@@ -193,9 +159,8 @@ def ablation(scale: float, steps: int, folder: Path) -> None:
     }
     losses = all_trained(runs, folder)
     columns = " | ".join(f"seed {seed}" for seed in seeds)
-    print(
-        f"| {round(steps * scale):,} steps | {columns} | mean |\n|---|{'---|' * (len(seeds) + 1)}"
-    )
+    print(f"| {round(steps * scale):,} steps | {columns} | mean |")
+    print(f"|---|{'---|' * (len(seeds) + 1)}")
     for name in VARIANTS:
         values = [losses[f"{name}, seed {seed}"] for seed in seeds]
         cells = [f"{value:.4f}" for value in [*values, statistics.mean(values)]]
@@ -203,8 +168,7 @@ def ablation(scale: float, steps: int, folder: Path) -> None:
 
 
 def main() -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400, help="of each run (default 400)")
     parser.add_argument("--quick", action="store_true", help="so small that it says nothing")
     parser.add_argument("--dir", default="checkpoints", help="where to write (default checkpoints)")

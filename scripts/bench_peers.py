@@ -1,34 +1,87 @@
-"""One trainer on the built-in model and data, its every step followed by one of a bare loop.
+"""A trainer beside a loop by hand, of the same model: blocks of steps of both, in turn.
 
-    bench_peers.py NAME FOLDER STEPS    NAME: train_graceful, lightning, transformers or accelerate
-
-Prints a JSON object: samples a second of both, and the seconds of writing one checkpoint, five
-times. scripts/bench.py --peers calls it in the environment that `make bench-peers` makes.
+Each function from train_graceful on runs in a process of its own, other trainers in the environment
+that `make bench-peers` makes; it returns the milliseconds of their steps.
 """
 
-import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from bench_bare import Clock, text_loop
-from bench_tools import seconds_to, words
+from bench_tools import NEVER, NO_SAVES, words
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "examples")]
+import own_model as example
+
 import train_graceful as t
 
-BATCH_SIZE, SAVES = 16, 5
+BATCH_SIZE = 16
 
 
-def flushed_before(save: Callable, *arguments: object) -> float:
-    os.sync()
-    return seconds_to(save, *arguments)
+def by_hand(model, loss_of: Callable, loader: Iterable, optimizer, scheduler) -> Iterator[None]:
+    """A loop such as one writes; a step for every next()."""
+    step = 0
+    while True:
+        for batch in loader:
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            if step % 10 == 0:
+                print(f"step {step} loss {loss.item():.4f}", flush=True)
+            step += 1
+            yield
+
+
+class Clock:
+    """Seconds of blocks of steps: `ours` of a trainer, `bare` of a loop by hand, in turn.
+
+    The trainer calls step() after each of its steps. So all that it does between two steps is
+    measured. Of a loop with workers a few batches lie ready when its turn comes, of both as many.
+    """
+
+    def __init__(self, bare: Iterator[None], block: int) -> None:
+        self.bare, self.block = bare, block
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self._steps, self._started = 0, time.perf_counter()
+
+    def step(self) -> None:
+        self._steps += 1
+        if self._steps % self.block:
+            return
+        ended = time.perf_counter()
+        for _ in range(self.block):
+            next(self.bare)
+        self.ours.append(ended - self._started)
+        self._started = time.perf_counter()
+        self.theirs.append(self._started - ended)
+
+    def after_batches(self, run: t.Run) -> None:
+        """From now on the batches of a run are counted here."""
+        batches = run.batches
+        # An optimizer that is not kept, the bare loop's, may step where something else is.
+        run.keep(bare_loop=nn.Identity())
+
+        def counted(*arguments: object, **keywords: object) -> Iterator:
+            for batch in batches(*arguments, **keywords):
+                yield batch
+                self.step()
+
+        run.batches = counted
+
+    def milliseconds(self) -> dict[str, list[float]]:
+        """Of a step, in each block but the first, which is a warm-up."""
+        both = {"ours": self.ours, "bare": self.theirs}
+        return {name: [1e3 * one / self.block for one in times[1:]] for name, times in both.items()}
 
 
 class WithLoss(nn.Module):
@@ -44,27 +97,67 @@ class WithLoss(nn.Module):
         logits = self.model(windows[:, :-1])
         return {"loss": F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())}
 
-    def optimizer_and_scheduler(self, steps: int):
+    def optimizer_and_scheduler(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1, fused=True)
-        return optimizer, t.warmup_decay(optimizer, 50, steps, t.cosine)
+        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
 
 
-def train_graceful(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> list[float]:
-    saves: list[float] = []
+def text_loader() -> DataLoader:
+    data, _ = t.text_datasets((), 128, Path("/nowhere"))
+    return DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True)
 
-    def train(run: t.Run) -> None:
+
+def text_clock() -> Clock:
+    model = WithLoss()
+    given = text_loader(), *model.optimizer_and_scheduler()
+    bare = by_hand(model, lambda windows: model(windows)["loss"], *given)
+    return Clock(bare, block=20)
+
+
+def trained(clock: Clock, blocks: int, train: Callable, given: list, **options: object) -> dict:
+    def counted(run: t.Run) -> None:
         clock.after_batches(run)
-        t.train(run)
-        state, path = run.state_dict("periodic"), folder / "saved.pt"
-        saves.extend(flushed_before(t.save_checkpoint, state, path) for _ in range(SAVES))
+        train(run)
 
-    given = ["--steps", steps, "--eval-every", 10**9, "--no-keyboard", "--checkpoint-dir", folder]
-    assert t.main(train, argv=words(given), **t.OPTIONS) == 0
-    return saves
+    argv = ["--steps", blocks * clock.block, *NO_SAVES, "--no-keyboard", *given]
+    assert t.main(counted, words(argv), **options) == 0
+    return clock.milliseconds()
 
 
-def lightning(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> list[float]:
+def train_graceful(folder: str, blocks: int) -> dict:
+    """the built-in model"""
+    return trained(text_clock(), blocks, t.train, ["--checkpoint-dir", folder], **t.OPTIONS)
+
+
+def geometric(folder: str, blocks: int) -> dict:
+    """the built-in model in geometric mode"""
+    given = ["--mode", "geometric", "--checkpoint-dir", folder]
+    return trained(text_clock(), blocks, t.train, given, **t.OPTIONS)
+
+
+def own_model(folder: str, blocks: int) -> dict:
+    """scripts/examples/own_model.py with 2 workers"""
+    settings = {"shuffle": True, "drop_last": True, "num_workers": 2, "persistent_workers": True}
+    loader = DataLoader(example.Images(train=True), 64, **settings)
+    model = example.cnn()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=NEVER)
+
+    def loss_of(batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    clock = Clock(by_hand(model, loss_of, loader, optimizer, scheduler), block=60)
+    given = ["--workers", 2, "--checkpoint-dir", folder]
+    options = {"lr": 3e-3, "weight_decay": 0.05, "batch_size": 64}
+    return trained(clock, blocks, example.train, given, **options)
+
+
+def lightning(folder: str, blocks: int) -> dict:
+    """the built-in model, trained by lightning"""
     import lightning
+
+    clock = text_clock()
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -77,7 +170,7 @@ def lightning(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> li
             return loss
 
         def configure_optimizers(self):
-            optimizer, scheduler = self.model.optimizer_and_scheduler(steps)
+            optimizer, scheduler = self.model.optimizer_and_scheduler()
             each_step = {"scheduler": scheduler, "interval": "step"}
             return {"optimizer": optimizer, "lr_scheduler": each_step}
 
@@ -87,7 +180,7 @@ def lightning(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> li
 
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_steps=blocks * clock.block,
         gradient_clip_val=1.0,
         log_every_n_steps=10,
         default_root_dir=folder,
@@ -95,33 +188,23 @@ def lightning(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> li
         enable_model_summary=False,
         callbacks=[AfterStep()],
     )
-    trainer.fit(Module(), torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True))
-    path = folder / "saved.ckpt"
-    return [flushed_before(trainer.save_checkpoint, path) for _ in range(SAVES)]
+    trainer.fit(Module(), text_loader())
+    return clock.milliseconds()
 
 
-def transformers(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> list[float]:
+def transformers(folder: str, blocks: int) -> dict:
+    """the built-in model, trained by transformers"""
     import transformers
 
-    saves: list[float] = []
+    clock = text_clock()
 
     class AfterStep(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **rest):
-            if state.global_step < steps - SAVES:
-                clock.step()
-                return
-            # The last steps are saved.
-            control.should_save = True
-            os.sync()
-            self.started = time.perf_counter()
-
-        def on_save(self, args, state, control, **rest):
-            if len(saves) < SAVES:
-                saves.append(time.perf_counter() - self.started)
+            clock.step()
 
     arguments = transformers.TrainingArguments(
         str(folder),
-        max_steps=steps,
+        max_steps=blocks * clock.block,
         per_device_train_batch_size=BATCH_SIZE,
         use_cpu=True,
         max_grad_norm=1.0,
@@ -134,46 +217,9 @@ def transformers(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) ->
     transformers.Trainer(
         model,
         arguments,
-        train_dataset=data,
+        train_dataset=text_loader().dataset,
         data_collator=lambda items: {"windows": torch.stack(items)},
-        optimizers=model.optimizer_and_scheduler(steps),
+        optimizers=model.optimizer_and_scheduler(),
         callbacks=[AfterStep()],
     ).train()
-    return saves
-
-
-def accelerate(clock: Clock, data: t.ByteDataset, folder: Path, steps: int) -> list[float]:
-    import accelerate
-
-    accelerator, bare = accelerate.Accelerator(cpu=True), WithLoss()
-    optimizer, scheduler = bare.optimizer_and_scheduler(steps)
-    loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True)
-    model, optimizer, loader, scheduler = accelerator.prepare(bare, optimizer, loader, scheduler)
-    for step, batch in enumerate(loader, start=1):
-        optimizer.zero_grad()
-        loss = model(batch)["loss"]
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 10 == 0:
-            print(f"step {step} loss {loss.item():.4f}", file=sys.stderr)
-        clock.step()
-        if step == steps:
-            break
-    path = str(folder / "saved")
-    return [flushed_before(accelerator.save_state, path) for _ in range(SAVES)]
-
-
-def main() -> None:
-    name, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    folder.mkdir(parents=True, exist_ok=True)
-    data, _ = t.text_datasets((), 128, folder)
-    with contextlib.redirect_stdout(sys.stderr):
-        clock = Clock(text_loop(t.ByteLM))
-        saves = globals()[name](clock, data, folder, steps)
-    print(json.dumps({**clock.rates(BATCH_SIZE), "saves": saves}))
-
-
-if __name__ == "__main__":
-    main()
+    return clock.milliseconds()

@@ -29,6 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_graceful as tg
 
 SAMPLE_BYTES = 400
+# What a checkpoint of this program has, and what is in its parts.
+ENTRIES = dict.fromkeys(("format_version", "step"), int)
+ENTRIES |= dict.fromkeys(("exit_reason", "torch_version", "run_id", "saved_at"), str)
+ENTRIES |= dict.fromkeys(("optimizer_state_dicts", "scheduler_state_dicts", "state_dicts"), dict)
+ENTRIES |= dict.fromkeys(("model_state_dict", "best", "evaluation", "metrics", "config"), dict)
+INSIDE = {
+    "best": {"value", "step", "of"},
+    "evaluation": {"values", "step"},
+    "metrics": {"sessions", "seconds", "smooth_loss"},
+}
 
 
 def list_checkpoints(directory: str) -> None:
@@ -43,26 +53,30 @@ def list_checkpoints(directory: str) -> None:
         raise tg.UserError(f"{directory} is a file; {command} prints what it holds")
     folder = Path(os.path.abspath(directory))
     preferred = tg.find_checkpoints(folder, lambda skipped: None)
-    runs = list(dict.fromkeys(one.run_id for one in preferred))
-    found = sorted(preferred, key=lambda one: (runs.index(one.run_id), -one.step, one.path))
-    files = tg.checkpoint_files(folder)
-    others = [path for path in files if path not in {one.path for one in found}]
-    named = {*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")}
-    strange = sorted(named.difference(files))
-    if not files and not strange:
+    runs = list(dict.fromkeys(str(state["run_id"]) for _, state in preferred))
+
+    def place(one: tuple) -> tuple:
+        path, state = one
+        return runs.index(str(state["run_id"])), -int(state["step"]), path
+
+    named = sorted({*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")})
+    if not named:
         reason = "no checkpoints" if folder.is_dir() else "No such file or directory"
         raise tg.UserError(f"{directory}: {reason}")
-    rows = {one.path: row_of(one.path) for one in found}
-    whole = [one.path for one in preferred if rows[one.path]["whole"]]
+    rows = {path: row_of(path) for path in named if path.is_file()}
+    whole = [path for path, _ in preferred if rows.get(path, {}).get("whole")]
     show_row("step", "loss", "best", "age", "size", "run", "reason", "checkpoint")
-    for one in found:
-        row, mark = rows[one.path], " <- latest" if whole and one.path == whole[0] else ""
-        figures = (row["loss"], row["best"], age_of(one.saved_at), row["size"], one.run_id[:6])
-        show_row(one.step, *figures, row["reason"], os.path.relpath(one.path) + mark)
-    for path in others:
-        row = row_of(path)
+    for path, state in sorted(preferred, key=place):
+        row = rows.pop(path, None) or row_of(path)
+        mark = " <- latest" if path in whole[:1] else ""
+        figures = row["loss"], row["best"], age_of(state["saved_at"]), row["size"]
+        known = *figures, str(state["run_id"])[:6], row["reason"]
+        show_row(int(state["step"]), *known, os.path.relpath(path) + mark)
+        named.remove(path)
+    for path, row in rows.items():
         show_row("", "", "", "", row["size"], "", row["reason"], os.path.relpath(path))
-    for path in strange:
+        named.remove(path)
+    for path in named:
         show_row("", "", "", "", "", "", "no checkpoint", os.path.relpath(path))
 
 
@@ -84,8 +98,9 @@ def row_of(path: Path) -> dict[str, typing.Any]:
             # The run may have deleted it just now.
             reason = "gone" if isinstance(cause, FileNotFoundError) else "unreadable"
         return {**row, "reason": reason}
-    if tg.wrong_entries(state):
-        return {**row, "reason": "of another program"}
+    if not is_ours(state):
+        # `latest` takes one of another edition; going on from it is then refused.
+        return {**row, "reason": "of another program", "whole": True}
     losses = {"loss": state["metrics"]["smooth_loss"], "best": state["best"]["value"]}
     row |= {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
     return {**row, "reason": state["exit_reason"], "whole": True}
@@ -117,16 +132,17 @@ def short_time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def check_ours(path: Path) -> None:
-    if tg.wrong_entries(tg.load_checkpoint(path)):
-        raise tg.CheckpointError(f"{path}: not a checkpoint of this program")
+def is_ours(state: dict) -> bool:
+    typed = all(isinstance(state.get(name), kind) for name, kind in ENTRIES.items())
+    known = typed and state["format_version"] == tg.Run.FORMAT_VERSION
+    return known and all(state[name].keys() >= keys for name, keys in INSIDE.items())
 
 
 def show_checkpoint(path: Path) -> None:
     """Prints what a checkpoint holds; of one that another program has saved, what stands where."""
     state = tg.load_checkpoint(path)
     show("Checkpoint", path)
-    if tg.wrong_entries(state):
+    if not is_ours(state):
         show("Saved", "by another program")
         for key, value in state.items():
             show(key, described(value))
@@ -233,30 +249,29 @@ def show_configuration(config: dict) -> None:
         several = value if isinstance(value, tuple) else (value,)
         shown = " ".join(map(described, several)) if value is not None and several else "none"
         same = name in defaults and value == defaults[name]
-        print(
-            f"   {printable(tg.flag(str(name))):<18}{printable(shown)}{'  (default)' * same}"
-        )
+        print(f"   {printable(tg.flag(str(name))):<18}{printable(shown)}{'  (default)' * same}")
 
 
 def is_built_in(config: object) -> bool:
-    return isinstance(config, dict) and config.keys() == tg.declared(tg.OPTIONS).keys()
+    stored = tg.declared(tg.OPTIONS).keys() - tg.NOT_STORED
+    return isinstance(config, dict) and config.keys() == stored
 
 
 def built_in_model(path: Path) -> tuple[tg.ByteLM, argparse.Namespace]:
     """The model of a checkpoint, and its configuration. Raises UserError where it is another."""
     state = tg.load_checkpoint(path)
     other = tg.UserError(f"{path}: sample works for the built-in model alone, and this is another")
-    if tg.wrong_entries(state) or not is_built_in(state["config"]):
+    if not is_ours(state) or not is_built_in(state["config"]):
         raise other
-    config = tg.configuration(tg.declared(tg.OPTIONS), {}, state["config"], path)
-    tg.check_model(config, None)
-    weights = state["model_state_dict"]
-    if config.layers * config.experts > len(weights):
+    config, weights = argparse.Namespace(**state["config"]), state["model_state_dict"]
+    sizes = (config.context, config.layers, config.heads, config.dim, config.experts)
+    if not all(type(size) is int and 0 <= size < 2**63 for size in (*sizes, config.seed)):
+        raise other
+    if 0 in sizes or config.dim % config.heads or config.layers * config.experts > len(weights):
         raise other
     try:
         # Without memory: a stranger's configuration may say anything.
         with torch.device("meta"):
-            sizes = (config.context, config.layers, config.heads, config.dim, config.experts)
             model = tg.ByteLM(*sizes, 0.0, rotations=config.mode == "geometric")
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, AttributeError):
@@ -291,11 +306,10 @@ def named(name: str, directory: str) -> Path:
     """The path that CKPT means. Raises UserError."""
     if name == "latest":
         # What is damaged is named where it does not get between the lines of a pipe.
-        return tg.first_whole(
-            directory, check_ours, lambda text: print(printable(text), file=sys.stderr)
-        )[0]
+        report = lambda text: print(printable(text), file=sys.stderr)  # noqa: E731
+        return tg.latest_checkpoint(directory, report)
     if os.path.isdir(name) and (found := tg.find_checkpoints(name, lambda skipped: None)):
-        newest = os.path.relpath(found[0].path)
+        newest = os.path.relpath(found[0][0])
         raise tg.UserError(f"{name} is a directory of checkpoints; its latest is {newest}")
     if not os.path.exists(name):
         hint = "scripts/checkpoints.py list shows what there is"

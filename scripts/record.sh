@@ -36,4 +36,4 @@ on_screen step
 session send-keys q Enter
 on_screen "Resume with"
 session capture-pane -p -J -S - | sed "s| ARGS='.*||; s| --checkpoint-dir $directory||; s|$directory|/home/you/train/checkpoints|g
-    s|$(pwd)/||g;     s/ *$//; /^[$]*$/d"
+    s|$(pwd)/||g; s/ *$//; /^[$]*$/d"

@@ -1,6 +1,7 @@
 """The mathematics of the rotations, the geometric losses and the controllers."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def built(corpus, tmp_path, monkeypatch):
         made = []
         data = t.text_datasets([str(corpus)], 16, Path("/nowhere"))[0]
         with monkeypatch.context() as patch:
-            patch.setattr(t, "controller_training_loop", lambda run, one, evaluate: made.append(one))
+            patch.setattr(
+                t, "controller_training_loop", lambda run, one, evaluate: made.append(one)
+            )
             loop = [] if "geometric" in args else ["--loop", "controller"]
             where = ["--data", corpus, "--checkpoint-dir", tmp_path / "ck", *loop]
             code = session(*where, *TINY, "--dropout", 0, "--steps", 100, *args)
@@ -100,7 +103,9 @@ def test_a_rotation_that_is_not_learned_only_chooses_where_muon_starts(built, fl
         loss, same = rotated.training_step(batch), folded.training_step(batch)
         torch.testing.assert_close(loss, same, atol=1e-5, rtol=0)
     # They have gone far, and together.
-    assert all((theirs.w_in[0] - w).abs().max() > 0.02 for theirs, w in zip(folded.experts, started))
+    assert all(
+        (theirs.w_in[0] - w).abs().max() > 0.02 for theirs, w in zip(folded.experts, started)
+    )
     for ours, theirs in zip(rotated.experts, folded.experts):
         turned = t.rotate_columns(torch.stack(list(ours.w_in)), t.MAX_ANGLE * ours.theta.tanh())
         torch.testing.assert_close(turned, torch.stack(list(theirs.w_in)), atol=1e-5, rtol=0)
@@ -175,7 +180,7 @@ def test_the_loss_is_the_task_and_the_three_geometric_losses(built):
     (task + expected).backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    mean = t.forward_backward(model, controller.loss, batches[0], 1, controller.regularization)
+    mean = t.forward_backward(controller.loss, batches[0], 1, controller.regularization)
     torch.testing.assert_close(mean, task.detach())
     for gradient, parameter in zip(wanted, model.parameters()):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -190,7 +195,7 @@ def test_every_parameter_has_exactly_one_optimizer_and_muon_only_matrices(built)
     optimizers = controller.optimizers
     everything = [parameter for one in optimizers.values() for parameter in owned(one)]
     assert sorted(map(id, everything)) == sorted(map(id, controller.model.parameters()))
-    assert isinstance(optimizers["expert"], torch.optim.Muon)
+    assert type(optimizers["expert"]) is t.BatchedMuon
     assert type(optimizers["rotation"]) is torch.optim.Adam
     assert type(optimizers["embedding"]) is torch.optim.AdamW
     names = {id(parameter): name for name, parameter in controller.model.named_parameters()}
@@ -204,7 +209,7 @@ def test_every_parameter_has_exactly_one_optimizer_and_muon_only_matrices(built)
 
 def muon_steps(kind, gradients):
     weights = [nn.Parameter(torch.ones_like(gradient)) for gradient in gradients[0]]
-    optimizer = kind(weights, lr=0.1, weight_decay=0.1)
+    optimizer = kind(weights, lr=0.1, weight_decay=0.1, ns_steps=5)
     for step in gradients:
         for weight, gradient in zip(weights, step):
             weight.grad = gradient.clone()
@@ -236,21 +241,22 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(built):
     controller, batches = built("--mode", "standard", "--grad-accum", "3")
     model = controller.model
     assert len(batches[0]) == 12
-    loss = t.forward_backward(model, controller.loss, batches[0], grad_accum=3)
+    loss = t.forward_backward(controller.loss, batches[0], grad_accum=3)
     accumulated = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    whole = t.forward_backward(model, controller.loss, batches[0])
+    whole = t.forward_backward(controller.loss, batches[0])
     torch.testing.assert_close(loss, whole)
     for gradient, parameter in zip(accumulated, model.parameters()):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "decay, middle, end", [(t.cosine, 0.1 + 0.45, 0.1), (t.linear, 0.5, 0.0)]
+    "kind, middle, end",
+    [(t.StandardTrainingController, 0.1 + 0.45, 0.1), (t.GeometricTrainingController, 0.5, 0.0)],
 )
-def test_the_schedule_rises_falls_and_stays(decay, middle, end):
+def test_the_schedule_rises_falls_and_stays(kind, middle, end):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = t.warmup_decay(optimizer, 4, 20, decay)
+    scheduler = t.warmup_decay(optimizer, 4, 20, functools.partial(kind.decay, None))
     rates = []
     for _ in range(25):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -270,21 +276,32 @@ def test_it_learns(built, mode):
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
-def test_a_non_finite_gradient_updates_nothing(built, mode):
-    controller, batches = built("--mode", mode)
-    assert controller.training_step(batches[0]).isfinite()
-
-    def everything():
+def test_a_non_finite_gradient_updates_nothing(corpus, tmp_path, monkeypatch, mode):
+    def everything(controller):
         parts = {"model": controller.model, **controller.optimizers}
         state = {name: part.state_dict() for name, part in parts.items()}
         state["schedulers"] = [one.state_dict() for one in controller.schedulers.values()]
         return copy.deepcopy(state)
 
-    before = everything()
-    controller.model.head.weight.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(FloatingPointError, match="NaN or infinite; nothing was updated"):
-        controller.training_step(batches[1])
-    assert_same(everything(), before)
+    seen = []
+
+    def loop(run, controller, evaluate):
+        for batch in run.batches(evaluate):
+            if run.step == 0:
+                assert controller.training_step(batch).isfinite()
+                continue
+            before = everything(controller)
+            controller.model.head.weight.register_hook(lambda grad: grad * math.nan)
+            with pytest.raises(FloatingPointError, match="NaN or infinite; nothing was updated"):
+                controller.training_step(batch)
+            assert_same(everything(controller), before)
+            seen.append(run.step)
+            return
+
+    monkeypatch.setattr(t, "controller_training_loop", loop)
+    options = ["--data", corpus, "--checkpoint-dir", tmp_path, *TINY, "--mode", mode]
+    assert session(*options, *(["--loop", "controller"] if mode == "standard" else [])) == 0
+    assert seen == [1] and t.load_checkpoint(tmp_path / "final.pt")["step"] == 1
 
 
 # A user's own model.

@@ -120,7 +120,9 @@ def test_any_number_of_workers_gives_the_same_batches(workers):
 def test_every_rank_has_an_equal_part_of_every_batch():
     whole = batches_of(batch_size=12)
     for world_size in (2, 3):
-        parts = [batches_of(batch_size=12, rank=r, world_size=world_size) for r in range(world_size)]
+        parts = [
+            batches_of(batch_size=12, rank=r, world_size=world_size) for r in range(world_size)
+        ]
         for number in (0, 7, 8, 30):
             shares = [indices(part, "training", number) for part in parts]
             assert {len(share) for share in shares} == {12 // world_size}

@@ -94,8 +94,9 @@ print(set(sys.argv[1:]) <= set(dir()))
 """
 
 
-PUBLIC = """ByteDataset ByteLM CheckpointError ExitMonitor Experts GeometricTrainingController Run StandardTrainingController
-TrainingController UserError controller_training_loop latest_checkpoint load_checkpoint main option save_checkpoint standard_training_loop"""
+PUBLIC = """ByteLM CheckpointError ExitMonitor Experts GeometricTrainingController Run
+StandardTrainingController UserError begin_worker controller_training_loop find_checkpoints
+latest_checkpoint load_checkpoint main option save_checkpoint standard_training_loop"""
 
 
 def test_importing_the_file_starts_nothing_and_changes_nothing(tmp_path):
@@ -121,7 +122,7 @@ def test_the_script_itself_says_what_it_needs():
     needs = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
     required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
     packages = {re.match("[a-z]+", line)[0]: line for line in required}
-    assert needs == {"requires-python": ">=3.10", "dependencies": ["torch>=2.13", "numpy"]}
+    assert needs == {"requires-python": ">=3.10", "dependencies": ["torch>=2.6", "numpy"]}
     assert set(packages) == {"torch", "numpy", "pytest", "pexpect"}
     assert "version_info < (3, 10)" in (ROOT / "Makefile").read_text()
 
@@ -142,10 +143,6 @@ def test_uv_and_pipx_train_with_nothing_but_the_file(command, tmp_path):
     result = subprocess.run([str(word) for word in words], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert t.load_checkpoint(tmp_path / "alone" / "checkpoints" / "final.pt")["step"] == 3
-    # What it prints works in a shell where nothing of that is on the PATH.
-    further = re.search("Train further with: (.*)", result.stdout)[1]
-    again = subprocess.run(["sh", "-c", further], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and "Resumed at step 3 of 6" in again.stdout, further + again.stderr
 
 
 def test_the_picture_of_readme_can_be_recorded_again():

@@ -131,7 +131,7 @@ def test_list_marks_what_latest_takes(ask, trained, tmp_path):
     state = t.load_checkpoint(trained / "final.pt")
     for name in ("final.pt", "best.pt"):
         (tmp_path / "ck" / name).unlink()
-    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
+    t.save_checkpoint({**state, "saved_at": None, "metrics": {}}, tmp_path / "ck" / "step_99.pt")
     marked = [row for row in ask(0, "list", tmp_path / "ck").splitlines() if "<- latest" in row]
     assert len(marked) == 1 and "step_5.pt <- latest" in marked[0], "step_10.pt is damaged"
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", 6)
@@ -160,6 +160,7 @@ def test_show_prints_what_the_checkpoint_of_any_script_holds(ask, mine):
                 ["Model:", "model: 6 numbers in 2 tensors"], ["Model:", "critic: 13 numbers in 5 tensors"],
                 ["Optimizer:", "optimizer: SGD, 2 tensors, learning rate 0.125"], ["Scheduler:", "plan: at step 0"],
                 ["State:", "scaler: empty"], ["State:", "counter: 5 numbers in 1 tensor and 3 other values"],
+                ["State:", "gradients: 6 numbers in 2 tensors"],
                 ["--speed", "0.125"], ["--hot", "True"], ["--batch-size", "2"]):
         assert row in rows, text
     assert "Loss:" not in text and "default" not in text
@@ -170,14 +171,16 @@ def test_show_says_what_stands_where_in_a_file_of_another_program(ask, trained, 
     model, many = torch.nn.Linear(2, 3), [1, 2]
     for _ in range(8):
         many = [many, many]
-    t.save_checkpoint({"model": {"a": model.weight, "b": model.weight}, "epoch": 4, "none": [], "many": many}, tmp_path / "a.pt")
+    shared = {"a": model.weight, "b": model.weight}
+    torch.save({"model": shared, "epoch": 4, "none": [], "many": many}, tmp_path / "a.pt")
     assert ask(0, "show", tmp_path / "a.pt").splitlines()[2:] == ["model:       6 numbers in 1 tensor", "epoch:       4", "none:        empty", "many:        2 other values"]
 
 
 def test_latest_does_not_stop_at_what_another_program_has_saved(ask, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "ck")
     state = t.load_checkpoint(trained / "final.pt")
-    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
+    other = {key: state[key] for key in ("run_id", "saved_at", "metrics")}
+    t.save_checkpoint({**other, "step": "99 of 100"}, tmp_path / "ck" / "step_99.pt")
     t.save_checkpoint({"run_id": "x", "step": 1}, tmp_path / "ck" / "step_100.pt")
     text = ask(0, "show", "latest", "--checkpoint-dir", tmp_path / "ck")
     assert re.search("\nStep: +12, ", text) and "Skipped " in text and "step_99.pt: not a checkpoint of this program" in text
@@ -244,8 +247,10 @@ def test_mistakes(ask, trained, mine, tmp_path):
     assert "invalid choice: 'lost'" in message("lost")
     assert f"{trained / 'mine.pt'} is a file; show {trained / 'mine.pt'}" in message("list", trained / "mine.pt")
     assert "no checkpoint there" in message("sample", "--checkpoint-dir", tmp_path)
-    for nowhere in (("sample", "--checkpoint-dir", tmp_path / "nowhere"), ("list", tmp_path / "nowhere")):
-        assert message(*nowhere) == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
+    nowhere = tmp_path / "nowhere"
+    assert message("list", nowhere) == f"error: {nowhere}: No such file or directory\n"
+    error = f"error: {nowhere}: no checkpoint there\n"
+    assert message("sample", "--checkpoint-dir", nowhere) == error
     assert message("show", "latst", "--checkpoint-dir", trained).endswith("No such file or directory; scripts/checkpoints.py list shows what there is\n")
 
 
