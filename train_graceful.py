@@ -536,8 +536,8 @@ def begin_worker(number: int = 0) -> None:
     """In a loader's worker: leaves signals to the process that trains, and ends with it."""
     for signum in EXIT_SIGNALS:
         signal.signal(signum, lambda *_: None)
-    # What comes once is for the group; at the end of a loop of one's own PyTorch asks twice.
-    signal.signal(SIGTERM, lambda *_: signal.signal(SIGTERM, signal.SIG_DFL))
+    # But multiprocessing's terminate() is waited for: the alarm ends it.
+    signal.signal(SIGTERM, lambda *_: signal.alarm(10))
     # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
     sys.excepthook = lambda *error: None
 

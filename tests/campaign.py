@@ -108,7 +108,7 @@ def batch_complete(nth: int) -> Moment:
 
 def saving(name: str) -> Moment:
     """A checkpoint of this name is about to be written."""
-    return Moment("write_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
+    return Moment("save_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
 
 
 def ask_to_leave(frame: types.FrameType) -> None:
