@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-cluster test-integrations campaign bench ablation bench-peers bench-scaling lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-cluster test-integrations campaign bench ablation bench-peers lint install clean
 
 ARGS =
 MODE =
@@ -82,7 +82,7 @@ campaign: .venv/installed ### the whole fault campaigns, an hour on 2 cores (ARG
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
-bench: .venv/installed ### measure what README claims, most of an hour on 2 cores (ARGS="--only saving resuming", --quick)
+bench: .venv/installed ### measure what README claims, most of an hour on 2 cores (ARGS="--only saving hearing", --quick)
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
 
 ablation: .venv/installed ### which parts of the geometric mode help, half an hour on 2 cores (ARGS="--steps 1000")
@@ -90,9 +90,6 @@ ablation: .venv/installed ### which parts of the geometric mode help, half an ho
 
 bench-peers: .venv/installed .venv-peers/installed ### other trainers beside the bare loop, in an environment of their own
 	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
-
-bench-scaling: .venv/installed ### sharded training on 2, 4 and 8 processes, and what follows for up to 4,096
-	$(VENV_PYTHON) scripts/bench_scaling.py $(ARGS)
 
 lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an environment of their own
 	$(call need,shellcheck)

@@ -784,7 +784,7 @@ def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path
             order = run, int(state["metrics"]["sessions"]), step, saved_at, path
         except CheckpointError as error:
             report(f"⚠️ Skipped {error}")
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, RuntimeError, TypeError, ValueError):
             report(f"⚠️ Skipped {path}: not a checkpoint of this program")
         else:
             found.append((order, path, state))

@@ -99,7 +99,6 @@ def row_of(path: Path) -> dict[str, typing.Any]:
             reason = "gone" if isinstance(cause, FileNotFoundError) else "unreadable"
         return {**row, "reason": reason}
     if not is_ours(state):
-        # `latest` takes one of another edition; going on from it is then refused.
         return {**row, "reason": "of another program", "whole": True}
     losses = {"loss": state["metrics"]["smooth_loss"], "best": state["best"]["value"]}
     row |= {name: f"{value:.4f}" for name, value in losses.items() if value is not None}

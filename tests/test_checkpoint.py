@@ -307,7 +307,8 @@ def test_latest_passes_over_what_another_program_has_saved(finished, tmp_path, c
 def saved_by(path, run_id, session, step, saved_at) -> Path:
     """A file that `latest` takes for a checkpoint; its modification time says nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    t.save_checkpoint({"run_id": run_id, "step": step, "saved_at": saved_at, "metrics": {"sessions": session}}, path)
+    state = {"format_version": 2, "run_id": run_id, "step": step, "saved_at": saved_at}
+    t.save_checkpoint({**state, "metrics": {"sessions": session}}, path)
     os.utime(path, (2**33 - 1000 * step,) * 2)
     return path
 

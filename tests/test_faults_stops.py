@@ -86,9 +86,8 @@ def phases(mode: str) -> dict[str, tuple[Moment, range]]:
         **{name: (moment, range(5, 6)) for name, moment in optimizers.items()},
         # each scheduler takes a step when it is made
         "scheduler": (Moment("step", 5 * schedulers + 1, file="lr_scheduler.py"), range(5, 6)),
-        # once before training
-        "evaluation": (Moment("evaluate", 2), range(4, 5)),
-        "loading validation data": (loading(0, "validation", 2), range(4, 5)),
+        "evaluation": (Moment("evaluate"), range(4, 5)),
+        "loading validation data": (loading(0, "validation"), range(4, 5)),
         "periodic save in flight": (saving("step_4.pt"), range(4, 7)),
         "epoch boundary": (loading(5), range(5, 6)),
         "last step": (Moment("forward_backward", STEPS), range(STEPS, STEPS + 1)),
@@ -213,7 +212,7 @@ def crashes(mode: str) -> dict[str, tuple[Moment, object, str]]:
         "backward": (Moment("backward", 4 * ACCUM + 3, file="_tensor.py"), fail, "RuntimeError"),
         "a NaN": (Moment("clip_gradients", 5), poison, "FloatingPointError"),
         "the first optimizer, before its step": (Moment("wrapper", 4 * (3 if mode == "geometric" else 1) + 1, file="optim/optimizer.py"), fail, "RuntimeError"),
-        "evaluation": (Moment("evaluate", 2), fail, "RuntimeError"),
+        "evaluation": (Moment("evaluate"), fail, "RuntimeError"),
     }
 
 

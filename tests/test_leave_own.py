@@ -170,9 +170,10 @@ def test_two_sigint_within_half_a_second_are_one(own, tmp_path):
 
 
 def test_ctrl_c_after_q_is_not_yet_the_second_one(own, tmp_path):
-    body = "while run.step == 3 and len(run.monitor.heard) < 2: pass\n"
+    body = "run.step == 3 and print('@there', flush=True)\n"
+    body += "        while run.step == 3 and len(run.monitor.heard) < 2: pass\n"
     child = own(BODY=body + "        if run.step == 3: rest()")
-    child.expect("Training started")
+    child.expect("@there")
     child.send("q\n")
     child.expect("Exit requested!")
     os.kill(child.pid, signal.SIGINT)
@@ -187,8 +188,9 @@ def test_ctrl_c_after_q_is_not_yet_the_second_one(own, tmp_path):
 
 
 def test_of_several_requests_the_first_one_counts(own):
-    child = own(BODY="while run.step == 3 and len(run.monitor.heard) < 3: pass")
-    child.expect("Training started")
+    body = "run.step == 3 and print('@there', flush=True)\n"
+    child = own(BODY=body + "        while run.step == 3 and len(run.monitor.heard) < 3: pass")
+    child.expect("@there")
     child.send("q\n")
     child.expect("Exit requested!")
     os.kill(child.pid, signal.SIGTERM)
@@ -212,7 +214,7 @@ def test_after_a_signal_a_failed_save_goes_to_the_temporary_directory(
     child = own("--save-every", 5, BEFORE="import tempfile; tempfile.gettempdir()")
     child.expect("step [1-9][0-9]+/")
     if not another_place:
-        (tmp_path / "elsewhere").rmdir()
+        (tmp_path / "elsewhere").rename(tmp_path / "gone")
         (tmp_path / "elsewhere").write_text("in the way")
     os.kill(child.pid, signal.SIGTERM)
     code = ended(child)

@@ -131,7 +131,7 @@ def test_list_marks_what_latest_takes(ask, trained, tmp_path):
     state = t.load_checkpoint(trained / "final.pt")
     for name in ("final.pt", "best.pt"):
         (tmp_path / "ck" / name).unlink()
-    t.save_checkpoint({**state, "saved_at": None, "metrics": {}}, tmp_path / "ck" / "step_99.pt")
+    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
     marked = [row for row in ask(0, "list", tmp_path / "ck").splitlines() if "<- latest" in row]
     assert len(marked) == 1 and "step_5.pt <- latest" in marked[0], "step_10.pt is damaged"
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", 6)
@@ -179,8 +179,7 @@ def test_show_says_what_stands_where_in_a_file_of_another_program(ask, trained, 
 def test_latest_does_not_stop_at_what_another_program_has_saved(ask, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "ck")
     state = t.load_checkpoint(trained / "final.pt")
-    other = {key: state[key] for key in ("run_id", "saved_at", "metrics")}
-    t.save_checkpoint({**other, "step": "99 of 100"}, tmp_path / "ck" / "step_99.pt")
+    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
     t.save_checkpoint({"run_id": "x", "step": 1}, tmp_path / "ck" / "step_100.pt")
     text = ask(0, "show", "latest", "--checkpoint-dir", tmp_path / "ck")
     assert re.search("\nStep: +12, ", text) and "Skipped " in text and "step_99.pt: not a checkpoint of this program" in text
