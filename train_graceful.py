@@ -1775,7 +1775,8 @@ class Run(RunState):
         if self.trains and not self.completed and not self.exit_code:
             if self._in_body and self._updated:
                 self._complete()
-                self._at_boundary()
+                with contextlib.suppress(Interrupted):
+                    self._at_boundary()
             self._undo_batch()
             self._save_last("completed")
 
@@ -2590,8 +2591,7 @@ def train(run: Run) -> None:
     o = run.options
     geometric = o.mode == "geometric"
     if geometric and o.loop == "standard":
-        text = "the standard loop has one optimizer"
-        raise UserError(f"--mode geometric needs --loop controller: {text}")
+        raise UserError("--mode geometric needs --loop controller, for it has three optimizers")
     if o.dim % o.heads or o.dim < 2 or 4 * o.dim < o.experts:
         text = "--heads has to divide --dim (2 or more), and --experts be at most 4 times --dim"
         raise UserError(text)

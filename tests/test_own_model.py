@@ -863,6 +863,27 @@ def test_another_length_than_one_cycle_was_made_for_is_refused(tmp_path, capfd, 
     assert f"(total_steps: 13 there, {steps} here)" in mistake(capfd, train, *arguments)
 
 
+def test_a_request_in_the_evaluation_behind_a_break_ends_a_completed_run(tmp_path):
+    def train(run: tg.Run) -> None:
+        run.data(Points(), Points(11))
+        model = run.model(net())
+        optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+        def evaluate(batch):
+            ask_to_leave(run)
+            return {"loss": F.cross_entropy(model(batch[0]), batch[1], reduction="none")}
+
+        for points, labels in run.batches(evaluate):
+            F.cross_entropy(model(points), labels).backward()
+            optimizer.step()
+            if run.step == 3:
+                break
+
+    assert session("--checkpoint-dir", tmp_path, train=train, **OPTIONS) == 0
+    state = tg.load_checkpoint(tmp_path / "final.pt")
+    assert state["step"] == 4 and state["best"]["value"] is None
+
+
 def test_a_break_is_not_called_all_steps(tmp_path, capfd):
     train = ends_itself(5, "break")
     go(train, tmp_path)
