@@ -177,13 +177,7 @@ def parse_options(options: dict, argv: Sequence[str] | None, about: str | None) 
     for name, one in options.items():
         one.add_to(parser if name in COMMON_OPTIONS else own, name)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        least, below = options[name].least, options[name].below
-        if isinstance(value, (int, float)) and not least <= value < below:
-            raise UserError(f"{flag(name)} {value} is not {least:g} or more and below {below:g}")
-        if isinstance(value, list):
-            given[name] = tuple(value)
-    return given
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def configuration(options: dict, given: dict, stored: dict, path: Any) -> argparse.Namespace:
@@ -195,7 +189,12 @@ def configuration(options: dict, given: dict, stored: dict, path: Any) -> argpar
             here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}: leave it out"
             raise UserError(f"{here} does not fit the checkpoint, whose run has {there}")
     values = {name: one.default for name, one in options.items() if name not in NOT_STORED}
-    return argparse.Namespace(**{**values, **stored, **given})
+    values = {**values, **stored, **given}
+    for name, value in values.items():
+        least, below = options[name].least, options[name].below
+        if isinstance(value, (int, float)) and not least <= value < below:
+            raise UserError(f"{flag(name)} {value} is not {least:g} or more and below {below:g}")
+    return argparse.Namespace(**values)
 
 
 # ---- Terminal ---------------------------------------------------------------------------------
@@ -891,12 +890,13 @@ class RunDirectory:
 
     def _read_rows(self) -> list[dict]:
         """This run's rows; none where the file is another's, or was made so by a person."""
+        if not self._metrics.is_file():
+            return []
         try:
-            # A pipe would be waited for; -sig: a spreadsheet leaves a mark at the beginning.
-            name = self._metrics if self._metrics.is_file() else os.devnull
-            with open(name, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                # Python 3.10 would stumble over a NUL.
-                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+            # -sig: a spreadsheet leaves a mark at the beginning.
+            text = self._metrics.read_text("utf-8-sig", "surrogateescape")
+            # Python 3.10 would stumble over a NUL.
+            rows = list(csv.DictReader(io.StringIO(text.replace("\0", ""), newline="")))
         except (OSError, csv.Error):
             return []
         mine = [row for row in rows if row.get("run") == self.run_id and None not in row]
