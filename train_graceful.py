@@ -218,7 +218,6 @@ def in_foreground(fd: int) -> bool:
 
 
 def complain(text: str) -> None:
-    # An error: nobody is there to read it.
     with contextlib.suppress(OSError, AttributeError):
         print(text, end="", file=sys.stderr, flush=True)
 
@@ -1455,13 +1454,14 @@ class Run(RunState):
         evaluate(batch) returns {name: a value for each sample}; best names one of them, and min or
         max. A request to leave is honoured between batches: all is saved, and SystemExit raised.
         """
-        before, validated = self._best_of or best, self.total_steps and self._batches.validated
+        other = self.best is not None and best != self._best_of
         problems = {
+            "call run.data(training, validation) first": self._batches is None,
             f'best="{best}": "min" or "max", and a name': not re.match("(min|max) .", best),
             "there is one loop in a run. Put both into one": self.trains,
             "call run.model(module) before the loop": not self._models,
-            "there is no validation data": evaluate is not None and not validated,
-            f'"{best}" does not fit the checkpoint, whose run has "{before}"': before != best,
+            "there is no validation data": evaluate and not getattr(self._batches, "validated", 1),
+            f'"{best}" does not fit the checkpoint, whose run has "{self._best_of}"': other,
         }
         for problem in (text for text, is_so in problems.items() if is_so):
             raise UserError(f"run.batches: {problem}")

@@ -35,7 +35,11 @@ esac
 
 # What starts it again, for the line that says how to resume.
 TRAIN_COMMAND="$(quoted "$root/scripts/train_torchrun.sh") $processes"
-[ -z "${SCRIPT:-}" ] || TRAIN_COMMAND="SCRIPT=$(quoted "$SCRIPT") $TRAIN_COMMAND"
+case ${SCRIPT:-} in
+    '') ;;
+    /*) TRAIN_COMMAND="SCRIPT=$(quoted "$SCRIPT") $TRAIN_COMMAND" ;;
+    *) TRAIN_COMMAND="SCRIPT=$(quoted "$PWD/$SCRIPT") $TRAIN_COMMAND" ;;
+esac
 if [ "${NNODES:-1}" != 1 ]; then
     [ -n "${RENDEZVOUS:-}" ] || { echo "NNODES=$NNODES needs RENDEZVOUS=host:port, the same on all machines" >&2; exit 2; }
     TRAIN_COMMAND="NNODES=$NNODES RENDEZVOUS=$(quoted "$RENDEZVOUS") $TRAIN_COMMAND"
@@ -54,6 +58,6 @@ if [ -t 0 ] && command -v ps >/dev/null; then
     case $(ps -o stat= -p $$) in *+*) ;; *) exec </dev/null ;; esac
 fi
 # DDP would warn that all parameters take part in a batch, which is no trouble; torchrun, that it leaves when it is asked to.
-export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" LOGLEVEL="${LOGLEVEL:-ERROR}"
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" LOGLEVEL="${LOGLEVEL:-CRITICAL}"
 [ "$processes" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would, but without a banner
 exec "$PYTHON" "$root/scripts/torchrun.py" --nproc-per-node="$processes" --shutdown-timeout="${PATIENCE:-600}" "$@"
