@@ -159,7 +159,11 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
     except BaseException:
         traceback.print_exc()
         code = 99
-    sys.stdout.flush()
+    # As Python does at its end: it waits for threads, calls what is registered and flushes.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 

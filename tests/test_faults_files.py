@@ -281,17 +281,18 @@ def absurd_files(source: Path, state: dict, bomb: int, records: int):
         (0, 0, (1,), (1,)), (10**30, 0, (1,), (1,)), (64, 0, (1,) * 100, (1,) * 100), (64, 0, ("x",), (1,)), (64, 0, (10**12,), (0,)),
     ]:
         yield f"a tensor of {numel} at {offset}, {str(size)[:30]}, {str(stride)[:30]}", with_pickle(source, claims(numel, offset, size, stride))
-    for keys, shape in [(("model_state_dict", "head.weight"), (10**6, 10**6)), (("best", "value"), (10**12,)),
-                        (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (10**12,)),
-                        (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (64, 10**6, 8))]:
+    for keys, shape in [
+        (("model_state_dict", "head.weight"), (10**6, 10**6)),
+        (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (10**12,)),
+    ]:
         for dtype in (torch.float32, torch.float64, torch.uint8):
             yield f"{keys[-1]} expanded to {shape} of {dtype}", saved(replaced(state, keys, torch.zeros(1, dtype=dtype).expand(shape)))
-    for config in [{"layers": 10**9}, {"dim": 10**9, "heads": 1}, {"experts": 32, "dim": 8}, {"context": 10**9}, {"layers": 2**70}, {"workers": 10**6},
+    for config in [{"experts": 32, "dim": 8}, {"context": 10**9}, {"layers": 2**70}, {"workers": 10**6},
                    {"batch_size": 10**15}, {"grad_accum": 10**15}, {"steps": 0}, {"steps": -5}, {"dropout": 2.0}, {"lr": math.nan}, {"lr": math.inf},
                    {"seed": -1}, {"data": ("x", "--help")}, {"device": "meta"}, {"heads": 3}, {"keep": 0}, {"log_every": 0}, {"save_every": 0}, {"eval_every": 0}, {"new": 1}]:
         yield f"config {config}", saved({**state, "config": {**state["config"], **config}})
 
-    for version in (1, 3, 2.0):
+    for version in (1, 3):
         yield f"format {version}", saved({**state, "format_version": version})
 
     def zipped(change, compression=zipfile.ZIP_STORED) -> bytes:
@@ -315,7 +316,6 @@ def absurd_files(source: Path, state: dict, bomb: int, records: int):
     yield "a zip bomb of a pickle", zipped(lambda name, content: [(name, content if "data.pkl" not in name else bytes(bomb))], zipfile.ZIP_DEFLATED)
     yield "a pickle of lists", with_pickle(source, b"\x80\2" + b"]" * 10**7 + b".")
     yield "a deep pickle", with_pickle(source, b"\x80\2" + b"(" * 10**5 + b"]" + b"t" * 10**5 + b".")
-    yield "a dictionary that holds itself", saved(holding_itself(state))
     yield "a record that claims to be huge", data.replace(struct.pack("<II", 256, 256), struct.pack("<II", 2**32 - 2, 2**32 - 2))
     yield f"{records} records", zipped(lambda name, content: [(name, content)] + (
         [(f"{name}{i}", b"") for i in range(records)] if name.endswith("/version") else []))
@@ -335,12 +335,6 @@ def replaced(state, keys: tuple, value: object):
     changed = list(state) if isinstance(state, (list, tuple)) else dict(state)
     changed[keys[0]] = replaced(state[keys[0]], keys[1:], value)
     return tuple(changed) if isinstance(state, tuple) else changed
-
-
-def holding_itself(state: dict) -> dict:
-    state = dict(state)
-    state["metrics"] = state
-    return state
 
 
 def every_place(state, keys=()):

@@ -22,7 +22,6 @@ from conftest import (
     assert_same_run,
     finish,
     metrics_without_times,
-    run,
     saved_path,
     wait_until,
 )
@@ -544,19 +543,3 @@ def test_torchrun_killed_outright_leaves_no_worker(spawn, forty_windows, tmp_pat
     os.kill(child.pid, signal.SIGKILL)
     wait_until(lambda: not any(map(alive, workers)))
     assert t.latest_checkpoint(tmp_path)
-
-
-def test_torchrun_restarts_from_the_last_save(spawn, forty_windows, tmp_path):
-    """By its own --max-restarts; the first start goes on from a save of one process."""
-    own = [*OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
-    assert run(*own, "--no-keyboard").returncode == 0
-    further = ["--resume", "latest", "--steps", 10**6, "--save-every", 5]
-    child = torchrun(spawn, "--max-restarts=1", SCRIPT, *own, *further)
-    child.expect("Resumed at step 8 of")
-    wait_until((tmp_path / "step_20.pt").exists)
-    os.kill(worker_pids(child.pid)[1], signal.SIGKILL)
-    child.expect(r"Resumed at step (\d+) of")
-    assert int(child.match[1]) >= 20
-    child.expect(r"step \d+/")
-    child.send("q\n")
-    assert "Graceful exit completed" in finish(child) and child.exitstatus == 0

@@ -1,6 +1,5 @@
 """Anybody's model and data: stopped anywhere and resumed, it is the run that was never stopped; mistakes get one line."""
 
-import errno
 import math
 import os
 import random
