@@ -144,7 +144,6 @@ COMMON_OPTIONS = {
     "resume": option(None, "a checkpoint to go on from, or latest"),
     "keyboard": option(True, "listen to the keyboard"),
 }
-# They are of one start, and no part of a run.
 NOT_STORED = ("resume", "keyboard")
 
 
@@ -1523,11 +1522,12 @@ class Run(RunState):
 
     def _introduce(self) -> None:
         batches, say = self._batches, self.screen.say
-        models = " and ".join(type(module).__name__ for module, _ in self._models.values())
+        # fully_shard has made a class of its own of it.
+        kinds = (type(module).__name__.removeprefix("FSDP") for module, _ in self._models.values())
         count = sum(parameter.numel() for parameter in self._names)
         where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
         say(
-            f"🧠 {models}, {count:,} parameters, on {where}:"
+            f"🧠 {' and '.join(kinds)}, {count:,} parameters, on {where}:"
             f" {len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch;"
             f" saves in {self.options.checkpoint_dir}"
         )

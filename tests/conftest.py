@@ -117,7 +117,7 @@ def float32_muon(monkeypatch):
     """In bfloat16 Muon would make a rounding error of a gradient one of a hundredth."""
     import torch
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
