@@ -157,7 +157,7 @@ def test_a_job_that_never_began_is_not_requeued_for_what_is_left_of_an_earlier_o
     (directory / "final.pt").write_text("another run's")
     job = slurm.submit(log, *OPTIONS, "--dim", 3, "--data", forty_windows, "--checkpoint-dir", directory)
     wait_until(lambda: slurm.state(job) == "FAILED")
-    assert "error: --dim 3" in log.read_text() and "Back into the queue" not in log.read_text()
+    assert "error: --heads has to divide --dim" in log.read_text() and "Back into the queue" not in log.read_text()
 
 
 def test_a_script_of_ones_own_is_requeued_and_goes_on(slurm, tmp_path, monkeypatch):
