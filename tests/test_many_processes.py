@@ -49,8 +49,14 @@ def send(signum: int):
 
 
 def leaves_after(batches: int) -> list:
-    """A plan: SIGTERM after so many batches."""
-    return [(Moment("_complete", batches, event="return"), send(signal.SIGTERM))]
+    """A plan: SIGTERM after so many batches, and the monitor has heard it before the next."""
+
+    def ask(frame) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not frame.f_locals["self"].monitor.heard:
+            pass
+
+    return [(Moment("_complete", batches, event="return"), ask)]
 
 
 # ---- the same batches
