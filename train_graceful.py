@@ -965,7 +965,7 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             periodic = sorted(self.path.glob("step_*.pt"), key=os.path.getmtime)
             older = [path for path in periodic if path != newest and self._is_own(path)]
-            for path in older[: len(older) + 1 - self._keep]:
+            for path in older[: max(0, len(older) + 1 - self._keep)]:
                 path.unlink()
 
     def save_last(self, state: dict) -> tuple[str, Path] | None:

@@ -883,6 +883,13 @@ def test_a_request_in_the_evaluation_behind_a_break_ends_a_completed_run(tmp_pat
     assert state["step"] == 4 and state["best"]["value"] is None
 
 
+@pytest.mark.parametrize("keep", [1, 3, 4, 5, 50])
+def test_so_many_periodic_checkpoints_are_kept(tmp_path, keep):
+    go(classification(), tmp_path, save_every=2, keep=keep)
+    steps = sorted(int(path.stem[5:]) for path in tmp_path.glob("step_*.pt"))
+    assert steps == [2, 4, 6, 8, 10, 12][-keep:]
+
+
 def test_a_break_is_not_called_all_steps(tmp_path, capfd):
     train = ends_itself(5, "break")
     go(train, tmp_path)
