@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -136,6 +137,8 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
             if fd > 2 and fd not in kept:
                 with contextlib.suppress(OSError):  # the listing's own
                     os.close(fd)
+        # pytest's writes to a descriptor that is closed now.
+        faulthandler.enable(sys.__stderr__)
         ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
         warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]), file=sys.stderr)  # pytest's hides them
         warnings.resetwarnings()

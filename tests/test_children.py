@@ -332,8 +332,16 @@ def slow(number):
     time.sleep(0.02)
     return number
 
+def numbers():
+    number = 0
+    while not over:
+        yield number
+        number += 1
+
+over = False
+
 def loaded(context):
-    data = {{"num_workers": 2, "multiprocessing_context": context, "worker_init_fn": begin_worker}}
+    data = {{"sampler": numbers(), "num_workers": 2, "multiprocessing_context": context, "worker_init_fn": begin_worker}}
     return iter(torch.utils.data.DataLoader(Data(), 4, **data))
 
 if __name__ == "__main__":
@@ -353,7 +361,11 @@ if __name__ == "__main__":
         # These come from the children too.
         print("@more", sum(1 for _ in zip(range(20), batches)), flush=True)
         save_checkpoint({{"step": step}}, sys.argv[1])
-    # As at the end of: for batch in loader.
+    # As at the end of: for batch in loader. (PyTorch's spawned workers may abort when they are ended at work.)
+    over = True
+    if HOW != "pool":
+        for batch in batches:
+            pass
     del batches
     if HOW == "pool":
         pool.terminate()

@@ -535,6 +535,8 @@ def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_w
         shell.sendline(f"echo sum $(({number} + 100))")
         shell.expect(f"sum {number + 100}")
     shell.sendline("fg")
+    # What the job prints in the background looks the same; Ctrl-C would take the line "fg" from bash.
+    wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
     shell.expect(r"step \d+/")
     shell.sendintr()
     shell.expect("Graceful exit completed")

@@ -296,7 +296,7 @@ def test_after_an_exception_nothing_is_saved_and_the_newest_whole_checkpoint_is_
     newest = re.search(r"Newest whole checkpoint: (\S+/(?:step_3|best).pt)\r\n", texts[0])[1]
     step = t.load_checkpoint(newest)["step"]
     texts, codes = finished(sharded(2, tmp_path, "--resume", newest))
-    assert codes == [0, 0] and f"Resumed at step {step} of" in texts[0]
+    assert codes == [0, 0] and f"Resumed at step {step} of" in texts[0], texts
     assert_same_run(tmp_path, reference)
 
 
