@@ -606,7 +606,7 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     checksums_wanted = torch.serialization.get_crc32_options()
     try:
         torch.serialization.set_crc32_options(True)
-        with FileForDisk(temporary, "x") as file:
+        with io.BufferedWriter(FileForDisk(temporary, "x"), PIECE_BYTES) as file:
             torch.save(state, file)
         flush_to_disk(temporary)
         os.replace(temporary, path)

@@ -102,9 +102,9 @@ PEERS = bench_peers.train_graceful, bench_peers.lightning, bench_peers.transform
 
 
 def loop(
-    scale: float, folder: Path, trainers: Sequence = OURS, python: str = sys.executable
+    scale: float, folder: Path, trainers: Sequence = (), python: str = sys.executable
 ) -> Iterator[Figure]:
-    for trainer in trainers:
+    for trainer in trainers or (*OURS, bench_peers.own_model_kept):
         place = folder / trainer.__name__
         measured = child(trainer, python, folder=place, blocks=max(3, round(21 * scale)))
         name = f"a step of {trainer.__doc__} / of a bare loop"
@@ -257,7 +257,7 @@ def every_step(scale: float, folder: Path) -> Iterator[Figure]:
     block, rounds = max(2, round(20 * scale)), max(2, round(12 * scale))
     measured = child(saved_every_step, folder=folder, block=block, rounds=rounds)
     name = "a step of the built-in model, saved after every step / without"
-    yield Figure(name, "ms", measured["with"], 1.05, measured["without"])
+    yield Figure(name, "ms", measured["with"], None, measured["without"])
 
 
 # ---- What is the geometric mode good for? ------------------------------------------------------
@@ -284,14 +284,10 @@ SECTIONS: dict[str, Callable] = {section.__name__: section for section in QUESTI
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    some = "these sections alone"
-    parser.add_argument("--only", nargs="*", default=SECTIONS, choices=SECTIONS, help=some)
-    quick = "sizes and rounds so small that the figures say nothing: is the benchmark whole?"
-    parser.add_argument("--quick", action="store_true", help=quick)
-    packages = "an interpreter that has lightning and transformers"
-    parser.add_argument("--peers", metavar="PYTHON", help=packages)
-    where = "where to write, on a disk (default checkpoints)"
-    parser.add_argument("--dir", default=ROOT / "checkpoints", help=where)
+    parser.add_argument("--only", nargs="*", default=SECTIONS, choices=SECTIONS, help="sections")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: is the program whole?")
+    parser.add_argument("--peers", metavar="PYTHON", help="one with lightning and transformers")
+    parser.add_argument("--dir", default=ROOT / "checkpoints", help="where to write, on a disk")
     arguments = parser.parse_args()
     scale = 0.02 if arguments.quick else 1
     sections = {name: SECTIONS[name] for name in arguments.only}

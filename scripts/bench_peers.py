@@ -135,9 +135,9 @@ def geometric(folder: str, blocks: int) -> dict:
     return trained(text_clock(), blocks, t.train, given, **t.OPTIONS)
 
 
-def own_model(folder: str, blocks: int) -> dict:
+def own_model(folder: str, blocks: int, keeps: bool = False) -> dict:
     """scripts/examples/own_model.py with 2 workers"""
-    settings = {"shuffle": True, "drop_last": True, "num_workers": 2, "persistent_workers": True}
+    settings = {"shuffle": True, "drop_last": True, "num_workers": 2, "persistent_workers": keeps}
     loader = DataLoader(example.Images(train=True), 64, **settings)
     model = example.cnn()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
@@ -147,10 +147,16 @@ def own_model(folder: str, blocks: int) -> dict:
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
-    clock = Clock(by_hand(model, loss_of, loader, optimizer, scheduler), block=60)
+    # Two epochs.
+    clock = Clock(by_hand(model, loss_of, loader, optimizer, scheduler), block=62)
     given = ["--workers", 2, "--checkpoint-dir", folder]
     options = {"lr": 3e-3, "weight_decay": 0.05, "batch_size": 64}
     return trained(clock, blocks, example.train, given, **options)
+
+
+def own_model_kept(folder: str, blocks: int) -> dict:
+    """the same, and the bare loop has persistent_workers=True"""
+    return own_model(folder, blocks, keeps=True)
 
 
 def lightning(folder: str, blocks: int) -> dict:
