@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot picture test test-cluster test-integrations campaign bench ablation bench-peers lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations campaign bench ablation bench-peers lint install clean
 
 ARGS =
 MODE =
@@ -66,6 +66,9 @@ plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg"
 	$(call need,$(PYTHON))
 	@$(PYTHON) scripts/plot.py $(ARGS)
 
+check: .venv/installed ## stop and resume a script: does it go on bit for bit, and if not, why (SCRIPT=mine.py, ARGS="--lr 0.1")
+	@$(VENV_PYTHON) scripts/check_resume.py $(PROGRAM) $(TRAIN_ARGS)
+
 picture: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
 	@text=$$(scripts/record.sh) && printf '%s\n' "$$text" | $(VENV_PYTHON) scripts/picture.py >scripts/session.svg
 
@@ -97,7 +100,7 @@ lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an 
 	.venv-lint/bin/ruff check
 	.venv-lint/bin/ruff format --check train_graceful.py
 	.venv-lint/bin/mypy --python-executable $(VENV_PYTHON) train_graceful.py
-	$(VENV_PYTHON) scripts/size.py 2650
+	$(VENV_PYTHON) scripts/size.py 2850
 	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py
 
 install: .venv/installed ## create .venv and install requirements.txt (PYTHON=python3)

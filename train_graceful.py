@@ -9,13 +9,10 @@
     python train_graceful.py --mode geometric    rotated experts and three optimizers
     python train_graceful.py --resume latest     go on: the same run, bit for bit
 
-To train a model of your own, import this file: write train(run) and call main(train), as the
-built-in program does at the end. In another trainer, ExitMonitor, save_checkpoint and
-load_checkpoint are of use alone.
-
-While it trains: q + Enter saves and leaves, s + Enter saves, ? + Enter shows the last checkpoint.
-Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save and leave too, after the batch at hand;
-a second Ctrl-C leaves without saving.
+For a model of your own, import this file, write train(run) and call main(train), as is done at its
+end. In another trainer, ExitMonitor, save_checkpoint and load_checkpoint are of use alone.
+Keys: q + Enter saves and leaves, s + Enter saves, ? + Enter shows the last checkpoint. Ctrl-C and
+signals save and leave too, after the batch at hand; a second Ctrl-C leaves without saving.
 """
 
 from __future__ import annotations
@@ -30,16 +27,17 @@ if __name__ == "__main__":
 import argparse
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
 import math
-import mmap
 import multiprocessing.util
 import operator
 import os
@@ -74,8 +72,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 
 class UserError(Exception):
@@ -87,7 +85,7 @@ class CheckpointError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:1000]
     return text or type(error).__name__
 
 
@@ -110,18 +108,20 @@ class option(NamedTuple):
         if isinstance(self.default, bool):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
             return
-        kind: Any = self.kind or str
         several = "+" if isinstance(self.default, tuple) else None
+        one = next(iter(self.default), "") if several else self.default
+        kind: Any = self.kind or (str if one is None else type(one))
         if self.default not in (None, ()):
             text += f" (default {self.default})"
-            kind = self.kind or type(self.default)
-        if kind is tuple:
-            kind = type(self.default[0])
         group.add_argument(flag(name), type=kind, choices=self.choices, nargs=several, help=text)
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def interval(text: str) -> int | str:
+    return text if text == "epoch" else int(text)
 
 
 DTYPES = "auto", "float32", "bfloat16"
@@ -135,16 +135,20 @@ COMMON_OPTIONS = {
     "dtype": option("auto", "of autocast; auto: bfloat16 on CUDA, else float32", DTYPES, False),
     "compile": option(False, "run the models through torch.compile", fixed=False),
     "shard": option(False, "share models out; to save, rank 0 holds all in memory", fixed=False),
-    "eval_every": option(100, "batches between evaluations", None, False, 1),
+    "eval_every": option(100, "batches, or epoch", None, False, 1, kind=interval),
     "eval_batches": option(None, "of an evaluation (default all)", None, False, 1, kind=int),
     "save_every": option(500, "batches between periodic checkpoints", None, False, 1),
     "keep": option(3, "periodic checkpoints kept", None, False, 1),
     "log_every": option(10, "batches between rows of metrics.csv", None, False, 1),
     "checkpoint_dir": option("checkpoints", "where it saves", fixed=False, kind=os.path.abspath),
-    "resume": option(None, "a checkpoint to go on from, or latest"),
+    "resume": option(None, "a checkpoint, or latest; auto: latest if there is one, else anew"),
+    "weights": option(None, "a checkpoint from whose weights a new run begins"),
     "keyboard": option(True, "listen to the keyboard"),
 }
-NOT_STORED = ("resume", "keyboard")
+NOT_STORED = ("resume", "weights", "keyboard")
+# What other options change on resume; what helps where a checkpoint does not fit.
+KEPT_AS_SAVED = "What is kept goes on as saved: learning rates, a cosine's length (then it rises)"
+NEW_RUN = "--weights in the place of --resume begins a new run from its weights"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -183,10 +187,10 @@ def configuration(options: dict, given: dict, stored: dict, path: Any) -> argpar
     """Overlays defaults with a checkpoint's configuration, and that with what was given."""
     for name, value in stored.items():
         if name not in options:
-            raise CheckpointError(f"{path}: of another program, which has {flag(str(name))}")
+            raise CheckpointError(f"{path}: here is no {flag(str(name))} as in its run; {NEW_RUN}")
         if options[name].fixed and given.get(name, value) != value:
             here, there = f"{flag(name)} {given[name]}", f"{flag(name)} {value}: leave it out"
-            raise UserError(f"{here} does not fit the checkpoint, whose run has {there}")
+            raise UserError(f"{here} does not fit the checkpoint, whose run has {there}; {NEW_RUN}")
     values = {name: one.default for name, one in options.items() if name not in NOT_STORED}
     values = {**values, **stored, **given}
     for name, value in values.items():
@@ -203,7 +207,6 @@ USER_REQUEST = "user_requested_graceful_exit"
 
 
 def is_first_rank() -> bool:
-    """Of torchrun's processes only the first one speaks."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
@@ -244,7 +247,6 @@ class Screen:
 
     def status(self, text: Callable[[], str]) -> None:
         """Redraws the status line, on a terminal that is ours, ten times a second at most."""
-        # An OSError: the terminal has just gone.
         with contextlib.suppress(OSError):
             rests = time.monotonic() - self._drawn < 0.1 or self._unwritten
             if self._fd is not None and not rests and in_foreground(self._fd):
@@ -288,10 +290,10 @@ class ExitMonitor:
                 train_on_a_batch()
 
     `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was typed.
-    The thread sleeps in select() on standard input and on the pipe to which Python's C signal
-    handler writes, so it hears a request while the main thread is inside a long torch operation. On
-    leaving the block, terminal and signal handlers are as before. Forked children never reach it;
-    those started in another way, a DataLoader's for instance, need worker_init_fn=begin_worker.
+    The thread sleeps in select() on standard input and the pipe to which Python's C signal handler
+    writes: it hears a request in the middle of a long torch operation. At the end of the block
+    terminal and signal handlers are as before. Forked children never reach it; a DataLoader's that
+    start in another way need worker_init_fn=begin_worker.
     """
 
     KEYS = "Keys: q + Enter saves and leaves, s + Enter saves, a second Ctrl-C leaves at once."
@@ -300,7 +302,6 @@ class ExitMonitor:
 
     def __init__(self, screen: Screen | None = None, keyboard: bool = True) -> None:
         self.keyboard, self.save_requested = keyboard, False
-        # What ? shows below the keys.
         self.describe: Callable[[], str] | None = None
         # Set where there is nothing to save: a request then ends the process with this line.
         self.nothing_to_save: str | None = None
@@ -319,11 +320,11 @@ class ExitMonitor:
 
     @property
     def reason(self) -> str | None:
-        return self.requests[0][0] if self.requests else None
+        return next(iter(self.requests), (None, 0))[0]
 
     @property
     def exit_code(self) -> int:
-        return self.requests[0][1] if self.requests else 0
+        return next(iter(self.requests), (None, 0))[1]
 
     def __enter__(self) -> ExitMonitor:
         with contextlib.ExitStack() as undo:
@@ -397,8 +398,6 @@ class ExitMonitor:
                 self.heard.remove(request)
 
     def _hear(self, signum: int) -> None:
-        """Turns a signal into a request; the second SIGINT ends the process."""
-        heard_at[signum] = time.monotonic()
         if signum == SIGINT:
             last = self._last_interrupt
             self._last_interrupt = time.monotonic()
@@ -411,12 +410,9 @@ class ExitMonitor:
 
     def _handler(self, signum: int, frame: object) -> None:
         """Runs in the main thread, much later maybe: what counts is the byte in the pipe."""
-        other = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        if other != self._wakeup:
-            # An asyncio loop with signal handlers has taken the pipe's place, or left none.
+        if not self.heard and signum != self.WAKE:
+            # An asyncio loop with signal handlers may have taken the pipe's place.
             os.write(self._wakeup, bytes([signum]))
-            if other != -1:
-                signal.set_wakeup_fd(other, warn_on_full_buffer=False)
         if signum == self.WAKE and self._interruptible:
             self._interruptible = False
             raise Interrupted
@@ -483,23 +479,15 @@ class ExitMonitor:
             termios.tcflush(self._stdin, termios.TCIFLUSH)
 
 
-# What the monitor of this process has replaced; when it last heard each signal, by number, in a
-# page of memory that forked children share.
+# What the monitor of this process has replaced.
 handlers_before: dict[int, Any] = {}
-heard_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 
 
 def leave_to_parent(signum: int, frame: object) -> None:
-    """In a forked child: a signal to the group, which the monitor hears too, is not for it."""
-    # No SIG_IGN, which a program that the child executes would inherit.
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        if time.monotonic() - heard_at[signum] < 1:
-            return
-        # The monitor may not have come to it yet, and nothing will tell.
-        time.sleep(0.005)
-    signal.signal(signum, handlers_before.get(signum, signal.SIG_DFL))
-    signal.raise_signal(signum)
+    """In a child: its parent has heard it too. No SIG_IGN, which what it executes would inherit."""
+    if signum == SIGTERM:
+        # But multiprocessing's terminate() is waited for: the alarm ends it.
+        signal.alarm(30)
 
 
 def in_forked_child() -> None:
@@ -517,34 +505,24 @@ def in_forked_child() -> None:
             signal.signal(SIGTERM, leave_to_parent)
 
         workers._set_worker_signal_handlers = set_other_handlers
-    signal.pthread_sigmask(signal.SIG_SETMASK, masks_before.pop())
+    signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
 
 
 # Until a child's handlers are there, its signals wait.
-masks_before: list[set] = []
+masks: list[set] = []
 os.register_at_fork(
-    before=lambda: masks_before.append(signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks_before.pop()),
+    before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_SIGNALS)),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
     after_in_child=in_forked_child,
 )
 
 
 def begin_worker(number: int = 0) -> None:
-    """In a loader's worker: leaves signals to the process that trains, and ends with it."""
+    """In a loader's worker: leaves signals to the process that trains."""
     for signum in EXIT_SIGNALS:
-        signal.signal(signum, lambda *_: None)
-    # But multiprocessing's terminate() is waited for: the alarm ends it.
-    signal.signal(SIGTERM, lambda *_: signal.alarm(10))
+        signal.signal(signum, leave_to_parent)
     # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
     sys.excepthook = lambda *error: None
-
-    def end_with_parent() -> None:
-        # Torch watches the forkserver; this is the process that trains.
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_children(children: Iterable) -> None:
@@ -562,15 +540,13 @@ PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.de
 # What the pickle of a tensor or a plain value refers to, dtypes aside: nothing that grows.
 PLAIN_GLOBALS = re.compile(
     r"__builtin__\.(complex|set)|collections\.(Counter|OrderedDict)|torch\.(Size|device|\w+Storage)"
-    r"|torch\._utils\._rebuild_(parameter|tensor_v[23])|torch\.storage\.UntypedStorage"
+    r"|torch\._utils\._rebuild_(parameter|tensor_v[23])|torch\._tensor\._rebuild_from_type_v2"
+    r"|torch\.Tensor|torch\.storage\.UntypedStorage"
 )
 
 
 class FileForDisk(io.FileIO):
-    """A new file whose pieces are on their way to the disk while the next ones are written.
-
-    The advice that they need not stay in memory halves the time of a large file's flush.
-    """
+    """A new file whose pieces are on their way to the disk while the next ones are written."""
 
     _advised = 0
 
@@ -580,6 +556,7 @@ class FileForDisk(io.FileIO):
         while done < len(view):
             done += super().write(view[done : done + PIECE_BYTES]) or 0
             length = self.tell() - self._advised
+            # The advice that they need not stay in memory halves the time of a large file's flush.
             if length >= PIECE_BYTES and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.fileno(), self._advised, length, os.POSIX_FADV_DONTNEED)
                 self._advised += length
@@ -589,10 +566,9 @@ class FileForDisk(io.FileIO):
 def save_checkpoint(state: dict, path: Path | str) -> None:
     """Writes state, as torch.save does, so that path is, at every instant, old or whole.
 
-    State is nested dicts, lists and tuples of dense tensors, numbers, texts, None, and what else
-    torch.load(weights_only=True) takes and cannot grow; nothing may change it meanwhile. Raises
-    TypeError, with the place, for anything else in it; OSError, or what torch raises where memory
-    or a device fails it. Then the file that was at path before is untouched.
+    State is nested dicts, lists and tuples of dense tensors, arrays, numbers, texts and None;
+    nothing may change it meanwhile. Raises TypeError, with the place, for anything else in it;
+    OSError, or what torch raises. Then the file that was at path before is untouched.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
@@ -615,7 +591,6 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
             with contextlib.suppress(PermissionError):
                 flush_to_disk(folder)
     except BaseException as error:
-        # On a file system that takes no change the next start clears up.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         # torch's zip writer stumbles over a write that has failed: that one is the reason.
@@ -643,16 +618,18 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
     copies: dict[tuple, Tensor] = {}
     kept = {} if memory is None else memory
 
-    def on_host(leaf: Any) -> Any:
-        leaf = savable(leaf)
+    def on_host(value: Any) -> Any:
+        leaf = savable(value)
         if not isinstance(leaf, Tensor) or memory is None and leaf.is_cpu:
             return leaf
         # Those that are the same share their copy.
-        key = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg()
+        key: Any = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj()
+        key += leaf.is_neg(), value is leaf or id(value)
         if key not in copies or not leaf.numel():
-            place = len(copies), leaf.dtype, leaf.shape
+            place = len(copies), leaf.dtype, leaf.shape, hasattr(leaf, "was_array")
             if place not in kept:
                 kept[place] = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+                vars(kept[place]).update(vars(leaf))
             copies[key] = kept[place].copy_(leaf.detach())
         return copies[key]
 
@@ -663,20 +640,26 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
 
 
 def savable(value: Any) -> Any:
-    """A leaf of a state, numpy's numbers as Python's. Raises TypeError for what is refused."""
+    """A leaf as it is saved: numpy's number as Python's, an array as a tensor. Raises TypeError."""
     if isinstance(value, np.generic):
         value = value.item()
+    if type(value) is np.ndarray:
+        # Texts, objects and numbers of another machine's are no tensors.
+        with contextlib.suppress(TypeError, ValueError):
+            value = torch.from_numpy(value if value.flags.carray else value.copy())
+            value.was_array = True
     kind = type(value)
     if kind is int and value.bit_length() > 2000:
         raise TypeError(" is an integer of more than 2,000 bits, which torch.load refuses")
     if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
         return value
     if kind in (Tensor, nn.Parameter) and value.layout == torch.strided:
-        if not (value.is_meta or value.is_nested or value.is_quantized or vars(value)):
+        plain = vars(value).keys() <= {"was_array"}
+        if plain and not (value.is_meta or value.is_nested or value.is_quantized):
             return value
     raise TypeError(
-        f" is a {kind.__module__}.{kind.__qualname__}: only dense tensors, numbers, texts, None and"
-        " what they are in can be saved (as float(x), x.tolist(), str(x), x.state_dict() make them)"
+        f" is a {kind.__module__}.{kind.__qualname__}: what can be saved are dense tensors, arrays"
+        " of numbers, numbers, texts, None, and dicts, lists, tuples of them (list(x), vars(x))"
     )
 
 
@@ -715,7 +698,7 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
         state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"holds a {type(state).__name__}")
-        return state
+        return mapped(state, loaded)
     except CheckpointError:
         raise
     except OSError as error:
@@ -726,11 +709,17 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
         raise CheckpointError(text) from error
 
 
+def loaded(value: Any) -> Any:
+    if isinstance(value, Tensor) and hasattr(value, "was_array") and not value.is_meta:
+        return value.numpy(force=True)
+    return value
+
+
 def check_records(path: Path | str, tensors: bool) -> None:
     """Raises CheckpointError for a wrong checksum, ValueError for what torch.save never writes.
 
-    torch.load(weights_only=True) runs no code, but builds objects of any size (a bytearray, say):
-    so what the pickle refers to is compared with what tensors and plain values need.
+    torch.load(weights_only=True) runs no code, but builds objects of any size: so what the pickle
+    refers to is compared with what tensors and plain values need.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -765,9 +754,8 @@ def check_records(path: Path | str, tensors: bool) -> None:
 def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path, dict]]:
     """The checkpoints in a directory, the one that `latest` prefers first; no tensor is read.
 
-    It is the furthest of the run that has saved last, of which a start that was stopped before its
-    first step is none; one that has gone on from an older checkpoint goes on from there. Report
-    is told which cannot be read.
+    It is the furthest of the run that has saved last (after its first step); one that has gone on
+    from an older checkpoint goes on from there. Report is told which cannot be read.
     """
     found: list[tuple] = []
     newest: dict[str, str] = {}
@@ -805,14 +793,12 @@ class RunDirectory:
     """One run's hold on a checkpoint directory: its lock, and all that is saved there.
 
     metrics.csv (metrics_2.csv where that is another run's) has a row every --log-every batches;
-    when a run goes on, rows after `step` come again. The lock is held until the process is gone.
-    Raises OSError where the directory cannot be written, or belongs to a run that is alive.
+    when a run goes on, rows after `step` come again. Raises OSError where the directory cannot be
+    written, or belongs to a run that is alive.
     """
 
     def __init__(self, path: Path, run_id: str, step: int, keep: int, say: Callable) -> None:
         self.path, self.run_id, self._keep, self._say = path, run_id, keep, say
-        # The name of the newest save, and when it was.
-        self.last: tuple[str, float] | None = None
         # What writes in a thread; its last task; the memory of what it writes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: Future | None = None
@@ -822,7 +808,14 @@ class RunDirectory:
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._refused(error)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                words = os.pread(self._lock_file, 256, 0).decode(errors="replace").split()
+                os.close(self._lock_file)
+                holder = "(pid {} on {})".format(*(*words, "unknown", "unknown")[:2])
+                text = f"in use by another run {holder}: stop it, or give this one another"
+                raise OSError(errno.EBUSY, text) from None
+            text = f"no locks there ({error.strerror}); see to it that no other run uses it"
+            say(f"⚠️ {path}: {text}")
         self.write_outcome("")
         for leftover in (*path.glob(".*.tmp"), *path.glob("emergency_exit/.*.tmp")):
             with contextlib.suppress(OSError):
@@ -831,25 +824,12 @@ class RunDirectory:
         self._rows_lock = threading.Lock()
         # Whether the file holds all rows but the last, in these columns.
         self._current = False
-        for number in itertools.count(1):
-            self._metrics = path / f"metrics_{number}.csv".replace("_1.", ".")
-            rows = self._read_rows()
-            if rows or not self._metrics.exists():
-                break
-        self._columns = list(rows[0]) if rows else ["run"]
+        self._metrics = self.path_for("metrics.csv")
+        rows = self._read_rows()
+        self._columns = list(next(iter(rows), ["run"]))
         self._rows = [row for row in rows if int(row["step"]) <= step]
         if rows:
             self._write_rows()
-
-    def _refused(self, error: OSError) -> None:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            text = f"no locks there ({error.strerror}); see to it that no other run uses it"
-            return self._say(f"⚠️ {self.path}: {text}")
-        words = os.pread(self._lock_file, 256, 0).decode(errors="replace").split()
-        os.close(self._lock_file)
-        pid, host = (words + ["unknown", "unknown"])[:2]
-        text = f"in use by another run (pid {pid} on {host}): stop it, or give this one another"
-        raise OSError(errno.EBUSY, text) from None
 
     def write_outcome(self, outcome: str) -> None:
         """Leaves pid and host of this run, and how it ended, in the lock file for stop.sh."""
@@ -861,11 +841,10 @@ class RunDirectory:
     def path_for(self, name: str) -> Path:
         """Where to save under name: another run's file is never overwritten but evaded."""
         first = path = self.path / name
-        for number in itertools.count(2):
-            if not path.exists() or self._is_own(path):
-                return path
-            path = first.with_name(f"{first.stem}_{number}{first.suffix}")
-        raise AssertionError
+        numbers = itertools.count(2)
+        while path.exists() and not self._is_own(path):
+            path = first.with_name(f"{first.stem}_{next(numbers)}{first.suffix}")
+        return path
 
     def _is_own(self, path: Path) -> bool:
         # A pipe would be waited for.
@@ -901,7 +880,6 @@ class RunDirectory:
         return [row for row in mine if re.fullmatch("[0-9]{1,18}", row.get("step") or "")]
 
     def _write_rows(self) -> None:
-        """Adds the last row to the file, or writes all of it anew. Raises OSError."""
         anew, self._current = not self._current, False
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
@@ -938,7 +916,6 @@ class RunDirectory:
                 self._say(f"⚠️ {name} not saved: {one_line(error)}. Training goes on.")
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
         if self._pending is not None:
             self._pending.result()
 
@@ -954,7 +931,6 @@ class RunDirectory:
                 flush_to_disk(self._metrics)
             path = self.path_for(name)
         save_checkpoint(state, path)
-        self.last = name, time.monotonic()
         if name.startswith("step_"):
             self._prune(path)
         return path
@@ -969,10 +945,7 @@ class RunDirectory:
                 path.unlink()
 
     def save_last(self, state: dict) -> tuple[str, Path] | None:
-        """What the summary calls it, and its path; None where nothing could be saved.
-
-        Where the directory takes no save, the temporary one is tried, but not after q.
-        """
+        """What the summary calls it, and its path; None where nothing could be saved."""
         label, name = "Emergency checkpoint", f"emergency_exit/emergency_step_{state['step']}.pt"
         if state["exit_reason"] == "completed":
             label, name = "Final checkpoint", "final.pt"
@@ -1013,20 +986,38 @@ def seed_generators(*what: object, device: str = "cpu", own: Sequence = ()) -> N
 def generators_in(*roots: object) -> list:
     """The random generators that datasets, and what they consist of, have of their own."""
     kinds = random.Random, np.random.RandomState, np.random.Generator, torch.Generator
-    found, left, seen = [], list(roots), dict[int, object]()
-    # Large collections are data.
-    while left and len(seen) < 10_000:
-        value = left.pop()
-        if id(value) in seen or isinstance(value, (type, types.ModuleType)):
+    data = str, Tensor, np.ndarray, type, types.ModuleType
+    found, seen, left = [], dict[int, object](), collections.deque(roots)
+    # What is near comes first; collections without end are data.
+    while left and len(seen) < 100_000:
+        value = left.popleft()
+        if id(value) in seen or isinstance(value, data):
             continue
-        seen[id(value)] = value
         if isinstance(value, kinds):
             found.append(value)
-        elif isinstance(value, (list, tuple, dict)) and len(value) <= 1000:
-            left += value.values() if isinstance(value, dict) else value
-        elif type(value).__dictoffset__ and not isinstance(value, Tensor):
-            left += vars(value).values()
+        elif isinstance(value, types.FunctionType):
+            left.extend(value.__closure__ or ())
+        elif gc.is_tracked(value):
+            left.extend(itertools.islice(gc.get_referents(value), 1000))
+        seen[id(value)] = value
     return found
+
+
+def is_indexed(data: Any) -> bool:
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return indexed and not isinstance(data, (IterableDataset, DataLoader))
+
+
+def fingerprint(data: Any) -> Any:
+    """What data.fingerprint() says, and which samples of others a Subset has."""
+    own = getattr(data, "fingerprint", lambda: None)()
+    if isinstance(data, Tensor):
+        content = data.contiguous().flatten().view(torch.uint8).numpy(force=True)
+        return hashlib.blake2b(content.data, digest_size=16).hexdigest()
+    if isinstance(data, Subset):
+        indices = torch.as_tensor(np.asarray(data.indices, np.int64))
+        return [own, fingerprint(indices), fingerprint(data.dataset)]
+    return own
 
 
 def shuffled(indices: np.ndarray, n: int, key: bytes) -> np.ndarray:
@@ -1067,22 +1058,34 @@ class Batches(Dataset):
     validated: int
     rank: int
     world_size: int
+    sampler: Any = None
 
     def __post_init__(self) -> None:
-        self.per_epoch = len(self.training) // self.batch_size
         self.per_evaluation = -(-self.validated // self.batch_size)
-        self.generators = generators_in(self.training, self.validation, self.collate)
+        roots = self.training, self.validation, self.collate, self.sampler
+        self.generators = generators_in(*roots)
+        # What the sampler has said of the epoch that is being loaded.
+        self._epoch, self._order = -1, list[list[int]]()
+        # A stream has no epochs of a known length.
+        self.per_epoch: Any = len(self.training) // self.batch_size or math.inf
+        if self.sampler is not None:
+            self.per_epoch = 0
+            self._begin_epoch(0)
+            self.per_epoch = len(self._order)
 
     def __getitem__(self, key: tuple[str, int]) -> tuple[Any, int]:
         split, number = key
         if split == "training":
             data, (epoch, number) = self.training, divmod(number, self.per_epoch)
+            self._begin_epoch(epoch)
             places = self._places(number, len(data))
-            indices = shuffled(places, len(data), b"%d %d" % (self.seed, epoch)).tolist()
+            if self.sampler is not None:
+                indices = self._order[number][self.rank :: self.world_size]
+            else:
+                indices = shuffled(places, len(data), b"%d %d" % (self.seed, epoch)).tolist()
         else:
             data, epoch = self.validation, -1
-            # Evenly spread. Without a sample of its own a rank computes one all the same: every
-            # rank makes as many forward passes.
+            # Evenly spread. A rank without a sample of its own computes one all the same.
             places = self._places(number, self.validated)
             indices = (places * len(data) // self.validated).tolist()
         samples = []
@@ -1091,6 +1094,27 @@ class Batches(Dataset):
             samples.append(data[index])
         seed_generators(self.seed, "collate", key, self.rank, own=self.generators)
         return self.collate(samples), len(indices)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        seed_generators(self.seed, "epoch", epoch, own=self.generators)
+        getattr(self.training, "set_epoch", lambda epoch: None)(epoch)
+        if self.sampler is not None:
+            # A sampler of torch is no function.
+            order = list(self.sampler(epoch) if callable(self.sampler) else self.sampler)
+            if order and not np.ndim(order[0]):
+                whole_batches = range(0, len(order) + 1 - self.batch_size, self.batch_size)
+                order = [order[first : first + self.batch_size] for first in whole_batches]
+            if not order or self.per_epoch not in (0, len(order)):
+                raise UserError(
+                    f"sampler: epoch {epoch} has {len(order)} batches, not {self.per_epoch}"
+                )
+            self._order = [[int(index) for index in batch] for batch in order]
+            if any(not batch or len(batch) % self.world_size for batch in self._order):
+                text = f"a batch is empty, or no multiple of {self.world_size} processes"
+                raise UserError(f"run.data(sampler=...): {text}")
+        self._epoch = epoch
 
     def _places(self, number: int, end: int) -> np.ndarray:
         first = number * self.batch_size
@@ -1137,58 +1161,85 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
+def load_optimizer(optimizer: Optimizer, saved: dict) -> None:
+    """Its load_state_dict, but types and groups stay what they were."""
+    groups, parameters = optimizer.param_groups, dict(enumerate(parameters_of(optimizer)))
+    state = own_part(saved, {"state": parameters})
+    optimizer.load_state_dict(state)
+    # PyTorch gives the state the types of the weights.
+    for number, one in parameters.items():
+        for key, value in state.get("state", {}).get(number, {}).items():
+            now = optimizer.state[one].get(key)
+            if isinstance(now, Tensor) and now.dtype != value.dtype:
+                optimizer.state[one][key] = value.to(now.device)
+    # An optimizer in another, and a scheduler, may share groups.
+    for group, restored in zip(groups, optimizer.param_groups):
+        group.update(restored)
+    optimizer.param_groups = groups
+
+
 class RunState:
     """What a run consists of, its models and the objects that it keeps, and their states."""
 
-    def __init__(self, processes: Processes, resumed: Path | None, saved: dict) -> None:
+    def __init__(self, processes: Processes, resumed: tuple, weights: tuple) -> None:
         self.processes = processes
-        self.resumed = resumed
-        self.step: int = saved.get("step", 0)
+        self.resumed: Path | None
+        self.resumed, self._saved = resumed
+        # Or what a new run has its first weights from.
+        self._origin = resumed if self.resumed else weights
+        self.step: int = self._saved.get("step", 0)
         self.trains = False
-        self._saved = saved
-        # {name: (the bare module, what the loop calls)}, {kind of state: {name: object}}.
-        self._models: dict[str, tuple[nn.Module, nn.Module]] = {}
+        # {name: bare module}, {kind of state: {name: object}}.
+        self._models: dict[str, nn.Module] = {}
         self._schedulers: dict[str, Any] = {}
         self._others: dict[str, Any] = {}
         self._optimizers: dict[str, Optimizer] = {}
-        self._scalers: list[torch.amp.GradScaler] = []
         self._kept = {
             "scheduler_state_dicts": self._schedulers,
             "state_dicts": self._others,
             "optimizer_state_dicts": self._optimizers,
         }
+        # Kept optimizers that have others in them, and those that are not kept otherwise.
+        self._outer: set[str] = set()
+        self._inner: set[str] = set()
         # The parameters of all models, with their names; those that this batch has updated.
         self._names: dict[Tensor, str] = {}
-        self._updated: set[Tensor] = set()
+        self._updated: dict[Tensor, Any] = {}
+        self._wrapped: list[nn.Module] = []
+        self._not_reduced: list[Tensor] = []
+        # What the checkpoint has changed beside weights, to be said.
+        self._flags_restored: list[str] = []
         # The step in which each optimizer has stepped first.
         self._first_seen = weakref.WeakKeyDictionary[Optimizer, int]()
 
     def model(self, module: nn.Module, name: str = "model") -> nn.Module:
         """Moves a module to the device, wraps and compiles it, and restores its weights on resume.
 
-        Returns what the loop calls. Optimizers are made after this. Raises UserError for a module
-        that cannot be sharded, CheckpointError where the checkpoint's is another one.
+        Returns what the loop calls. Optimizers are made after this. Raises UserError.
         """
         if self.trains or name in self._models:
             raise UserError(f"run.model({name}): before the loop, and each with a name of its own")
         module, wrapped = self.processes.wrap(module)
-        if self.resumed is not None:
-            with fitting(self.resumed, name):
-                saved = {**self._saved["state_dicts"], "model": self._saved["model_state_dict"]}
+        path, saved = self._origin
+        if path is not None:
+            with fitting(path, name):
+                saved = {**saved["state_dicts"], "model": saved["model_state_dict"]}
                 module.load_state_dict(own_part(saved[name], module.state_dict()))
-        self._models[name] = (module, wrapped)
+        self._models[name] = module
+        if wrapped is not module:
+            self._wrapped.append(wrapped)
+            self._not_reduced += [one for one in module.parameters() if not one.requires_grad]
         return wrapped
 
     @property
     def module(self) -> nn.Module:
         """The bare model, without what makes it one of many processes."""
-        return next(iter(self._models.values()))[0]
+        return next(iter(self._models.values()))
 
     def keep(self, **objects: Any) -> Any:
-        """Saves objects with state_dict and load_state_dict (optimizers, schedulers, EMA, ...).
+        """Saves objects with state_dict and load_state_dict, or dicts of them; returns them.
 
-        So it does dicts of them. They are restored when the loop begins. Returns the object; of
-        several a tuple.
+        They are restored when the loop begins.
         """
         for label, value in objects.items():
             for name, part in (value if isinstance(value, dict) else {label: value}).items():
@@ -1200,21 +1251,23 @@ class RunState:
                 problems = {
                     "before the loop": self.trains,
                     "it has no load_state_dict": not hasattr(part, "load_state_dict"),
-                    f"the name {name} is taken": name in (*kept, *self._models, "gradients"),
+                    f"the name {name} is taken": name in (*kept, *self._models),
                 }
                 for problem in (text for text, is_so in problems.items() if is_so):
                     raise UserError(f"run.keep({label}=...): {problem}")
                 kept[name] = part
-                if isinstance(part, torch.amp.GradScaler):
-                    self._scalers.append(part)
         values = tuple(objects.values())
         return values[0] if len(values) == 1 else values
 
     def _begin_state(self) -> None:
         """Restores what is kept, and watches from here on who updates which parameters."""
-        for name, (module, _) in self._models.items():
+        for name, module in self._models.items():
             self._names |= {one: f"{name}.{key}" for key, one in module.named_parameters()}
-        for name, optimizer in self._optimizers.items():
+        modules = {name: x for name, x in self._others.items() if isinstance(x, nn.Module)}
+        self._roots = {**self._models, **modules}
+        optimizers = list(self._optimizers.items())
+        # It grows: one in another has a state of its own.
+        for name, optimizer in optimizers:
             if not self._names.keys() >= set(parameters_of(optimizer)):
                 raise UserError(
                     f"run.keep({name}=...): the optimizer has parameters that no run.model(...)"
@@ -1223,25 +1276,57 @@ class RunState:
             scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
             if scheduled and not self._schedulers and not self._others:
                 raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
+            for key, value in (vars(optimizer) | {"state": None}).items():
+                for one in (one for one in tree_leaves(value) if isinstance(one, Optimizer)):
+                    self._outer.add(name)
+                    if one not in self._optimizers.values():
+                        inner = f"{name}.{key}.{len(self._inner)}"
+                        self._optimizers[inner] = one
+                        self._inner.add(inner)
+                        optimizers.append((inner, one))
+        self._first_buffers = {key: one.clone() for key, one in self._other_buffers().items()}
         if self.resumed is not None:
             self._restore()
+        self._saved = {}
+        self._origin = self._origin[0], {}
         self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._models.items():
+            for key, one in module.named_modules():
+                yield f"{name}.{key}".removesuffix("."), one
+
+    def _other_buffers(self) -> dict[tuple[str, str], Tensor]:
+        return {
+            (name, key): buffer.detach()
+            for name, module in self._roots.items()
+            for key, buffer in module.named_buffers()
+            if key not in module.state_dict()
+        }
 
     def _before_step(self, optimizer: Optimizer, *arguments: object) -> None:
         parameters = self._names.keys() & parameters_of(optimizer)
-        self._updated |= parameters
-        # One that lives for a batch (an attack's, say) leaves nothing to keep, and another object
-        # that is kept, a controller for instance, may save it.
+        for one in parameters:
+            grad: Any = one.grad
+            self._updated[one] = grad is not None and (weakref.ref(grad), grad._version)
+        # One that lives for a batch leaves nothing to keep; another object may save one.
         lasts = self._first_seen.setdefault(optimizer, self.step) != self.step
-        unkept = optimizer not in self._optimizers.values() and not self._others
-        if unkept and (parameters or lasts):
+        kept = optimizer in self._optimizers.values()
+        if not kept and not self._others and (parameters or lasts):
             word = type(optimizer).__name__
             hint = f"run.keep(name={word}(...)), and its module is for run.model"
             raise UserError(f"{word} steps in the loop but is not kept: {hint}")
+        if kept and len(parameters) < sum(1 for _ in parameters_of(optimizer)):
+            raise UserError(
+                "a kept optimizer has parameters that no run.model(...) had at the start"
+            )
+        if any(one.requires_grad for one in self._not_reduced):
+            raise UserError(
+                "frozen before run.model(...) it stays so on many ranks; freeze it after"
+            )
 
     def _restore(self) -> None:
         """Restores what is kept, the optimizers last: a scheduler's constructor changes them."""
-        gradients = self._saved["state_dicts"].pop("gradients", {})
         for kind, parts in self._kept.items():
             saved = self._saved[kind]
             models = self._models.keys() - {"model"} if kind == "state_dicts" else set()
@@ -1249,9 +1334,12 @@ class RunState:
                 where = "in the checkpoint, but not kept by this run"
                 if name not in saved:
                     where = "kept by this run, but not in the checkpoint"
-                raise CheckpointError(f"{self.resumed} does not fit this run: {name} is {where}")
+                text = f"{self.resumed} does not fit this run: {name} is {where}; {NEW_RUN}"
+                raise CheckpointError(text)
             for name, part in parts.items():
                 with fitting(self.resumed, name):
+                    if isinstance(part, Optimizer):
+                        self._add_groups(part, saved[name])
                     own = self._state_of(part)
                     # PyTorch takes the state of any scheduler, and optimizer of as many parameters.
                     for key in ("class", "total_steps", "param_names"):
@@ -1260,44 +1348,97 @@ class RunState:
                             raise ValueError(f"{key}: {there!s:.99} there, {here!s:.99} here")
                     saved[name].pop("class", None)
                     if isinstance(part, Optimizer):
-                        own = {"state": dict(enumerate(parameters_of(part)))}
-                    part.load_state_dict(own_part(saved[name], own))
-        with fitting(self.resumed, "its gradients"):
-            for one, name in self._names.items():
-                if name in gradients:
-                    one.grad = own_part(gradients[name], one).to(one.device)
-        self._saved = {}
+                        load_optimizer(part, saved[name])
+                    else:
+                        part.load_state_dict(own_part(saved[name], own))
+        with fitting(self.resumed, "what the loop has changed"):
+            self._restore_loop(self._saved["loop"])
+
+    def _add_groups(self, optimizer: Optimizer, saved: dict) -> None:
+        """Those that the loop has added."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        added = slice(len(optimizer.param_groups), None)
+        for group, names in zip(saved["param_groups"][added], saved["param_names"][added]):
+            optimizer.add_param_group({**group, "params": [parameters[one] for one in names]})
+
+    def _restore_loop(self, saved: dict) -> None:
+        for name, buffers in saved["buffers"].items():
+            for key, value in buffers.items():
+                path, _, last = key.rpartition(".")
+                owner = self._roots[name].get_submodule(path)
+                own = getattr(owner, last, None)
+                if value is not None:
+                    value = value.to(self.processes.device, copy=True)
+                    if isinstance(own, Tensor) and (own.shape, own.dtype) == (
+                        value.shape,
+                        value.dtype,
+                    ):
+                        own.copy_(value)
+                        continue
+                owner.register_buffer(last, value, persistent=False)
+        for name, module in self._modules():
+            module.training = name not in saved["eval"]
+        frozen = set(saved["frozen"])
+        for one, name in self._names.items():
+            if one.requires_grad == (name in frozen):
+                self._flags_restored.append(name)
+                one.requires_grad_(name not in frozen)
+            if name in saved["gradients"]:
+                one.grad = own_part(saved["gradients"][name], one).to(one.device)
 
     def _mark_boundary(self) -> None:
         """Remembers what an exception in a batch has to put back, and gradients that wait."""
-        buffers = [buffer for module, _ in self._models.values() for buffer in module.buffers()]
+        buffers = [buffer for module in self._models.values() for buffer in module.buffers()]
         # All of them: BatchNorm changes its own without a new version.
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
-        for part in (*self._schedulers.values(), *self._scalers):
+        scalers = [one for one in self._others.values() if isinstance(one, torch.amp.GradScaler)]
+        for part in (*self._schedulers.values(), *scalers):
             self._before.append((part.load_state_dict, dict(part.state_dict())))
         self._gradients = {
             name: parameter.grad.clone()
             for parameter, name in self._names.items()
-            if parameter.grad is not None and parameter not in self._updated
+            if parameter.grad is not None and self._waits(parameter)
         }
         self._updated.clear()
+        self._kept_as = self._marks()
+
+    def _waits(self, parameter: Tensor) -> bool:
+        """Whether its gradient is another than that with which an optimizer has stepped."""
+        known = self._updated.get(parameter)
+        grad: Any = parameter.grad
+        return not known or known[0]() is not grad or known[1] != grad._version
+
+    def _marks(self) -> tuple:
+        """Whatever of the state cannot be put back after a batch has changed it."""
+        parameters = [(one._version, one.requires_grad) for one in self._names]
+        groups = [len(one.param_groups) for one in self._optimizers.values()]
+        return parameters, groups, [id(x) for one in self._models.values() for x in one.buffers()]
 
     def _undo_batch(self) -> None:
-        """Takes back what a batch in which no optimizer has stepped has changed."""
         for put_back, state in self._before:
             put_back(state)
 
     def _states(self) -> dict:
-        models = {name: module.state_dict() for name, (module, _) in self._models.items()}
-        model = models.pop("model", {})
-        if self._gradients:
-            models["gradients"] = self._gradients
         kept = {
             kind: {name: self._state_of(part) for name, part in parts.items()}
             for kind, parts in self._kept.items()
         }
+        models = {name: module.state_dict() for name, module in self._models.items()}
+        model = models.pop("model", {})
         kept["state_dicts"] |= models
-        return {"model_state_dict": model, **kept}
+        now = self._other_buffers()
+        buffers: dict[str, dict[str, Tensor | None]] = {}
+        for name, key in {**self._first_buffers, **now}:
+            one, first = now.get((name, key)), self._first_buffers.get((name, key))
+            if one is None or first is None or one.dtype != first.dtype or not one.equal(first):
+                buffers.setdefault(name, {})[key] = one
+        loop = {
+            "gradients": self._gradients,
+            "buffers": buffers,
+            "frozen": [name for one, name in self._names.items() if not one.requires_grad],
+            "eval": [name for name, one in self._modules() if not one.training],
+        }
+        return {"model_state_dict": model, **kept, "loop": loop}
 
     def _state_of(self, part: Any) -> dict:
         if not isinstance(part, (Optimizer, LRScheduler, ReduceLROnPlateau)):
@@ -1310,19 +1451,18 @@ class RunState:
 
 
 class Run(RunState):
-    """One training run, and what happens between two batches.
+    """One training run, and what happens between two batches; main() hands it to train(run).
 
-    main() makes it and hands it to train(run). Use it in this order: data(), model(), keep(), then
-    one loop over batches(), in which log(), clip_gradients() and autocast() are for the body.
-    `options` is what the command line says; `step` counts complete batches; `best`, found at
-    `best_step`, is the best value of what batches() calls best, None before an evaluation.
+    In this order: data(), model(), keep(), then one loop over batches(), in which log(),
+    clip_gradients() and autocast() are for the body. `options` is what the command line says;
+    `step` counts complete batches; `best`, found at `best_step`, is None before an evaluation.
     """
 
-    FORMAT_VERSION = 2
+    FORMAT_VERSION = 3
 
-    def __init__(self, options: Any, processes: Processes, screen: Screen, resumed: tuple) -> None:
-        saved = resumed[1]
-        super().__init__(processes, *resumed)
+    def __init__(self, options: Any, processes: Processes, screen: Screen, *origin: tuple) -> None:
+        super().__init__(processes, *origin)
+        saved = self._saved
         self.options = options
         self.screen = screen
         self.monitor = processes.monitor
@@ -1334,78 +1474,93 @@ class Run(RunState):
         self.best: float | None = best["value"]
         self.best_step: int = best["step"]
         self._best_of: str | None = best["of"]
-        self._best_name = "loss"
         self._evaluation: dict = saved.get("evaluation", {"values": {}, "step": -1})
-        # `sums` and `counts` are of what was logged since the last row of metrics.csv; what was due
-        # up to `done_step` (an evaluation, a save) is done.
+        # `sums` and `counts` are since the last row; what was due up to `done_step` is done.
         start: Any = {"sums": {}, "counts": {}, "smooth_loss": None, "seconds": 0.0}
         self._metrics: dict = saved.get("metrics", {**start, "sessions": 0, "done_step": 0})
         self._logged: dict[str, tuple[float, int]] = {}
-        # The same run with another length goes on.
-        lengths = {name: vars(options)[name] for name in ("steps", "epochs")}
+        self._config: dict = saved.get("config", {})
         self.completed = saved.get("exit_reason") == "completed"
-        self.completed &= lengths.items() <= saved.get("config", {}).items()
         self.exit_code = 0
         # What the summary calls the last save, and where it is.
         self.saved: tuple[str, Path] | None = None
-        # A batch is complete; all is saved, on leaving; the person's code is at work (the loop's
-        # body, or evaluate).
+        # A batch is complete; all is saved, on leaving; the loop's body, or evaluate, is at work.
         self.trained = self._left = self._in_body = False
         self._batches: Any = None
+        # In the place of training data: what yields batches, None for the number of the step.
+        self._streams = False
+        self._source: Any = None
+        self._stream_epoch = 0
         self._fingerprint: dict[str, list] = {}
-        # What the loader yields, and its workers.
-        self._items: Iterator | None = None
+        # What the loader yields, what a stream does, and the loader's workers.
+        self._items: Any = None
+        self._stream_items: Any = None
         self._workers: list = []
-        self._evaluate: Any = None
         self._seed("start")
 
     def _seed(self, *what: object) -> None:
         seed_generators(self.options.seed, *what, device=self.device.type)
 
     def data(
-        self, training: Any, validation: Any = None, collate: Any = None, batch_size: int = 0
+        self,
+        training: Any,
+        validation: Any = None,
+        collate: Callable | None = None,
+        batch_size: int | None = None,
+        sampler: Any = None,
     ) -> None:
-        """Sets the datasets: lists, or map-style torch Datasets with a length.
+        """Sets the datasets: lists, tensors, or map-style torch Datasets with a length.
 
-        collate(samples) makes a batch; batch_size is that of all processes. Raises UserError for
-        data that cannot be resumed bit for bit or is too short, and on resume for other data.
+        collate(samples) makes a batch; batch_size is that of all processes. sampler(epoch), called
+        where the loading happens as a dataset's set_epoch(epoch) is, returns the indices of an
+        epoch, or lists of them, its batches. Training data may be a stream, an iterable that yields
+        batches and goes on where it was if it has state_dict and load_state_dict; or None. Raises
+        UserError for data that is too short, and on resume for other data.
         """
         size = batch_size or self.options.batch_size
         if size % self.world_size:
-            text = f"{size} cannot be shared out equally among {self.world_size} processes"
-            raise UserError(f"--batch-size {text}")
+            raise UserError(f"--batch-size {size} is no multiple of {self.world_size} processes")
+        if not is_indexed(training):
+            self._streams = True
+            self._source = training
+            training = []
+        if sampler is not None and (self._streams or hasattr(sampler, "num_replicas")):
+            raise UserError(
+                "run.data(sampler=...): not of a stream, nor one that deals out to ranks"
+            )
+        fewest = 0 if self._streams or sampler is not None else size
         validation, least = ([], 0) if validation is None else (validation, 1)
-        for split, data, fewest in ("training", training, size), ("validation", validation, least):
-            indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-            if isinstance(data, IterableDataset) or not indexed:
-                what = f"{type(data).__name__} is no map-style dataset, which a stream cannot be"
-                raise UserError(f"run.data: {what}: give it __getitem__(index) and __len__()")
-            if len(data) < fewest:
-                text = f"{len(data)} {split} samples, but at least {fewest} are needed"
+        for split, data, count in ("training", training, fewest), ("validation", validation, least):
+            if not is_indexed(data):
+                text = f"{type(data).__name__} has no __getitem__(index) and __len__()"
+                raise UserError(f"run.data: validation data is map-style, but {text}")
+            if len(data) < count:
+                text = f"{len(data)} {split} samples, but at least {count} are needed"
                 raise UserError(f"run.data: {text}")
-            self._fingerprint[split] = [len(data), getattr(data, "fingerprint", lambda: None)()]
+            self._fingerprint[split] = [len(data), fingerprint(data)]
         if self._fingerprint != (there := self._saved.get("data_fingerprint", self._fingerprint)):
             text = f"the data is not what the run of {self.resumed} was trained on"
-            raise CheckpointError(f"{text} ({there} then, {self._fingerprint} now)")
-        o = self.options
-        validated = min(len(validation), (o.eval_batches or len(validation)) * size)
-        ranks = self.rank, self.world_size
-        collate = collate or default_collate
-        self._batches = Batches(training, validation, collate, size, o.seed, validated, *ranks)
+            raise CheckpointError(f"{text} ({there} then, {self._fingerprint} now); {NEW_RUN}")
+        most = self.options.eval_batches or len(validation)
+        how = collate or default_collate, size, self.options.seed, min(len(validation), most * size)
+        self._batches = Batches(training, validation, *how, self.rank, self.world_size, sampler)
 
     @property
     def total_steps(self) -> int:
         """Batches in the whole run: --steps, or --epochs if that comes earlier."""
-        o = self.options
+        total = self._length(self.options.steps, self.options.epochs)
+        if total == math.inf:
+            raise UserError("how long? Give --steps (or --epochs, but not of a stream)")
+        return int(total)
+
+    def _length(self, steps: int | None, epochs: int | None) -> float:
         if self._batches is None:
             raise UserError("call run.data(training, validation) first")
-        if o.steps is None and o.epochs is None:
-            raise UserError("how long? Give --steps or --epochs, or main() one of them")
-        return int(min(o.steps or math.inf, (o.epochs or math.inf) * self._batches.per_epoch))
+        return min(steps or math.inf, (epochs or math.inf) * self._batches.per_epoch)
 
     @property
     def epoch(self) -> int:
-        return self.step // self._batches.per_epoch
+        return self._stream_epoch if self._streams else self.step // self._batches.per_epoch
 
     @property
     def evaluation(self) -> dict[str, float] | None:
@@ -1421,19 +1576,19 @@ class Run(RunState):
     def clip_gradients(self, max_norm: float, parameters: Any = None) -> Tensor:
         """Scales the gradient to a norm of at most max_norm; returns the norm that it had.
 
-        Raises FloatingPointError where it is not finite, before anything is updated; not with a
-        kept, enabled GradScaler, which then skips the step itself.
+        Raises FloatingPointError where it is not finite (a kept GradScaler skips that step itself).
         """
         if parameters is None:
             parameters = self._names
         norm = whole(nn.utils.clip_grad_norm_(list(dict.fromkeys(parameters)), max_norm))
-        if not norm.isfinite() and not any(scaler.is_enabled() for scaler in self._scalers):
+        scalers = [one for one in self._others.values() if isinstance(one, torch.amp.GradScaler)]
+        if not norm.isfinite() and not any(scaler.is_enabled() for scaler in scalers):
             text = "the gradient is NaN or infinite; nothing was updated. A resumed run comes to it"
-            raise FloatingPointError(f"{text} again: start a new one with a smaller learning rate")
+            raise FloatingPointError(f"{text} again; {NEW_RUN}, at a smaller learning rate")
         return norm
 
     def rates(self) -> dict[str, float]:
-        optimizers = self._optimizers.items()
+        optimizers = [one for one in self._optimizers.items() if one[0] not in self._inner]
         return {f"lr_{name}": float(one.param_groups[0]["lr"]) for name, one in optimizers}
 
     def log(self, **values: float | Tensor) -> None:
@@ -1447,24 +1602,32 @@ class Run(RunState):
             total, count = self._logged.get(name, (0.0, 0))
             self._logged[name] = total + float(torch.as_tensor(value).detach()), count + 1
 
-    def batches(self, evaluate: Callable | None = None, best: str = "min loss") -> Iterator:
+    def batches(
+        self, evaluate: Any = None, best: str = "min loss", summarize: Callable | None = None
+    ) -> Iterator:
         """Yields batches on the device. Coming back for the next one completes the one before.
 
-        evaluate(batch) returns {name: a value for each sample}; best names one of them, and min or
-        max. A request to leave is honoured between batches: all is saved, and SystemExit raised.
+        evaluate(batch) returns {name: a value for each sample}; summarize({name: those of all
+        samples, in order}), which then may be of any shape, returns {name: number} for what is no
+        mean. best names one of them, and min or max. A request to leave is honoured between
+        batches: all is saved, and SystemExit raised. Without data() it yields the step.
         """
+        if self._batches is None:
+            self.data(None)
         other = self.best is not None and best != self._best_of
         problems = {
-            "call run.data(training, validation) first": self._batches is None,
             f'best="{best}": "min" or "max", and a name': not re.match("(min|max) .", best),
             "there is one loop in a run. Put both into one": self.trains,
             "call run.model(module) before the loop": not self._models,
-            "there is no validation data": evaluate and not getattr(self._batches, "validated", 1),
+            "there is no validation data": evaluate and not self._batches.validated,
+            "--eval-every epoch: there are none": self.options.eval_every == "epoch"
+            and self._streams,
             f'"{best}" does not fit the checkpoint, whose run has "{self._best_of}"': other,
         }
         for problem in (text for text, is_so in problems.items() if is_so):
             raise UserError(f"run.batches: {problem}")
         self._evaluate = evaluate
+        self._summarize: Any = summarize
         self._best_of = best
         self._best_name = best.partition(" ")[2]
         return self._loop()
@@ -1482,9 +1645,9 @@ class Run(RunState):
                     raise Interrupted
                 if self.step >= self.total_steps:
                     break
-                batch, _ = self._fetched()
+                batch, count = self._fetched("training")
+                self._samples += count * self.world_size
             except Interrupted:
-                # What it has cut short is done again by whoever goes on.
                 self._close_loader()
                 self._leave()
                 continue
@@ -1496,15 +1659,22 @@ class Run(RunState):
         self.monitor.nothing_to_save = "Everything is saved already."
 
     def _begin(self) -> None:
+        nowhere = [{"epoch": 0, "state": None}] * self.world_size
+        self._places: list[dict] = self._saved.get("stream", nowhere)
+        if len(self._places) != self.world_size and self._streams:
+            raise UserError(f"{self.resumed}: a stream of {len(self._places)} processes; {NEW_RUN}")
+        self._stream_epoch = self._places[0]["epoch"]
         self._begin_state()
+        # What a loop has left by break it goes on with: the body decides again.
+        self.completed &= self.step == self.total_steps
         self.completed |= self.step > self.total_steps
         if self.completed:
             return
-        # Where rank 0 may not save, none begins.
         self.processes.first(self._open_directory)
         self._mark_boundary()
         self._start = self._row_time = self._batch_time = time.monotonic()
-        self._first_step = self._row_step = self.step
+        self._first_step = self.step
+        self._samples = self._row_samples = 0
         self._metrics["sessions"] += 1
         self.monitor.describe = self._describe
         self.monitor.nothing_to_save = None
@@ -1523,64 +1693,116 @@ class Run(RunState):
     def _introduce(self) -> None:
         batches, say = self._batches, self.screen.say
         # fully_shard has made a class of its own of it.
-        kinds = (type(module).__name__.removeprefix("FSDP") for module, _ in self._models.values())
+        kinds = (type(module).__name__.removeprefix("FSDP") for module in self._models.values())
         count = sum(parameter.numel() for parameter in self._names)
         where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
+        data = f"{len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch"
+        if self._streams:
+            data = "no data" if self._source is None else "a stream"
         say(
-            f"🧠 {' and '.join(kinds)}, {count:,} parameters, on {where}:"
-            f" {len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch;"
+            f"🧠 {' and '.join(kinds)}, {count:,} parameters, on {where}: {data};"
             f" saves in {self.options.checkpoint_dir}"
         )
+        for name, one in self._others.items():
+            if isinstance(one, nn.Module) and not (one.state_dict() or list(one.buffers())):
+                text = "is empty, nothing of it is saved (of a metric: call its persistent(True))"
+                say(f"⚠️ run.keep({name}=...): its state_dict() {text}.")
+        if self._source is not None and not self._has_state():
+            name = type(self._source).__name__
+            text = "a resumed run begins it anew (of a DataLoader: give run.data its dataset)"
+            say(f"⚠️ {name} has no state_dict and load_state_dict: {text}.")
         if self.resumed is not None:
             say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
+            then, now = self._config, vars(self.options)
+            names = [one for one in then if then[one] != now[one] and one != "checkpoint_dir"]
+            if names:
+                each = ", ".join(f"{flag(one)} {now[one]} (was {then[one]})" for one in names)
+                say(f"⚙️ Changed: {each}. {KEPT_AS_SAVED}.")
+            if self._flags_restored:
+                some = ", ".join(self._flags_restored)
+                say(f"⚙️ requires_grad is the checkpoint's, not the script's: {some:.200}")
+        elif self._origin[0] is not None:
+            say(f"📂 A new run, with the weights of {self._origin[0]}")
         how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
         say(f"🔄 Training started. {how} to exit gracefully...")
 
-    # Between two batches.
-
     def _keys(self) -> Iterator[tuple[str, int]]:
-        """What the loader is to load, in the order in which it is used from here on."""
         done = self._metrics["done_step"]
         for step in range(self.step, self.total_steps + 1):
             if step > done and self._evaluates(step, done):
                 for number in range(self._batches.per_evaluation):
                     yield "validation", number
             done = step
-            if step < self.total_steps:
+            if step < self.total_steps and not self._streams:
                 yield "training", step
 
     def _evaluates(self, step: int, done: int) -> bool:
         every = self.options.eval_every
+        if every == "epoch":
+            every = self._batches.per_epoch
         due = step >= self.total_steps or step // every > done // every
         return due and self._evaluate is not None
 
-    def _fetched(self) -> tuple[Any, int]:
-        """The next batch, on the device, and how many samples of it count.
-
-        Raises Interrupted where somebody asks to leave while it waits. (Of several processes the
-        others are in a collective: there a request waits for the loader.)
-        """
-        if self._items is None:
+    def _fetched(self, split: str) -> tuple[Any, int]:
+        """The next batch, on the device, and how many samples of it count. Raises Interrupted."""
+        streams = split == "training" and self._streams
+        if streams and self._source is None:
+            return self.step, 1
+        if streams and self._stream_items is None:
+            self._stream_items = self._stream(**self._places[self.rank])
+        elif self._items is None and not streams:
             plan = self._batches, self._keys(), self.options.workers
             self._items, self._workers = started_loader(*plan, self.device.type == "cuda")
+        items: Any = self._stream_items if streams else self._items
+        # Of several processes the others are in a collective: there a request waits for the loader.
         alone = self.world_size == 1
         try:
             with self.monitor.interruptible() if alone else contextlib.nullcontext():
-                batch, count = next(self._items)
+                batch, count = next(items)
+        except UserError as error:
+            # A worker's arrives with a traceback in it.
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         except RuntimeError:
             # A signal to the whole group may have ended a worker before it had its handlers.
             if alone and self.monitor.heard:
                 raise Interrupted from None
             raise
-        return tree_map(self._to_device, batch), count
 
-    def _to_device(self, value: Any) -> Any:
-        return value.to(self.device, non_blocking=True) if hasattr(value, "to") else value
+        def on_device(value: Any) -> Any:
+            return value.to(self.device, non_blocking=True) if hasattr(value, "to") else value
+
+        return tree_map(on_device, batch), count
 
     def _close_loader(self) -> None:
         end_children(self._workers)
-        self._items = None
+        self._items = self._stream_items = None
         self._workers = []
+
+    def _has_state(self) -> bool:
+        return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
+
+    def _stream(self, epoch: int, state: Any) -> Iterator[tuple[Any, int]]:
+        """What an iterable yields, and its number of samples; exhausted, it begins again."""
+        source = self._source
+        while True:
+            self._seed("stream", self.rank, "epoch", epoch)
+            for one in (source, getattr(source, "dataset", None)):
+                getattr(one, "set_epoch", lambda epoch: None)(epoch)
+            if state:
+                source.load_state_dict(state)
+            on_child = signal.getsignal(signal.SIGCHLD)
+            items = iter(source)
+            signal.signal(signal.SIGCHLD, on_child)
+            begun = self.step
+            self._seed("stream", self.rank, self.step)
+            for batch in items:
+                self._stream_epoch = epoch
+                sizes = (len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim())
+                yield batch, next(sizes, 1)
+                self._seed("stream", self.rank, self.step)
+            if not state and begun == self.step:
+                raise UserError(f"run.data: {type(source).__name__} yields no batches")
+            epoch, state = epoch + 1, None
 
     def _complete(self) -> None:
         """Counts the batch that the body has had, and adds what all ranks have logged in it."""
@@ -1590,7 +1812,22 @@ class Run(RunState):
         except RuntimeError as error:
             # Another rank has died; this one's part of the batch is complete.
             failure = error
-        self._add(logged)
+        if self._streams:
+            # An error too, then: where its stream was nobody knows any more.
+            state = self._has_state() and copy.deepcopy(self._source.state_dict())
+            self._places = self.processes.gather({"epoch": self._stream_epoch, "state": state})
+        if not math.isfinite(logged.get("loss", (0.0, 0))[0]):
+            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
+        metrics, now = self._metrics, time.monotonic()
+        for name, (total, count) in logged.items():
+            metrics["sums"][name] = metrics["sums"].get(name, 0.0) + total
+            metrics["counts"][name] = metrics["counts"].get(name, 0) + count
+            if name == "loss":
+                smooth = metrics["smooth_loss"]
+                mean = total / count
+                metrics["smooth_loss"] = mean if smooth is None else 0.9 * smooth + 0.1 * mean
+        metrics["seconds"] += now - self._batch_time
+        self._batch_time = now
         self._logged = {}
         self._in_body = False
         self.step += 1
@@ -1599,26 +1836,8 @@ class Run(RunState):
             raise failure
         if not self.trained:
             # What cannot be saved is said now.
-            try:
-                mapped(self.state_dict(""), savable)
-            except TypeError as error:
-                raise UserError(f"this run could not be saved: state{error}") from None
+            self.state_dict("")
             self.trained = True
-
-    def _add(self, logged: dict[str, tuple[float, int]]) -> None:
-        """Adds what all ranks have logged in a batch. Raises FloatingPointError."""
-        if not math.isfinite(logged.get("loss", (0.0, 0))[0]):
-            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
-        metrics, now = self._metrics, time.monotonic()
-        for name, (total, count) in logged.items():
-            metrics["sums"][name] = metrics["sums"].get(name, 0.0) + total
-            metrics["counts"][name] = metrics["counts"].get(name, 0) + count
-            if name == "loss" and metrics["smooth_loss"] is None:
-                metrics["smooth_loss"] = total / count
-            elif name == "loss":
-                metrics["smooth_loss"] = 0.9 * metrics["smooth_loss"] + 0.1 * (total / count)
-        metrics["seconds"] += now - self._batch_time
-        self._batch_time = now
 
     def _at_boundary(self) -> None:
         """Evaluates, logs and saves what is due. What a request cuts short is done on resume."""
@@ -1656,62 +1875,89 @@ class Run(RunState):
     @torch.no_grad()
     def _evaluated(self) -> None:
         """Finds the mean of each value over all samples, in eval mode. Raises Interrupted."""
-        totals: dict[str, tuple[float, int]] = {}
-        roots = [wrapped for _, wrapped in self._models.values()]
-        roots += [one for one in self._others.values() if isinstance(one, nn.Module)]
-        training = [(one, one.training) for root in roots for one in root.modules()]
-        try:
-            for root in roots:
-                root.eval()
-                # Rank 0's are those of all.
-                for buffer in root.buffers() if self.processes.many else ():
-                    dist.broadcast(buffer, src=0)
+        parts: dict[str, list[Tensor]] = {}
+        with self._eval_mode():
             for number in range(self._batches.per_evaluation):
                 if self.monitor.exit_requested:
                     raise Interrupted
-                batch, counted = self._fetched()
+                batch, counted = self._fetched("validation")
                 self._seed("evaluation", number)
-                for name, value in self._sums(batch, counted).items():
-                    total, samples = totals.get(name, (0.0, 0))
-                    totals[name] = total + value, samples + counted
+                for name, values in self._values(batch, counted).items():
+                    parts.setdefault(name, []).append(values)
                 self.processes.exchange({})
-        finally:
-            for one, was in training:
-                one.training = was
-        totals = self.processes.exchange(totals)
-        means = {name: total / samples for name, (total, samples) in totals.items()}
-        self._evaluation = {"values": means, "step": self.step}
-        value = means[self._best_name]
+        ranks = self.processes.gather(parts)
+        # Each batch was dealt out to the ranks.
+        dealt = torch.arange(self._batches.validated) % self._batches.batch_size % self.world_size
+        order = dealt.argsort(stable=True).argsort()
+        found: dict[str, float] = {}
+        for name in parts:
+            samples = torch.cat([part for rank in ranks for part in rank[name]])[order]
+            parts[name] = [samples]
+            # Labels and predictions have no mean.
+            is_measure = samples.is_floating_point() or samples.dtype == torch.bool
+            if self._summarize is None or samples.dim() == 1 and is_measure:
+                found[name] = samples.double().mean().item()
+        if self._summarize is not None:
+            self._seed("summarize")
+            everything = {name: samples for name, [samples] in parts.items()}
+            summary = self.processes.first(lambda: self._summarize(everything))
+            try:
+                found |= {name: float(value) for name, value in summary.items()}
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                text = f"summarize returned {summary!s:.60}; it has to return"
+                raise UserError(f"{text} {{name: number}}") from None
+        if self._best_name not in found:
+            raise UserError(f"evaluate has found {', '.join(found)}; best is {self._best_of!r}")
+        self._evaluation = {"values": found, "step": self.step}
+        value = found[self._best_name]
         better = operator.gt if str(self._best_of).startswith("max") else operator.lt
         if value == value and (self.best is None or better(value, self.best)):
             self.best, self.best_step = value, self.step
 
-    def _sums(self, batch: Any, count: int) -> dict[str, float]:
-        """What evaluate returns for a batch, summed up. Raises UserError for anything else."""
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Modules, and optimizers that train other weights than they evaluate, are in eval mode."""
+        modules = (*self._wrapped, *self._roots.values())
+        training = [(one, one.training) for root in modules for one in root.modules()]
+        switch: list[Any] = [one for one in self._optimizers.values() if hasattr(one, "eval")]
+        weights = [(one, one.detach().clone()) for each in switch for one in parameters_of(each)]
+        try:
+            for root in (*modules, *switch):
+                root.eval()
+            # Rank 0's are those of all.
+            for buffer in (buffer for root in modules for buffer in root.buffers()):
+                if self.processes.many:
+                    dist.broadcast(buffer, src=0)
+            yield
+        finally:
+            for one, was in training:
+                one.training = was
+            for optimizer in switch:
+                optimizer.train()
+            for parameter, weight in weights:
+                parameter.detach().copy_(weight)
+
+    def _values(self, batch: Any, count: int) -> dict[str, Tensor]:
+        """What evaluate returns for a batch. Raises UserError for anything else."""
         self._in_body = True
         values = self._evaluate(batch)
         self._in_body = False
-        if not isinstance(values, dict) or self._best_name not in values:
-            wanted = f"{{name: a value for each sample}}, {self._best_name} among them"
-            raise UserError(f"evaluate returned {values!s:.60}; it has to return {wanted}")
-        sums = {}
+        if not isinstance(values, dict) or not values:
+            text = f"evaluate returned {values!s:.60}; it has to return"
+            raise UserError(f"{text} {{name: a value for each sample}}")
+        checked = {}
         for name, value in values.items():
-            got = f"as {type(value).__name__}"
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 value = whole(torch.as_tensor(value).detach())
-                got = f"of shape {tuple(value.shape)}"
-            if getattr(value, "shape", None) != (max(count, 1),):
-                raise UserError(
-                    f'evaluate returned "{name}" {got} for a batch of {max(count, 1)} samples: one'
-                    ' value for each is wanted, as reduction="none" gives it'
-                )
-            sums[name] = value[:count].to("cpu", torch.float64).sum().item()
-        return sums
-
-    # Saving and leaving.
+            shape = tuple(getattr(value, "shape", ()))
+            if (shape[:1] if self._summarize else shape) != (max(count, 1),):
+                text = f'evaluate returned "{name}" of shape {shape} for {max(count, 1)} samples'
+                raise UserError(f'{text}: reduction="none" gives a value for each, as is wanted')
+            checked[name] = value[:count].cpu()
+        return checked
 
     def state_dict(self, exit_reason: str) -> dict:
-        """The checkpoint as of the last boundary. Its tensors are the live ones, not copies.
+        """The checkpoint as of the last boundary; its tensors are the live ones. Raises UserError.
 
         With --shard a collective that copies, and rank 0 alone has it.
         """
@@ -1726,15 +1972,21 @@ class Run(RunState):
             "metrics": self._metrics,
             "config": dict(vars(self.options)),
             "data_fingerprint": self._fingerprint,
+            "stream": self._places,
             "exit_reason": exit_reason,
             "torch_version": str(torch.__version__),
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
-        return mapped(state, self.processes.gathered) if self.processes.sharded else state
+        if self.processes.sharded:
+            state = mapped(state, self.processes.gathered)
+        try:
+            mapped(state, savable)
+        except TypeError as error:
+            raise UserError(f"this run cannot be saved: state{error}") from error
+        return state
 
     def _leave(self) -> None:
         """Saves and raises SystemExit. Returns only where a save after q has failed."""
-        # Of torchrun's only process, what has interrupted its waiting may be new to it.
         self.processes.exchange({})
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason or "", self.monitor.exit_code
@@ -1765,7 +2017,6 @@ class Run(RunState):
         return True
 
     def _name_newest(self) -> None:
-        """Finds, for a summary after which nothing new is on the disk, what is there."""
         with contextlib.suppress(CheckpointError, OSError):
             newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
             self.saved = "Newest whole checkpoint", newest
@@ -1799,18 +2050,23 @@ class Run(RunState):
         if self.processes.many and hasattr(dist.group.WORLD, "abort"):
             # A device may be waiting for ranks that will not come.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
-        unknown = [name for name, one in self._others.items() if one not in self._scalers]
+        certain = torch.amp.GradScaler
+        unknown = [name for name, one in self._others.items() if not isinstance(one, certain)]
+        unknown += self._outer
         reason = None
         if self._in_body and unknown:
             reason = f"The batch may have changed what is kept ({', '.join(unknown)})"
-        if self._in_body and self._updated:
-            reason = "The exception came after a step of an optimizer"
+        if self._in_body and (self._updated or self._kept_as != self._marks()):
+            reason = "The exception came after a step of an optimizer, or what is like one"
         if self.processes.sharded:
             reason = "The other ranks' parts of the state are out of reach"
         if reason is None:
             self._undo_batch()
-            self._save_last(f"exception_{type(error).__name__}", together=False)
-            return error
+            try:
+                self._save_last(f"exception_{type(error).__name__}", together=False)
+                return error
+            except UserError as unsavable:
+                reason = one_line(unsavable)
         if self.rank == 0:
             self.directory.wait()
             self._name_newest()
@@ -1819,7 +2075,7 @@ class Run(RunState):
 
     def _row(self) -> dict[str, Any]:
         metrics, now = self._metrics, time.monotonic()
-        samples = (self.step - self._row_step) * self._batches.batch_size
+        samples = self._samples - self._row_samples
         values: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
         values |= {name: sum_ / metrics["counts"][name] for name, sum_ in metrics["sums"].items()}
         values |= {f"val_{name}": mean for name, mean in (self.evaluation or {}).items()}
@@ -1827,11 +2083,12 @@ class Run(RunState):
         values["samples_per_second"] = round(samples / max(1e-9, now - self._row_time), 1)
         values["seconds"] = round(metrics["seconds"], 3)
         metrics |= {"sums": {}, "counts": {}}
-        self._row_time, self._row_step = now, self.step
+        self._row_time, self._row_samples = now, self._samples
         return values
 
     def _status(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._start) / max(1, self.step - self._first_step)
+        elapsed = max(1e-9, time.monotonic() - self._start)
+        seconds = elapsed / max(1, self.step - self._first_step)
         left = min(round(seconds * (self.total_steps - self.step)), 10**9)
         parts = [f"step {self.step}/{self.total_steps}"]
         if self._metrics["smooth_loss"] is not None:
@@ -1840,16 +2097,16 @@ class Run(RunState):
         if self.best is not None:
             last = self._evaluation["values"][self._best_name]
             parts.append(f"val {self._best_name} {last:.4f} (best {self.best:.4f})")
-        parts.append(f"{self._batches.batch_size / seconds:,.0f} samples/s")
+        parts.append(f"{self._samples / elapsed:,.0f} samples/s")
         parts += [f"lr {rate:.2e}" for rate in list(self.rates().values())[-1:]]
         return " | ".join(parts)
 
     def _describe(self) -> str:
-        if self.directory.last is None:
-            return "No checkpoint yet since this start."
-        name, when = self.directory.last
-        age = datetime.timedelta(seconds=round(time.monotonic() - when))
-        return f"Last checkpoint: {name}, {age} ago."
+        saved = sorted(self.directory.path.rglob("[!.]*.pt"), key=os.path.getmtime)
+        if not saved:
+            return "No checkpoint yet."
+        age = datetime.timedelta(seconds=round(time.time() - os.path.getmtime(saved[-1])))
+        return f"Last checkpoint: {saved[-1].name}, {age} ago."
 
     def summary(self) -> str:
         """What is read last: how far it came, what was saved, and the command that goes on."""
@@ -1878,14 +2135,13 @@ class Run(RunState):
 class Processes:
     """The processes that train one model together: torchrun's, or this one alone.
 
-    Each rank has the whole model (DistributedDataParallel) or, if `sharded`, rows of everything
-    (fully_shard, PyTorch's FSDP2). Rank 0 alone saves, prints and hears the keys.
+    Each rank has the whole model (DistributedDataParallel) or, if `sharded`, rows of all of it
+    (fully_shard). Rank 0 alone saves, prints and hears the keys.
     """
 
     def __init__(self, monitor: ExitMonitor) -> None:
         self.monitor = monitor
         self.save_requested = False
-        # What prepared() reads from the options.
         self.device = torch.device("cpu")
         self.sharded = self.compiled = False
         self.many = dist.is_torchelastic_launched()
@@ -1902,7 +2158,7 @@ class Processes:
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
         # Who leaves for a mistake now leaves no other alone in the middle of connecting.
-        self._gather(None)
+        self.gather(None)
         self._torchrun = os.getppid()
         # From here on a request is for all, when the loop begins.
         monitor.requests = []
@@ -1913,28 +2169,25 @@ class Processes:
         module = module.to(self.device)
         if self.compiled:
             module.compile()
-        if self.sharded:
-            self._shard(module)
-        elif self.many and any(parameter.requires_grad for parameter in module.parameters()):
-            # Found anew in each batch, the parameters that take no part in it may differ (a GAN in
-            # one module); and its buckets keep their order: a resumed run adds up in the same one.
+        if self.many and not self.sharded and any(one.requires_grad for one in module.parameters()):
+            # Parameters that take no part may differ (a GAN in one module), and buckets keep their
+            # order: a resumed run adds up in the same one.
             return module, nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-        return module, module
+        if self.sharded:
+            # Every child of an nn.ModuleList, then the root, with rank 0's weights.
+            from torch.distributed.fsdp import fully_shard
 
-    def _shard(self, module: nn.Module) -> None:
-        """Shards every child of an nn.ModuleList, then the root, with rank 0's weights."""
-        from torch.distributed.fsdp import fully_shard
-
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
-        lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
-        found = (unit for one in reversed(lists) for unit in one if list(unit.parameters()))
-        for unit in (*dict.fromkeys(found), module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
+            lists = [one for one in module.modules() if isinstance(one, nn.ModuleList)]
+            found = (unit for one in reversed(lists) for unit in one if list(unit.parameters()))
             try:
-                fully_shard(unit, mesh=mesh)
+                for unit in (*dict.fromkeys(found), module):
+                    fully_shard(unit, mesh=mesh)
             except (ValueError, NotImplementedError) as error:
                 raise UserError(f"--shard: {one_line(error)}") from None
+        return module, module
 
     def gathered(self, leaf: Any) -> Any:
         """A collective: a copy on rank 0, of a tensor that is spread over processes all of it."""
@@ -1943,27 +2196,22 @@ class Processes:
         tensor = whole(leaf.detach())
         return tensor.to("cpu", copy=tensor.is_cpu) if self.rank == 0 else None
 
-    def _gather(self, value: object) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+    def gather(self, value: object) -> list[Any]:
+        values: list[Any] = [value] * self.world_size
+        if self.many:
+            dist.all_gather_object(values, value)
         return values
 
     def exchange(self, own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-        """Between two batches: what one process has heard becomes the request of all.
-
-        Returns the sum of what all have brought along: {name: (sum, count)}.
-        """
+        """What one has heard becomes the request of all; returns {name: (sum, count)} of all."""
         monitor = self.monitor
         mine = own, monitor.heard, monitor.save_requested
         self.save_requested |= monitor.save_requested
         monitor.save_requested = False
-        if not self.many:
-            return own
-        if os.getppid() != self._torchrun:
-            # Nobody is left who could end us.
+        if self.many and os.getppid() != self._torchrun:
             monitor.request("torchrun_died", 1)
         total: dict[str, tuple[float, int]] = {}
-        for values, requests, save in self._gather(mine):
+        for values, requests, save in self.gather(mine):
             self.save_requested |= save
             for request in requests:
                 if request not in monitor.requests:
@@ -1976,14 +2224,12 @@ class Processes:
 
     def first(self, function: Callable[[], Any]) -> Any:
         """A collective: what function returns or raises on rank 0 is for all."""
-        if not self.many:
-            return function()
         answer: list[Any] = [None, None]
         try:
-            answer[0] = function() if self.rank == 0 else None
+            answer[0] = self.rank == 0 and function()
         except (UserError, *SAVE_ERRORS) as error:
             answer[1] = error
-        dist.broadcast_object_list(answer)
+        answer = self.gather(answer)[0]
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -2026,22 +2272,37 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     try:
         code = trained(train, declared(options), argv)
     except UserError as error:
-        say_mistake(error)
+        complain(f"error: {one_line(error)}\n")
         code = 2
-    if argv is None:
-        end_process(code)
-    return code
+    if argv is not None:
+        return code
+    begun = time.monotonic()
+
+    def hurry(signum: int, frame: object) -> None:
+        # Half a second later it ends the wait for a person's threads.
+        if time.monotonic() - begun > 0.5:
+            end_children(multiprocessing.active_children())
+            os._exit(code)
+
+    for signum in EXIT_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, hurry)
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (AttributeError, OSError, ValueError):
+            # What Python cannot flush when it ends would turn any exit code into 120.
+            setattr(sys, name, None)
+    sys.exit(code)
 
 
 def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | None) -> int:
     """Parses, trains and says how it ended; returns the exit code. Raises UserError."""
     given = parse_options(options, argv, train.__doc__ or sys.modules["__main__"].__doc__)
-    for fd in range(3):
-        # A checkpoint must never become descriptor 1 or 2 because the parent has closed it.
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    # A checkpoint must never become descriptor 1 or 2 because the parent has closed it.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
     keyboard, screen = given.pop("keyboard", True), Screen(shown=is_first_rank())
     with contextlib.ExitStack() as stack:
         monitor = ExitMonitor(screen, is_first_rank() and keyboard)
@@ -2069,19 +2330,14 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
 def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -> Run:
     """The run that the command line asks for, with the checkpoint it goes on from."""
     directory = os.path.abspath(options["checkpoint_dir"].default)
-    name = given.pop("resume", None)
-    path: Path | None = None
-    if name == "latest":
-        path = latest_checkpoint(given.get("checkpoint_dir", directory), screen.say)
-    elif name is not None:
-        path = Path(os.path.abspath(name))
-    state = load_checkpoint(path, mmap=True) if path else {}
+    resume, weights = given.pop("resume", None), given.pop("weights", None)
+    if weights and resume not in (None, "auto"):
+        raise UserError("--weights begins a new run: leave it out, or --resume")
+    where = given.get("checkpoint_dir", directory)
+    path, state = named_checkpoint(resume, where, processes, screen.say)
+    origin = named_checkpoint(weights if path is None else None, where, processes, screen.say)
     with fitting(path, "this program"):
         if path is not None:
-            # Names of files are made of the id.
-            known = re.fullmatch("[0-9a-f]{12}", str(state.get("run_id")))
-            if state.get("format_version") != Run.FORMAT_VERSION or not known:
-                raise CheckpointError(f"{path}: not a checkpoint of this program and edition")
             # The directory that its run saves in, links resolved.
             folder = os.path.dirname(os.path.realpath(path))
             directory = folder.removesuffix("/emergency_exit")
@@ -2089,15 +2345,28 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
                 directory = state["config"]["checkpoint_dir"]
         given.setdefault("checkpoint_dir", directory)
         config = configuration(options, given, state.get("config", {}), path)
-        if config.shard and not processes.many:
-            if "shard" in given or path is None:
-                raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
-            # The checkpoint of a sharded run is one like any other.
-            config.shard = False
+        if given.get("shard") and not processes.many:
+            raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
         processes.device = choose_device(config.device)
-        processes.sharded = config.shard
+        # The checkpoint of a sharded run is one like any other.
+        processes.sharded = config.shard and processes.many
         processes.compiled = config.compile
-        return Run(config, processes, screen, (path, state))
+        return Run(config, processes, screen, (path, state), origin)
+
+
+def named_checkpoint(name: Any, directory: str, processes: Processes, say: Callable) -> tuple:
+    """The path and the state of a checkpoint, or of `latest`; (None, {}) for none."""
+    there = any(True for _ in Path(directory).rglob("[!.]*.pt"))
+    if name is None or name == "auto" and not processes.first(lambda: there):
+        return None, {}
+    path = Path(os.path.abspath(name))
+    if name in ("latest", "auto"):
+        path = processes.first(lambda: latest_checkpoint(directory, say))
+    state = load_checkpoint(path, mmap=True)
+    known = re.fullmatch("[0-9a-f]{12}", str(state.get("run_id")))
+    if state.get("format_version") != Run.FORMAT_VERSION or not known:
+        raise CheckpointError(f"{path}: not a checkpoint of this program and edition")
+    return path, state
 
 
 def last_words(run: Run, error: BaseException | None) -> None:
@@ -2109,7 +2378,7 @@ def last_words(run: Run, error: BaseException | None) -> None:
         elif run.trains and run.exit_code != 1:
             run.screen.say("✨ Graceful exit completed!")
     elif isinstance(error, UserError):
-        complain(f"error: {' '.join(str(error).split())}\n")
+        complain(f"error: {one_line(error)}\n")
     elif not isinstance(error, SystemExit):
         complain("".join(traceback.format_exception(error)))
     if run.trains:
@@ -2120,41 +2389,6 @@ def last_words(run: Run, error: BaseException | None) -> None:
                 run.directory.write_outcome(f"{run.exit_code}\n{summary}\n")
     # A terminal that was stopped with Ctrl-S may take the last lines yet.
     run.screen.write("", wait=2.0)
-
-
-def say_mistake(mistake: UserError) -> None:
-    """Prints a mistake, once where torchrun's processes all make the same."""
-    line = f"error: {' '.join(str(mistake).split())}\n"
-    if not dist.is_torchelastic_launched():
-        return complain(line)
-    store = next(dist.rendezvous("env://"))[0]
-    if not is_first_rank():
-        # torchrun ends all of them with the first that leaves. An error: that one is silent.
-        with contextlib.suppress(RuntimeError):
-            return store.wait(["mistake"], datetime.timedelta(seconds=10))
-    complain(line)
-    store.set("mistake", "")
-
-
-def end_process(code: int) -> NoReturn:
-    """Ends the process as Python does. A signal half a second later ends the wait for threads."""
-    begun = time.monotonic()
-
-    def hurry(signum: int, frame: object) -> None:
-        if time.monotonic() - begun > 0.5:
-            end_children(multiprocessing.active_children())
-            os._exit(code)
-
-    for signum in EXIT_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, hurry)
-    for name in ("stdout", "stderr"):
-        try:
-            getattr(sys, name).flush()
-        except (AttributeError, OSError, ValueError):
-            # What Python cannot flush when it ends would turn any exit code into 120.
-            setattr(sys, name, None)
-    sys.exit(code)
 
 
 def own_command() -> str:
@@ -2173,13 +2407,12 @@ def own_command() -> str:
 def choose_device(name: str) -> torch.device:
     """Raises UserError where the device is not there, or torch.distributed cannot use it."""
     mps = torch.backends.mps.is_available() and not dist.is_torchelastic_launched()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    usable = [kind for kind, is_there in there.items() if is_there]
+    there = ("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)
+    usable = [kind for kind, is_there in there if is_there]
     if name not in ("auto", *usable):
         raise UserError(f"--device {name}: here it can be {' or '.join(usable)}")
     device = torch.device(usable[0] if name == "auto" else name)
     if device.type == "cuda":
-        # Bit for bit needs kernels that add in a fixed order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     return device
@@ -2188,28 +2421,12 @@ def choose_device(name: str) -> torch.device:
 # ---- The built-in program: text ---------------------------------------------------------------
 
 
-class Text(Dataset):
-    """Windows of a text, uint8: item i is byte i * context and the `context` that follow it."""
-
-    def __init__(self, text: np.ndarray, context: int) -> None:
-        self.text, self.context = text, context
-
-    def __len__(self) -> int:
-        return max(0, len(self.text) - 1) // self.context
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = index * self.context
-        return torch.from_numpy(self.text[start : start + self.context + 1])
-
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(self.text.data, digest_size=16).hexdigest()
-
-
-def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Text]:
+def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Tensor]:
     """Training and validation data: the first 95 % of the files in paths, and the rest.
 
-    Without paths, of Python's own source, but for what some distributions omit. Hidden files and
-    what is below left_out are not data. Raises UserError for a path without any.
+    Row i, uint8, is byte i * context and the `context` that follow it. Without paths, of Python's
+    own source, but for what some distributions omit. Hidden files and what is below left_out are
+    not data. Raises UserError for a path without any.
     """
     omitted = set() if paths else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     content = bytearray()
@@ -2224,15 +2441,15 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
         except OSError as error:
             raise UserError(f"--data {error.filename}: {error.strerror}") from error
         if len(content) == before:
-            what = "no text there (hidden files and the checkpoint directory are left out)"
-            raise UserError(f"--data {top}: {what}")
-    text = np.frombuffer(content, np.uint8)
-    split = len(text) - len(text) // 20
-    datasets = [Text(text[:split], context), Text(text[split:], context)]
-    if not all(map(len, datasets)):
-        what = f"{len(text):,} bytes are too few for --context {context}"
-        raise UserError(f"--data {' '.join(paths) or '(the standard library)'}: {what}")
-    return datasets
+            raise UserError(f"--data {top}: no text there but hidden files and checkpoints")
+    rest = len(content) // 20
+    if rest <= context:
+        words = " ".join(paths) or "(the standard library)"
+        raise UserError(
+            f"--data {words}: {len(content):,} bytes are too few for --context {context}"
+        )
+    text = torch.frombuffer(content, dtype=torch.uint8)
+    return [part.unfold(0, context + 1, context) for part in (text[:-rest], text[-rest:])]
 
 
 # ---- The built-in program: model --------------------------------------------------------------
@@ -2288,8 +2505,8 @@ class Experts(nn.Module):
         self.w_in, self.w_out = nn.ParameterList(w_in), nn.ParameterList(w_out)
         # Not zero: where all rotations are alike, the orthogonality loss has no slope.
         self.theta = nn.Parameter(0.1 * torch.randn(experts, dim // 2)) if rotations else None
-        self.gates: Tensor | None = None
-        self.rotated_by: Tensor | None = None
+        self.gates: Any = None
+        self.rotated_by: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, context, dim) to the same shape."""
@@ -2376,30 +2593,26 @@ def specialization_loss(gates: Tensor, load: Tensor) -> Tensor:
     return (entropy - torch.special.entr(load).sum()) / math.log(gates.shape[-1])
 
 
-def forward_backward(
-    loss: Callable, batch: Any, grad_accum: int = 1, regularization: Callable = lambda: 0.0
-) -> Tensor:
-    """Adds the gradient of loss(batch) + regularization() to .grad; returns the mean of loss.
+def forward_backward(loss: Callable, batch: Any, parts: int = 1, extra: Callable = float) -> Tensor:
+    """Adds the gradient of loss(batch) + extra() to .grad; returns the mean of loss.
 
-    A batch that is a tensor is taken in grad_accum forward passes; loss is a mean over samples.
+    A batch that is a tensor is taken in so many forward passes; loss is a mean over samples.
     """
     losses = []
-    for part in [batch] if grad_accum == 1 else batch.chunk(grad_accum):
+    for part in [batch] if parts == 1 else batch.chunk(parts):
         value = loss(part)
-        ((value + regularization()) / grad_accum).backward()
+        ((value + extra()) / parts).backward()
         losses.append(value.detach())
     return torch.stack(losses).mean()
 
 
-def warmup_decay(
-    optimizer: Optimizer, warmup_steps: int, total_steps: int, decay: Callable[[float], float]
-) -> LambdaLR:
-    """A straight rise over warmup_steps, then decay(progress), progress from 0 to 1 at the end."""
+def warmup_decay(optimizer: Optimizer, warmup: int, total: int, decay: Callable) -> LambdaLR:
+    """A straight rise over warmup steps, then decay(progress), progress from 0 to 1 at the end."""
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return decay(min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return decay(min(1.0, (step - warmup) / max(1, total - warmup)))
 
     return LambdaLR(optimizer, factor)
 
@@ -2407,8 +2620,7 @@ def warmup_decay(
 class StandardTrainingController:
     """Turns batches into optimizer steps: one AdamW, one warm-up and cosine schedule.
 
-    loss(batch) is the mean loss of a batch, a scalar; model is what run.model() returned. Options
-    that the run has not (lr, warmup_steps, weight_decay, grad_clip, ...) are the built-in ones.
+    loss(batch) is the mean loss of a batch, a scalar. Options that the run has not are built-in.
     """
 
     def decay(self, progress: float) -> float:
@@ -2461,27 +2673,23 @@ class BatchedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Any]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for parameters in by_shape.values():
-                self._update_all(parameters, group)
-
-    def _update_all(self, parameters: list[Any], group: dict) -> None:
-        updates = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            # Where a matrix is spread over processes, each computes all of it.
-            updates.append(whole(parameter.grad.lerp(momentum, group["momentum"])))
-        rows, columns = parameters[0].shape
-        rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), group)):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(spread(update, parameter), alpha=-rate)
+            alike: dict[torch.Size, tuple[list, list]] = {}
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                parameters, updates = alike.setdefault(parameter.shape, ([], []))
+                parameters.append(parameter)
+                # Where a matrix is spread over processes, each computes all of it.
+                updates.append(whole(parameter.grad.lerp(momentum, group["momentum"])))
+            for (rows, columns), (parameters, updates) in alike.items():
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                for parameter, update in zip(
+                    parameters, orthogonalize(torch.stack(updates), group)
+                ):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(spread(update, parameter), alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, group: dict) -> Tensor:
@@ -2507,9 +2715,8 @@ class GeometricTrainingController(StandardTrainingController):
 
     loss = task + 0.01 orthogonality + 0.001 rotation_efficiency + 0.01 specialization, averaged
     over the Experts. `rotation`: Adam on their angles. `expert`: Muon on the matrices in them or in
-    an nn.ModuleList. `embedding`: AdamW on the rest. Muon is what lowers the loss: since (W R) x =
-    W (R x), rotations add nothing to experts with matrices of their own. Raises UserError for a
-    model without tg.Experts that have rotations.
+    an nn.ModuleList, which is what lowers the loss, for (W R) x = W (R x). `embedding`: AdamW on
+    the rest. Raises UserError for a model without tg.Experts that have rotations.
     """
 
     def decay(self, progress: float) -> float:
@@ -2517,24 +2724,14 @@ class GeometricTrainingController(StandardTrainingController):
         return 1 - progress
 
     def make_optimizers(self) -> dict[str, Optimizer]:
-        experts = (module for module in self.model.modules() if isinstance(module, Experts))
-        self.experts = [one for one in experts if one.theta is not None]
+        modules = list(self.model.modules())
+        self.experts = [x for x in modules if isinstance(x, Experts) and x.theta is not None]
         if not self.experts:
-            text = "the model has no tg.Experts(dim, experts)"
-            raise UserError(f"GeometricTrainingController: {text}")
+            raise UserError("GeometricTrainingController: no tg.Experts(dim, experts) in the model")
         o = self.options
         # A step decays the weights by lr * weight_decay: as much as AdamW's does. With four
         # iterations instead of five the loss falls as fast.
         muon = {"lr": 8 * o.lr, "weight_decay": o.weight_decay / 8, "ns_steps": 4}
-        rotation, expert, embedding = self._groups()
-        return {
-            "rotation": torch.optim.Adam(rotation, o.rotation_lr, fused=True),
-            "expert": BatchedMuon(expert, **muon),
-            "embedding": self.adamw(embedding),
-        }
-
-    def _groups(self) -> tuple[list, list, list]:
-        modules = list(self.model.modules())
         lists = [one for one in modules if isinstance(one, (nn.ModuleList, Experts))]
         inside = {p for one in lists for p in one.parameters() if p.dim() == 2}
         angles = {one.theta for one in self.experts}
@@ -2543,7 +2740,11 @@ class GeometricTrainingController(StandardTrainingController):
         inside -= {one.router.weight for one in modules if isinstance(one, Experts)}
         rotation = [p for p in self.model.parameters() if p in angles]
         others = [p for p in self.model.parameters() if p not in angles]
-        return rotation, [p for p in others if p in inside], [p for p in others if p not in inside]
+        return {
+            "rotation": torch.optim.Adam(rotation, o.rotation_lr, fused=True),
+            "expert": BatchedMuon([p for p in others if p in inside], **muon),
+            "embedding": self.adamw([p for p in others if p not in inside]),
+        }
 
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
@@ -2593,8 +2794,7 @@ def train(run: Run) -> None:
     if geometric and o.loop == "standard":
         raise UserError("--mode geometric needs --loop controller, for it has three optimizers")
     if o.dim % o.heads or o.dim < 2 or 4 * o.dim < o.experts:
-        text = "--heads has to divide --dim (2 or more), and --experts be at most 4 times --dim"
-        raise UserError(text)
+        raise UserError("--heads has to divide --dim, and --experts be at most 4 times --dim")
     training, validation = text_datasets(o.data, o.context, Path(o.checkpoint_dir).resolve())
     run.data(training, validation, batch_size=o.batch_size * o.grad_accum)
     sizes = o.context, o.layers, o.heads, o.dim, o.experts, o.dropout

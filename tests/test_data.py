@@ -278,7 +278,7 @@ def datasets(*paths: Path, context=8, left_out=Path("/nowhere")):
     return t.text_datasets([str(path) for path in paths], context, left_out)
 
 
-def all_of(both: list[t.Text]) -> bytes:
+def all_of(both: list[torch.Tensor]) -> bytes:
     return b"".join(bytes(one.text) for one in both)
 
 

@@ -434,7 +434,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_all(group, forty_windows, tmp_
     holder[0].terminal.expect(r"step \d+/")
     for arguments, message in [
         (["--data", forty_windows, "--checkpoint-dir", tmp_path], "in use by another run"),
-        (["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1], "cannot be shared out equally among 2"),
+        (["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1], "is no multiple of 2 processes"),
         (["--data", tmp_path / "none"], "no text there"),
         (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint there"),
         (["--batch-siez", 4], "batch-siez"),
