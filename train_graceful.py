@@ -38,6 +38,7 @@ import hashlib
 import io
 import itertools
 import math
+import mmap
 import multiprocessing.util
 import operator
 import os
@@ -146,7 +147,7 @@ COMMON_OPTIONS = {
     "keyboard": option(True, "listen to the keyboard"),
 }
 NOT_STORED = ("resume", "weights", "keyboard")
-# What other options change on resume; what helps where a checkpoint does not fit.
+# What is said of other options, and where a checkpoint does not fit.
 KEPT_AS_SAVED = "What is kept goes on as saved: learning rates, a cosine's length (then it rises)"
 NEW_RUN = "--weights in the place of --resume begins a new run from its weights"
 
@@ -290,10 +291,9 @@ class ExitMonitor:
                 train_on_a_batch()
 
     `reason` and `exit_code` describe the first request; `save_requested` is set when `s` was typed.
-    The thread sleeps in select() on standard input and the pipe to which Python's C signal handler
-    writes: it hears a request in the middle of a long torch operation. At the end of the block
-    terminal and signal handlers are as before. Forked children never reach it; a DataLoader's that
-    start in another way need worker_init_fn=begin_worker.
+    The thread sleeps in select() on standard input and the pipe to which Python's signal handler
+    writes: it hears in the middle of a long torch operation. At the end of the block terminal and
+    handlers are as before. Loader workers that are not forked need worker_init_fn=begin_worker.
     """
 
     KEYS = "Keys: q + Enter saves and leaves, s + Enter saves, a second Ctrl-C leaves at once."
@@ -398,6 +398,7 @@ class ExitMonitor:
                 self.heard.remove(request)
 
     def _hear(self, signum: int) -> None:
+        heard_at[signum] = time.monotonic()
         if signum == SIGINT:
             last = self._last_interrupt
             self._last_interrupt = time.monotonic()
@@ -479,15 +480,23 @@ class ExitMonitor:
             termios.tcflush(self._stdin, termios.TCIFLUSH)
 
 
-# What the monitor of this process has replaced.
+# What the monitor of this process has replaced; when it last heard each signal, by number, in a
+# page of memory that forked children share.
 handlers_before: dict[int, Any] = {}
+heard_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 
 
 def leave_to_parent(signum: int, frame: object) -> None:
-    """In a child: its parent has heard it too. No SIG_IGN, which what it executes would inherit."""
-    if signum == SIGTERM:
-        # But multiprocessing's terminate() is waited for: the alarm ends it.
-        signal.alarm(30)
+    """In a forked child: a signal to the group, which the monitor hears too, is not for it."""
+    # No SIG_IGN, which a program that the child executes would inherit.
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        if time.monotonic() - heard_at[signum] < 1:
+            return
+        # The monitor may not have come to it yet, and nothing will tell.
+        time.sleep(0.005)
+    signal.signal(signum, handlers_before.get(signum, signal.SIG_DFL))
+    signal.raise_signal(signum)
 
 
 def in_forked_child() -> None:
@@ -520,7 +529,9 @@ os.register_at_fork(
 def begin_worker(number: int = 0) -> None:
     """In a loader's worker: leaves signals to the process that trains."""
     for signum in EXIT_SIGNALS:
-        signal.signal(signum, leave_to_parent)
+        signal.signal(signum, lambda *_: None)
+    # But multiprocessing's terminate() is waited for: the alarm ends it.
+    signal.signal(SIGTERM, lambda *_: signal.alarm(10))
     # For the thread that hands tensors over: leaving may interrupt the parent in the middle of one.
     sys.excepthook = lambda *error: None
 
@@ -634,7 +645,7 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
         return copies[key]
 
     try:
-        return mapped(state, on_host)
+        return mapped(state, on_host, {})
     except TypeError as error:
         raise TypeError(f"state{error}") from None
 
@@ -663,20 +674,21 @@ def savable(value: Any) -> Any:
     )
 
 
-def mapped(state: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(state: Any, change: Callable[[Any], Any], done: dict) -> Any:
     """Changes the leaves of nested dicts, lists, tuples; a TypeError gets the place before it."""
     kind = type(state)
     if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple):
         return change(state)
+    # What a stranger's file holds again and again stays one thing.
+    if id(state) in done:
+        return done[id(state)]
     new = {}
     for key, item in state.items() if isinstance(state, dict) else enumerate(state):
         try:
-            new[change(key)] = mapped(item, change)
+            new[change(key)] = mapped(item, change, done)
         except TypeError as error:
             raise TypeError(f"[{key!r}]{error}") from None
-    if not isinstance(state, dict):
-        return kind(new.values())
-    made = kind(new)
+    done[id(state)] = made = kind(new if isinstance(state, dict) else new.values())
     if hasattr(state, "_metadata"):
         # A module's: the versions of its parts.
         made._metadata = state._metadata
@@ -687,8 +699,7 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
     """What is in a file of save_checkpoint or torch.save. Runs no code in it.
 
     Every record's checksum is verified first: torch.load alone misses a flipped bit. On the device
-    "meta" tensors have no content, and are not read; with mmap their memory is the file's. Raises
-    CheckpointError where the file cannot be read, is damaged, or holds anything else.
+    "meta" tensors are not read; with mmap their memory is the file's. Raises CheckpointError.
     """
     try:
         # A pipe would be waited for.
@@ -698,7 +709,7 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
         state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"holds a {type(state).__name__}")
-        return mapped(state, loaded)
+        return mapped(state, loaded, {})
     except CheckpointError:
         raise
     except OSError as error:
@@ -754,8 +765,7 @@ def check_records(path: Path | str, tensors: bool) -> None:
 def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path, dict]]:
     """The checkpoints in a directory, the one that `latest` prefers first; no tensor is read.
 
-    It is the furthest of the run that has saved last (after its first step); one that has gone on
-    from an older checkpoint goes on from there. Report is told which cannot be read.
+    It is the furthest of the run that has saved last (after its first step), or of its last start.
     """
     found: list[tuple] = []
     newest: dict[str, str] = {}
@@ -793,8 +803,7 @@ class RunDirectory:
     """One run's hold on a checkpoint directory: its lock, and all that is saved there.
 
     metrics.csv (metrics_2.csv where that is another run's) has a row every --log-every batches;
-    when a run goes on, rows after `step` come again. Raises OSError where the directory cannot be
-    written, or belongs to a run that is alive.
+    rows after `step` come again. Raises OSError, also where a run that is alive has it.
     """
 
     def __init__(self, path: Path, run_id: str, step: int, keep: int, say: Callable) -> None:
@@ -851,7 +860,6 @@ class RunDirectory:
         if not path.is_file():
             return False
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            # It comes early: this stays cheap with many files.
             return self.run_id.encode() in file.read(4096)
         return False
 
@@ -937,7 +945,6 @@ class RunDirectory:
 
     def _prune(self, newest: Path) -> None:
         """Deletes this run's oldest periodic checkpoints beyond keep; newest is on the disk."""
-        # What cannot be deleted now is tried again after the next save.
         with contextlib.suppress(OSError):
             periodic = sorted(self.path.glob("step_*.pt"), key=os.path.getmtime)
             older = [path for path in periodic if path != newest and self._is_own(path)]
@@ -1009,7 +1016,7 @@ def is_indexed(data: Any) -> bool:
 
 
 def fingerprint(data: Any) -> Any:
-    """What data.fingerprint() says, and which samples of others a Subset has."""
+    """What data.fingerprint() says, which samples a Subset has, and of what a dataset consists."""
     own = getattr(data, "fingerprint", lambda: None)()
     if isinstance(data, Tensor):
         content = data.contiguous().flatten().view(torch.uint8).numpy(force=True)
@@ -1017,7 +1024,7 @@ def fingerprint(data: Any) -> Any:
     if isinstance(data, Subset):
         indices = torch.as_tensor(np.asarray(data.indices, np.int64))
         return [own, fingerprint(indices), fingerprint(data.dataset)]
-    return own
+    return [own, *map(fingerprint, getattr(data, "datasets", ()))]
 
 
 def shuffled(indices: np.ndarray, n: int, key: bytes) -> np.ndarray:
@@ -1150,7 +1157,6 @@ def started_loader(batches: Batches, keys: Iterator, workers: int, pin: bool) ->
 
 @contextlib.contextmanager
 def fitting(path: Path | None, name: str) -> Iterator[None]:
-    """Whatever goes wrong with a part of a checkpoint is a CheckpointError."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -1209,7 +1215,6 @@ class RunState:
         self._not_reduced: list[Tensor] = []
         # What the checkpoint has changed beside weights, to be said.
         self._flags_restored: list[str] = []
-        # The step in which each optimizer has stepped first.
         self._first_seen = weakref.WeakKeyDictionary[Optimizer, int]()
 
     def model(self, module: nn.Module, name: str = "model") -> nn.Module:
@@ -1482,7 +1487,6 @@ class Run(RunState):
         self._config: dict = saved.get("config", {})
         self.completed = saved.get("exit_reason") == "completed"
         self.exit_code = 0
-        # What the summary calls the last save, and where it is.
         self.saved: tuple[str, Path] | None = None
         # A batch is complete; all is saved, on leaving; the loop's body, or evaluate, is at work.
         self.trained = self._left = self._in_body = False
@@ -1511,11 +1515,10 @@ class Run(RunState):
     ) -> None:
         """Sets the datasets: lists, tensors, or map-style torch Datasets with a length.
 
-        collate(samples) makes a batch; batch_size is that of all processes. sampler(epoch), called
-        where the loading happens as a dataset's set_epoch(epoch) is, returns the indices of an
-        epoch, or lists of them, its batches. Training data may be a stream, an iterable that yields
-        batches and goes on where it was if it has state_dict and load_state_dict; or None. Raises
-        UserError for data that is too short, and on resume for other data.
+        collate(samples) makes a batch, batch_size is that of all processes. sampler(epoch), called
+        where samples are loaded as set_epoch(epoch) is, returns the indices of an epoch, or lists
+        of them, its batches. Training data may be an iterable that yields batches (and goes on if
+        it has state_dict and load_state_dict), or None. Raises UserError, also for other data.
         """
         size = batch_size or self.options.batch_size
         if size % self.world_size:
@@ -1608,9 +1611,8 @@ class Run(RunState):
         """Yields batches on the device. Coming back for the next one completes the one before.
 
         evaluate(batch) returns {name: a value for each sample}; summarize({name: those of all
-        samples, in order}), which then may be of any shape, returns {name: number} for what is no
-        mean. best names one of them, and min or max. A request to leave is honoured between
-        batches: all is saved, and SystemExit raised. Without data() it yields the step.
+        samples, in order}) {name: number}, for what is no mean. best names one, and min or max. A
+        request to leave is honoured between batches: all is saved, and SystemExit raised.
         """
         if self._batches is None:
             self.data(None)
@@ -1785,7 +1787,8 @@ class Run(RunState):
         """What an iterable yields, and its number of samples; exhausted, it begins again."""
         source = self._source
         while True:
-            self._seed("stream", self.rank, "epoch", epoch)
+            what = "stream", self.rank, "epoch", epoch
+            seed_generators(self.options.seed, *what, own=generators_in(source))
             for one in (source, getattr(source, "dataset", None)):
                 getattr(one, "set_epoch", lambda epoch: None)(epoch)
             if state:
@@ -1978,9 +1981,9 @@ class Run(RunState):
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
         if self.processes.sharded:
-            state = mapped(state, self.processes.gathered)
+            state = mapped(state, self.processes.gathered, {})
         try:
-            mapped(state, savable)
+            mapped(state, savable, {})
         except TypeError as error:
             raise UserError(f"this run cannot be saved: state{error}") from error
         return state
@@ -2102,11 +2105,13 @@ class Run(RunState):
         return " | ".join(parts)
 
     def _describe(self) -> str:
-        saved = sorted(self.directory.path.rglob("[!.]*.pt"), key=os.path.getmtime)
-        if not saved:
-            return "No checkpoint yet."
-        age = datetime.timedelta(seconds=round(time.time() - os.path.getmtime(saved[-1])))
-        return f"Last checkpoint: {saved[-1].name}, {age} ago."
+        # In the monitor's thread, which no file that goes at this moment may end.
+        with contextlib.suppress(OSError, ValueError):
+            saved = (path for path in self.directory.path.rglob("[!.]*.pt") if path.is_file())
+            when, name = max((path.stat().st_mtime, path.name) for path in saved)
+            age = datetime.timedelta(seconds=round(time.time() - when))
+            return f"Last checkpoint: {name}, {age} ago."
+        return "No checkpoint yet."
 
     def summary(self) -> str:
         """What is read last: how far it came, what was saved, and the command that goes on."""
@@ -2151,9 +2156,8 @@ class Processes:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "gloo"
         if torch.cuda.is_available():
-            here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-            if here > devices:
-                raise UserError(f"{here} processes, but only {devices} GPUs here")
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                raise UserError(f"more processes than GPUs, {torch.cuda.device_count()} here")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
@@ -2170,8 +2174,7 @@ class Processes:
         if self.compiled:
             module.compile()
         if self.many and not self.sharded and any(one.requires_grad for one in module.parameters()):
-            # Parameters that take no part may differ (a GAN in one module), and buckets keep their
-            # order: a resumed run adds up in the same one.
+            # Which take part may differ (a GAN in one module), and buckets keep their order.
             return module, nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         if self.sharded:
             # Every child of an nn.ModuleList, then the root, with rank 0's weights.
@@ -2266,8 +2269,8 @@ def spread(tensor: Tensor, own: Any) -> Tensor:
 def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **options: Any) -> int:
     """Parses the command line, calls train(run), and ends the process with the run's exit code.
 
-    Keyword arguments become options, or change the default of a common one; option(...) says more
-    about one. With argv, in a notebook for instance, it returns the exit code instead.
+    Keyword arguments become options, or change a common one's default; see option(...). With argv,
+    in a notebook for instance, it returns the exit code instead.
     """
     try:
         code = trained(train, declared(options), argv)
@@ -2425,8 +2428,7 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
     """Training and validation data: the first 95 % of the files in paths, and the rest.
 
     Row i, uint8, is byte i * context and the `context` that follow it. Without paths, of Python's
-    own source, but for what some distributions omit. Hidden files and what is below left_out are
-    not data. Raises UserError for a path without any.
+    own source. Hidden files and what is below left_out are not data. Raises UserError for none.
     """
     omitted = set() if paths else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     content = bytearray()
@@ -2469,7 +2471,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout * self.training
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         return self.out(y.transpose(1, 2).flatten(-2))
 
@@ -2491,8 +2493,7 @@ class Experts(nn.Module):
     """A softmax-routed mixture of two-layer MLPs that share 4 * dim hidden units.
 
     Every expert sees every token, weighted by its gate; with rotations, through R_e with angles
-    max_angle * tanh(theta_e), folded into its first weight. `gates` (..., experts) and `rotated_by`
-    (experts, dim // 2) are then routing and angles of the last pass.
+    max_angle * tanh(theta_e). `gates` (..., experts), `rotated_by` (experts, dim // 2): the last.
     """
 
     def __init__(self, dim: int, experts: int, rotations: bool = True) -> None:
@@ -2729,8 +2730,7 @@ class GeometricTrainingController(StandardTrainingController):
         if not self.experts:
             raise UserError("GeometricTrainingController: no tg.Experts(dim, experts) in the model")
         o = self.options
-        # A step decays the weights by lr * weight_decay: as much as AdamW's does. With four
-        # iterations instead of five the loss falls as fast.
+        # A step decays the weights as much as AdamW's does; with four iterations it is as good.
         muon = {"lr": 8 * o.lr, "weight_decay": o.weight_decay / 8, "ns_steps": 4}
         lists = [one for one in modules if isinstance(one, (nn.ModuleList, Experts))]
         inside = {p for one in lists for p in one.parameters() if p.dim() == 2}

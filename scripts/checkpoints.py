@@ -34,6 +34,7 @@ ENTRIES = dict.fromkeys(("format_version", "step"), int)
 ENTRIES |= dict.fromkeys(("exit_reason", "torch_version", "run_id", "saved_at"), str)
 ENTRIES |= dict.fromkeys(("optimizer_state_dicts", "scheduler_state_dicts", "state_dicts"), dict)
 ENTRIES |= dict.fromkeys(("model_state_dict", "best", "evaluation", "metrics", "config"), dict)
+ENTRIES |= {"loop": dict}
 INSIDE = {
     "best": {"value", "step", "of"},
     "evaluation": {"values", "step"},
@@ -170,6 +171,9 @@ def show_checkpoint(path: Path) -> None:
     for name, value in state["state_dicts"].items():
         if not is_module(value):
             show("State", f"{name}: {described(value)}")
+    for name, value in state["loop"].items():
+        if (words := described(value)) != "empty":
+            show("Loop", f"{name}: {words}")
     show_configuration(state["config"])
 
 
@@ -232,7 +236,11 @@ def optimizer_in_words(state: object) -> str:
         count = sum(len(group["params"]) for group in groups)
         rates = ", ".join(sorted({f"{float(group['lr']):.3g}" for group in groups}))
         kind = state["class"].rpartition(".")[2]
-        return f"{kind}, {counted(count, 'tensor')}, learning rate {rates}"
+        words = f"{kind}, {counted(count, 'tensor')}, learning rate {rates}"
+        if any("train_mode" in group for group in groups):
+            # Schedule-free: its eval() changes the model's weights.
+            words += "; the model's weights are those that it trains, not those that it evaluates"
+        return words
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return described(state)
 

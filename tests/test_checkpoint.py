@@ -35,7 +35,7 @@ from conftest import (
 import train_graceful as t
 
 KEYS = {"format_version", "model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "step", "best",
-        "evaluation", "metrics", "config", "data_fingerprint", "exit_reason", "torch_version", "run_id", "saved_at"}
+        "evaluation", "metrics", "config", "data_fingerprint", "stream", "loop", "exit_reason", "torch_version", "run_id", "saved_at"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def assert_refused(message, *words):
 
 
 @pytest.mark.parametrize("value", [
-    numpy.ones(2), Path("x"), b"x", bytearray(b"x"), {(1, 2)}, collections.defaultdict(int), argparse.Namespace(a=1),
+    numpy.array(["x"]), numpy.array([None]), Path("x"), b"x", bytearray(b"x"), {(1, 2)}, collections.defaultdict(int), argparse.Namespace(a=1),
     datetime.datetime.now(), 2**2039, torch.eye(2).to_sparse(), {Path("x"): 1}, {b"x": 1}, torch.nn.Buffer(torch.ones(2)),
     lambda: None, torch.ones(2, device="meta"), torch.nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
@@ -237,7 +237,7 @@ def test_layout_keys_and_retention(finished):
     assert sorted(path.name for path in finished.iterdir()) == ["best.pt", "final.pt", "metrics.csv", "run.lock", "step_10.pt", "step_12.pt"]
     for path in finished.glob("*.pt"):
         state = torch.load(path, weights_only=True)
-        assert KEYS == set(state) and state["format_version"] == 2
+        assert KEYS == set(state) and state["format_version"] == 3
     assert torch.load(finished / "final.pt", weights_only=True)["exit_reason"] == "completed"
     assert torch.load(finished / "best.pt", weights_only=True)["best"]["value"] < 6
 
@@ -307,7 +307,7 @@ def test_latest_passes_over_what_another_program_has_saved(finished, tmp_path, c
 def saved_by(path, run_id, session, step, saved_at) -> Path:
     """A file that `latest` takes for a checkpoint; its modification time says nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"format_version": 2, "run_id": run_id, "step": step, "saved_at": saved_at}
+    state = {"format_version": 3, "run_id": run_id, "step": step, "saved_at": saved_at}
     t.save_checkpoint({**state, "metrics": {"sessions": session}}, path)
     os.utime(path, (2**33 - 1000 * step,) * 2)
     return path
@@ -339,12 +339,12 @@ def altered(finished, path, change):
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda s: s.update(format_version=1), "not a checkpoint of this program and edition"),
-    (lambda s: s.update(format_version=3), "not a checkpoint of this program"),
-    (lambda s: s.update(format_version=torch.ones(3)), "does not fit this program"),
+    (lambda s: s.update(format_version=2), "not a checkpoint of this program and edition"),
+    (lambda s: s.update(format_version=4), "not a checkpoint of this program"),
+    (lambda s: s.update(format_version=torch.ones(3)), "this program"),
     (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
     (lambda s: s["config"].update(dim=32), "does not fit"),
-    (lambda s: s["config"].update(speed=1), "of another program, which has --speed"),
+    (lambda s: s["config"].update(speed=1), "here is no --speed as in its run; --weights"),
     (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
     (lambda s: s["optimizer_state_dicts"].pop("adamw"), "kept by this run, but not in the checkpoint"),
     (lambda s: s["state_dicts"].update(ema={}), "ema is in the checkpoint, but not kept by this run"),
@@ -362,7 +362,7 @@ STRANGE = [None, True, 10**30, "x", float("nan"), [], [1], {}, {1: 2}, torch.one
 NEEDLESS = {"exit_reason", "torch_version", "saved_at"}
 CHECKED = {
     "format_version", "run_id", "model_state_dict", "state_dicts", "best", "config",
-    "data_fingerprint",
+    "data_fingerprint", "loop", "stream",
 }  # fmt: skip
 
 

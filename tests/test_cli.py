@@ -47,7 +47,7 @@ def mistake(tmp_path, monkeypatch):
     (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
     (["--dim", "10", "--heads", "4"], ["--heads has to divide --dim"]),
     (["--experts", "1000", "--dim", "16"], ["--experts be at most 4 times --dim"]),
-    (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--dim (2 or more)"]),
+    (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--heads has to divide --dim"]),
     (["--no-such-option"], ["--no-such-option"]),
     (["--device", "tpu"], ["--device", "tpu"]),
     (["--resume", ""], ["a directory", "not a checkpoint"]),
@@ -230,7 +230,7 @@ def test_what_only_the_command_line_has_is_refused(mine):
 
 def test_a_default_that_no_checkpoint_can_hold_is_named_after_the_first_batch(mine):
     error = mine(2, note=Path("x"))
-    assert "this run could not be saved: state['config']['note'] is a pathlib." in error
+    assert "this run cannot be saved: state['config']['note'] is a pathlib." in error
 
 
 def test_a_number_that_is_none_is_named(mine):
@@ -259,9 +259,10 @@ def test_a_default_that_has_been_edited_since_changes_no_run_that_has_begun(mine
 
 def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tmp_path):
     assert session("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1) == 0
-    assert "final.pt: of another program, which has --" in mine(2, "--resume", tmp_path / "ck" / "final.pt")
+    other = mine(2, "--resume", tmp_path / "ck" / "final.pt")
+    assert "final.pt: here is no --" in other and other.endswith("; --weights in the place of --resume begins a new run from its weights\n")
     mine(0)
-    assert "of another program, which has --" in refused("--resume", tmp_path / "mine" / "final.pt")
+    assert "here is no --" in refused("--resume", tmp_path / "mine" / "final.pt")
 
 
 BAD = ["", "x", "-1", "nan", "inf", "1e400", "9" * 5000, "1.5", "0", "\ud800", "a\nb"]
@@ -282,12 +283,12 @@ def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, m
             taken = getattr(seen[0], name)
             assert type(taken) is type(option.default) or option.default is None, value
         elif code:
-            assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) < 6000 and t.flag(name) in errors or name == "resume"
+            assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) < 6000 and t.flag(name) in errors or name in ("resume", "weights")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_an_end_says_what_to_give(mine):
-    assert mine(2, steps=None) == "error: how long? Give --steps or --epochs, or main() one of them\n"
+    assert mine(2, steps=None) == "error: how long? Give --steps (or --epochs, but not of a stream)\n"
     assert mine(0, "--epochs", 1, steps=None).epochs == 1
 
 

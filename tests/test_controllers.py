@@ -241,7 +241,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(built):
     controller, batches = built("--mode", "standard", "--grad-accum", "3")
     model = controller.model
     assert len(batches[0]) == 12
-    loss = t.forward_backward(controller.loss, batches[0], grad_accum=3)
+    loss = t.forward_backward(controller.loss, batches[0], parts=3)
     accumulated = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     whole = t.forward_backward(controller.loss, batches[0])

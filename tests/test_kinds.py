@@ -409,9 +409,7 @@ def unfreezes(run, module, optimizer, batch):
 
 def test_parameters_that_the_loop_has_unfrozen_stay_so(tmp_path, capfd):
     parts = assert_resumes(program(body=unfreezes, model=two_layers), tmp_path)
-    some = (
-        "⚙️ requires_grad is the checkpoint's, not the script's: model.0.weight, model.0.bias\n"
-    )
+    some = "⚙️ requires_grad is the checkpoint's, not the script's: model.0.weight, model.0.bias\n"
     assert some in capfd.readouterr().out and final(parts)["loop"]["frozen"] == []
 
 
@@ -428,7 +426,7 @@ def test_what_the_loop_unfreezes_trains_on_every_rank_or_is_refused(tmp_path, gr
 
     if not frozen_after:
         text = ranks(group, program(body=unfreezes, model=two_layers), tmp_path, code=2)
-        assert "freeze it after, and the loop can unfreeze it" in text
+        assert "stays so on many ranks; freeze it after" in text
         return
     train = program(begin=begin, body=unfreezes, model=open_layers)
     ranks(group, train, tmp_path / "whole")
@@ -466,6 +464,88 @@ def test_a_batch_that_fails_after_it_has_added_a_group_is_not_saved(tmp_path, ca
     go(train, tmp_path, "--fails", 3, code=1, **FAILS)
     assert "nothing half-updated is saved" in capfd.readouterr().out
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def with_a_norm() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def sets_once(run, module, optimizer, batch):
+    """As people do who freeze the statistics of a BatchNorm for the rest of the run."""
+    if run.step == 3:
+        run.module[1].eval()
+    return update(run, module, optimizer, batch)
+
+
+def steps_first(run, module, optimizer, batch):
+    """A gradient that no step has used waits behind one of the same batch."""
+    if run.step % 2 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+    loss = loss_of(module, batch)
+    loss.backward()
+    return loss
+
+
+def fades(run, module, optimizer, batch):
+    """Instead of being set to zero."""
+    loss = loss_of(module, batch)
+    loss.backward()
+    optimizer.step()
+    for one in module.parameters():
+        one.grad.mul_(0.5)
+    return loss
+
+
+class Precise(SGD):
+    """Its averages have more digits than its weights; a mask says which weights have stepped."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for one in self.param_groups[0]["params"]:
+            state = self.state[one]
+            if not state:
+                state["average"] = torch.zeros(one.shape, dtype=torch.float64)
+                state["mask"] = torch.zeros(one.shape, dtype=torch.bool)
+            state["mask"] |= one.grad != 0
+            state["average"].lerp_(one.grad.double(), 0.1)
+            one.sub_(0.1 * (state["average"] * state["mask"]).float())
+
+
+def precise(run: tg.Run, module: nn.Module) -> Optimizer:
+    return run.keep(optimizer=Precise(module.parameters(), run.options.lr))
+
+
+CHANGES = {
+    "modules in eval mode": {"body": sets_once, "model": with_a_norm},
+    "a gradient behind a step": {"body": steps_first},
+    "a gradient that fades": {"body": fades},
+    "an optimizer's types": {"begin": precise},
+}
+
+
+@pytest.mark.parametrize("stop", [7, 8])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_else_a_loop_changes(tmp_path, change, stop):
+    assert_resumes(program(**CHANGES[change]), tmp_path, stop)
+
+
+def test_a_model_that_grows_in_the_loop_ends_the_run_with_a_line(tmp_path, capfd):
+    """No checkpoint would fit it; the ones before are whole."""
+
+    def body(run, module, optimizer, batch):
+        if run.step == 6:
+            module.weight = nn.Parameter(module.weight.detach().clone())
+            optimizer.add_param_group({"params": [module.weight]})
+        return update(run, module, optimizer, batch)
+
+    go(program(body=body), tmp_path, code=2, save_every=5)
+    said = capfd.readouterr()
+    assert (
+        said.err
+        == "error: a kept optimizer has parameters that no run.model(...) had at the start\n"
+    )
+    assert "Newest whole checkpoint" in said.out and tg.latest_checkpoint(tmp_path)
 
 
 class Scaled(nn.Linear):
@@ -634,7 +714,10 @@ def test_what_cannot_be_saved_ends_the_run_at_the_first_save_that_meets_it(tmp_p
     go(program(begin=noted, body=notes), tmp_path, code=2, **options)
     said = capfd.readouterr()
     where = "error: this run cannot be saved: state['state_dicts']['notes']['items'][7]['a'] is a "
-    assert said.err.startswith(where + "builtins.object: what can be saved") and said.err.count("\n") == 1
+    assert (
+        said.err.startswith(where + "builtins.object: what can be saved")
+        and said.err.count("\n") == 1
+    )
     assert said.err.endswith("(list(x), vars(x))\n") and f"Completed Steps: {step}\n" in said.out
     assert f"Newest whole checkpoint: {tmp_path / 'step_6.pt'}\n" in said.out
     assert not list(tmp_path.glob("emergency_exit/*"))
@@ -831,13 +914,12 @@ def averaging(evaluated: dict, trained: dict, stop_in_evaluation: int = 0):
 
 @pytest.mark.parametrize("stop", [7, 10])
 def test_a_schedule_free_optimizer_goes_on_with_the_weights_that_it_trains(tmp_path, stop):
-    """Those of an evaluation are others: a checkpoint says whose eval() makes them."""
+    """Those of an evaluation are others; `show` says which of the two a checkpoint has."""
     evaluated, trained = {}, {}
     train = averaging(evaluated, trained)
     parts = assert_resumes(train, tmp_path, stop, save_every=5)
     state = final(parts, "step_5.pt")
     assert state["model_state_dict"]["weight"].equal(trained[5])
-    assert state["loop"]["switching"] == ["optimizer"]
     assert not trained[5].equal(evaluated[5])
 
 
@@ -878,9 +960,8 @@ def test_what_another_length_and_other_options_mean_is_said(tmp_path, capfd, nam
     go(train, tmp_path, "--stop", stop, code=143 if stop else 0)
     resume(train, tmp_path, "--steps", 20, "--lr", "1e-05")
     said = capfd.readouterr().out
-    assert "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05).\n" in said
-    assert "⚙️ What is kept goes on as it was saved, learning rates too.\n" in said
-    assert "keeps the length it was made for (after it a cosine rises again); a rate" in said
+    assert "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05). What is kept goes on" in said
+    assert "goes on as saved: learning rates, a cosine's length (then it rises).\n" in said
     assert final(tmp_path)["step"] == 20 and max(column(tmp_path, "lr_optimizer")[13:]) > 1e-4
 
 

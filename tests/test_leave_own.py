@@ -276,10 +276,8 @@ def test_a_request_does_not_wait_for_an_accumulation_whose_next_batch_never_come
     )
     assert ended(child) == 143
     state = load_checkpoint(saved_path(child.before))
-    assert state["step"] == 10 and state["state_dicts"]["gradients"].keys() == {
-        "model.weight",
-        "model.bias",
-    }
+    gradients = state["loop"]["gradients"]
+    assert state["step"] == 10 and gradients.keys() == {"model.weight", "model.bias"}
 
 
 def test_what_the_script_has_written_to_files_that_are_open_is_there(spawn, tmp_path):

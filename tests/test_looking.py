@@ -131,7 +131,7 @@ def test_list_marks_what_latest_takes(ask, trained, tmp_path):
     state = t.load_checkpoint(trained / "final.pt")
     for name in ("final.pt", "best.pt"):
         (tmp_path / "ck" / name).unlink()
-    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
+    t.save_checkpoint({**state, "format_version": 4, "step": 99}, tmp_path / "ck" / "step_99.pt")
     marked = [row for row in ask(0, "list", tmp_path / "ck").splitlines() if "<- latest" in row]
     assert len(marked) == 1 and "step_5.pt <- latest" in marked[0], "step_10.pt is damaged"
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", 6)
@@ -160,10 +160,17 @@ def test_show_prints_what_the_checkpoint_of_any_script_holds(ask, mine):
                 ["Model:", "model: 6 numbers in 2 tensors"], ["Model:", "critic: 13 numbers in 5 tensors"],
                 ["Optimizer:", "optimizer: SGD, 2 tensors, learning rate 0.125"], ["Scheduler:", "plan: at step 0"],
                 ["State:", "scaler: empty"], ["State:", "counter: 5 numbers in 1 tensor and 3 other values"],
-                ["State:", "gradients: 6 numbers in 2 tensors"],
+                ["Loop:", "gradients: 6 numbers in 2 tensors"],
                 ["--speed", "0.125"], ["--hot", "True"], ["--batch-size", "2"]):
         assert row in rows, text
     assert "Loss:" not in text and "default" not in text
+
+
+def test_show_says_which_weights_a_schedule_free_optimizer_has_left(ask, mine, tmp_path):
+    state = t.load_checkpoint(mine / "final.pt")
+    state["optimizer_state_dicts"]["optimizer"]["param_groups"][0]["train_mode"] = True
+    t.save_checkpoint(state, tmp_path / "final.pt")
+    assert "weights are those that it trains, not those that it evaluates" in ask(0, "show", tmp_path / "final.pt")
 
 
 def test_show_says_what_stands_where_in_a_file_of_another_program(ask, trained, tmp_path):
@@ -179,7 +186,7 @@ def test_show_says_what_stands_where_in_a_file_of_another_program(ask, trained, 
 def test_latest_does_not_stop_at_what_another_program_has_saved(ask, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "ck")
     state = t.load_checkpoint(trained / "final.pt")
-    t.save_checkpoint({**state, "format_version": 3, "step": 99}, tmp_path / "ck" / "step_99.pt")
+    t.save_checkpoint({**state, "format_version": 4, "step": 99}, tmp_path / "ck" / "step_99.pt")
     t.save_checkpoint({"run_id": "x", "step": 1}, tmp_path / "ck" / "step_100.pt")
     text = ask(0, "show", "latest", "--checkpoint-dir", tmp_path / "ck")
     assert re.search("\nStep: +12, ", text) and "Skipped " in text and "step_99.pt: not a checkpoint of this program" in text

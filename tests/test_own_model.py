@@ -223,7 +223,7 @@ def test_an_accumulation_by_hand_beside_an_optimizer_that_steps_in_every_batch(t
     assert_resumes(train, tmp_path, range(1, 14))
     assert go(train, tmp_path / "early", stop=5).step == 5
     state = tg.load_checkpoint(tmp_path / "early" / "emergency_exit" / "emergency_step_5.pt")
-    assert {name.partition(".")[0] for name in state["state_dicts"]["gradients"]} == {"second"}
+    assert {name.partition(".")[0] for name in state["loop"]["gradients"]} == {"second"}
 
 
 def test_an_optimizer_that_steps_now_and_then_keeps_nobody_waiting(tmp_path):
@@ -353,7 +353,7 @@ def test_accumulation_by_hand(tmp_path):
     for stop in (1, 4, 6, 11):
         folder = tmp_path / f"stopped_{stop}" / "emergency_exit"
         state = tg.load_checkpoint(folder / f"emergency_step_{stop}.pt")
-        assert bool(state["state_dicts"].get("gradients")) == (stop % 4 > 0)
+        assert bool(state["loop"]["gradients"]) == (stop % 4 > 0)
 
 
 def test_two_optimizers_that_step_in_turn(tmp_path):
@@ -378,9 +378,11 @@ def test_two_optimizers_that_step_in_turn(tmp_path):
 
     assert_resumes(train, tmp_path, (1, 5, 6))
     state = tg.load_checkpoint(tmp_path / "whole" / "final.pt")
-    # What the generator's loss has left in the critic waits for the critic's next zero_grad().
-    assert {"generator", "critic"} <= set(state["state_dicts"])
+    assert set(state["state_dicts"]) == {"generator", "critic"}
     assert set(state["optimizer_state_dicts"]) == {"of_g", "of_d"}
+    # What the generator's loss has left in the critic waits for the critic's next zero_grad().
+    state = tg.load_checkpoint(tmp_path / "stopped_6" / "emergency_exit" / "emergency_step_6.pt")
+    assert "critic.0.weight" in state["loop"]["gradients"]
 
 
 @pytest.mark.parametrize("best", ["max accuracy", "max minus", "min loss"])
@@ -479,6 +481,7 @@ def ends_itself(at: int, how: str):
         model = run.model(net())
         optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.1))
         for points, labels in run.batches():
+            optimizer.zero_grad()
             F.cross_entropy(model(points), labels).backward()
             here = how if run.step == at else ""
             if here == "break before the step":
@@ -499,9 +502,19 @@ def test_break_completes_a_batch_in_which_an_optimizer_has_stepped_and_no_other(
     state = tg.load_checkpoint(tmp_path / "final.pt")
     assert state["step"] == run.step == 6 + stepped and state["exit_reason"] == "completed"
     assert state["model_state_dict"]["1.num_batches_tracked"] == 6 + stepped
-    before = sorted(tmp_path.rglob("*"))
-    again = go(train, tmp_path, "--resume", "latest")
-    assert again.step == run.step and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", ["return", "break", "break before the step"])
+def test_a_run_that_has_ended_its_loop_trains_on_when_it_is_resumed(tmp_path, how):
+    """The body decides again; where it does not end the loop any more, it is the run that never did."""
+    go(ends_itself(6, how), tmp_path / "ended")
+    step = go(ends_itself(6, how), tmp_path / "ended", "--resume", "latest").step
+    assert step == (6 if how == "break before the step" else 13)
+    on = ends_itself(13, "never")
+    go(ends_itself(6, how), tmp_path / "on")
+    go(on, tmp_path / "on", "--resume", "latest")
+    go(on, tmp_path / "whole")
+    assert_same_run(tmp_path / "on", tmp_path / "whole")
 
 
 def test_continue_and_an_exception_that_the_body_swallows_complete_the_batch(tmp_path):
@@ -740,9 +753,11 @@ def made_before(run):
 
 
 MISTAKES = {
-    "call run.data(training, validation) first": lambda run: list(run.batches()),
+    "call run.data(training, validation) first": lambda run: run.total_steps,
     "call run.model(module) before the loop": lambda run: (run.data(Points()), list(run.batches())),
-    "is no map-style dataset": lambda run: run.data(Stream()),
+    "validation data is map-style, but Stream has no __getitem__": lambda run: run.data(
+        Points(), Stream()
+    ),
     "5 training samples, but at least 8 are needed": lambda run: run.data(Points(5)),
     "0 validation samples, but at least 1 are needed": lambda run: run.data(Points(), []),
     "there is no validation data": lambda run: (
@@ -761,11 +776,16 @@ MISTAKES = {
         lambda run, model, optimizer: [run.log(step=1) for batch in run.batches()]
     ),
     "evaluate returned 0.5; it has to return {name: a value": evaluates(lambda batch: 0.5),
-    "evaluate returned {'accuracy': ": evaluates(lambda batch: {"accuracy": batch[1]}),
-    'evaluate returned "loss" of shape () for a batch of 8 samples': evaluates(
+    "evaluate has found accuracy; best is 'min loss'": evaluates(
+        lambda batch: {"accuracy": batch[1]}
+    ),
+    'evaluate returned "loss" of shape () for 8 samples: reduction="none"': evaluates(
         lambda batch: {"loss": torch.zeros(())}
     ),
-    'evaluate returned "loss" as str for a batch of 8 samples': evaluates(
+    'evaluate returned "loss" of shape (8, 2) for 8 samples': evaluates(
+        lambda batch: {"loss": torch.zeros(8, 2)}
+    ),
+    'evaluate returned "loss" of shape () for 8 samples: ': evaluates(
         lambda batch: {"loss": "small"}
     ),
     'best="least loss"': in_the_loop(lambda run, *rest: run.batches(None, "least loss")),
@@ -785,7 +805,7 @@ def test_a_mistake_is_answered_with_what_to_write(tmp_path, capfd, words):
 
 def test_how_long_has_to_be_said(tmp_path, capfd):
     words = mistake(capfd, classification(), "--checkpoint-dir", tmp_path, steps=None)
-    assert "--steps or --epochs" in words
+    assert "how long? Give --steps (or --epochs, but not of a stream)" in words
 
 
 def test_a_column_that_comes_late_is_empty_before(tmp_path):
@@ -931,7 +951,7 @@ def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):
 
     train = classification(kept=lambda run, module: run.keep(odd=Odd()))
     words = mistake(capfd, train, "--checkpoint-dir", tmp_path)
-    assert "could not be saved: state['state_dicts']['odd']['path'] is a builtins.object" in words
+    assert "error: this run cannot be saved: state['state_dicts']['odd']['path'] is a builtins.object" in words
 
 
 # ---- waiting for data

@@ -238,7 +238,7 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child = spawn(*options, *ENDLESS)
     child.expect("step [0-9]+/")
     child.sendline("?")
-    child.expect("Keys: q . Enter saves and leaves.*No checkpoint yet since this start.")
+    child.expect("Keys: q . Enter saves and leaves.*No checkpoint yet[.]")
     child.sendline("s")
     child.expect("Checkpoint saved: .*step_([0-9]+).pt")
     child.sendline("?")
@@ -250,7 +250,20 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child = fork("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("?\n")
-    child.terminal.expect("No checkpoint yet since this start.")
+    child.terminal.expect("Last checkpoint: emergency_step_[0-9]+.pt, [0-9:]+ ago.")
+
+
+def test_a_question_mark_does_not_make_the_monitor_deaf_whatever_lies_in_the_directory(spawn, options, tmp_path):
+    """A link to a checkpoint that is gone: where one is deleted at that moment it is the same."""
+    child = spawn(*options, *ENDLESS)
+    child.expect("step [0-9]+/")
+    (tmp_path / "ck" / "gone.pt").symlink_to(tmp_path / "nowhere.pt")
+    child.sendline("?")
+    child.expect("Keys: ")
+    child.sendline("q")
+    child.expect("Exit requested!")
+    finish(child)
+    assert child.exitstatus == 0
 
 
 def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkeypatch):
