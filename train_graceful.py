@@ -551,8 +551,7 @@ PLAIN_TYPES = {bool, int, float, complex, str, type(None), torch.dtype, torch.de
 # What the pickle of a tensor or a plain value refers to, dtypes aside: nothing that grows.
 PLAIN_GLOBALS = re.compile(
     r"__builtin__\.(complex|set)|collections\.(Counter|OrderedDict)|torch\.(Size|device|\w+Storage)"
-    r"|torch\._utils\._rebuild_(parameter|tensor_v[23])|torch\._tensor\._rebuild_from_type_v2"
-    r"|torch\.Tensor|torch\.storage\.UntypedStorage"
+    r"|torch\._utils\._rebuild_(parameter(_with_state)?|tensor_v[23])|torch\.storage\.UntypedStorage"
 )
 
 
@@ -640,7 +639,8 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
             place = len(copies), leaf.dtype, leaf.shape, hasattr(leaf, "was_array")
             if place not in kept:
                 kept[place] = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
-                vars(kept[place]).update(vars(leaf))
+                if hasattr(leaf, "was_array"):
+                    kept[place] = of_array(kept[place])
             copies[key] = kept[place].copy_(leaf.detach())
         return copies[key]
 
@@ -657,8 +657,7 @@ def savable(value: Any) -> Any:
     if type(value) is np.ndarray:
         # Texts, objects and numbers of another machine's are no tensors.
         with contextlib.suppress(TypeError, ValueError):
-            value = torch.from_numpy(value if value.flags.carray else value.copy())
-            value.was_array = True
+            value = of_array(torch.from_numpy(value if value.flags.carray else value.copy()))
     kind = type(value)
     if kind is int and value.bit_length() > 2000:
         raise TypeError(" is an integer of more than 2,000 bits, which torch.load refuses")
@@ -720,6 +719,13 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
         raise CheckpointError(text) from error
 
 
+def of_array(tensor: Tensor) -> Tensor:
+    # A Parameter: what else is saved with an attribute needs more than PLAIN_GLOBALS.
+    marked: Any = nn.Parameter(tensor, requires_grad=False)
+    marked.was_array = True
+    return marked
+
+
 def loaded(value: Any) -> Any:
     if isinstance(value, Tensor) and hasattr(value, "was_array") and not value.is_meta:
         return value.numpy(force=True)
@@ -762,6 +768,11 @@ def check_records(path: Path | str, tensors: bool) -> None:
 # ---- The checkpoint directory -----------------------------------------------------------------
 
 
+def checkpoint_files(directory: Path | str) -> list[Path]:
+    folder = Path(directory)
+    return [*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")]
+
+
 def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path, dict]]:
     """The checkpoints in a directory, the one that `latest` prefers first; no tensor is read.
 
@@ -769,8 +780,7 @@ def find_checkpoints(directory: Path | str, report: Callable) -> list[tuple[Path
     """
     found: list[tuple] = []
     newest: dict[str, str] = {}
-    folder = Path(directory)
-    for path in (*folder.glob("[!.]*.pt"), *folder.glob("emergency_exit/[!.]*.pt")):
+    for path in checkpoint_files(directory):
         try:
             state = load_checkpoint(path, map_location="meta")
             if state["format_version"] != Run.FORMAT_VERSION:
@@ -952,7 +962,6 @@ class RunDirectory:
                 path.unlink()
 
     def save_last(self, state: dict) -> tuple[str, Path] | None:
-        """What the summary calls it, and its path; None where nothing could be saved."""
         label, name = "Emergency checkpoint", f"emergency_exit/emergency_step_{state['step']}.pt"
         if state["exit_reason"] == "completed":
             label, name = "Final checkpoint", "final.pt"
@@ -1193,7 +1202,7 @@ class RunState:
         self.resumed, self._saved = resumed
         # Or what a new run has its first weights from.
         self._origin = resumed if self.resumed else weights
-        self.step: int = self._saved.get("step", 0)
+        self.step = operator.index(self._saved.get("step", 0))
         self.trains = False
         # {name: bare module}, {kind of state: {name: object}}.
         self._models: dict[str, nn.Module] = {}
@@ -1271,7 +1280,6 @@ class RunState:
         modules = {name: x for name, x in self._others.items() if isinstance(x, nn.Module)}
         self._roots = {**self._models, **modules}
         optimizers = list(self._optimizers.items())
-        # It grows: one in another has a state of its own.
         for name, optimizer in optimizers:
             if not self._names.keys() >= set(parameters_of(optimizer)):
                 raise UserError(
@@ -1291,7 +1299,8 @@ class RunState:
                         optimizers.append((inner, one))
         self._first_buffers = {key: one.clone() for key, one in self._other_buffers().items()}
         if self.resumed is not None:
-            self._restore()
+            with fitting(self.resumed, "this run"):
+                self._restore()
         self._saved = {}
         self._origin = self._origin[0], {}
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -1408,7 +1417,6 @@ class RunState:
         self._kept_as = self._marks()
 
     def _waits(self, parameter: Tensor) -> bool:
-        """Whether its gradient is another than that with which an optimizer has stepped."""
         known = self._updated.get(parameter)
         grad: Any = parameter.grad
         return not known or known[0]() is not grad or known[1] != grad._version
@@ -1524,13 +1532,13 @@ class Run(RunState):
         if size % self.world_size:
             raise UserError(f"--batch-size {size} is no multiple of {self.world_size} processes")
         if not is_indexed(training):
+            if training is not None and not hasattr(training, "__iter__"):
+                raise UserError(f"run.data: {type(training).__name__} is no dataset or stream")
             self._streams = True
             self._source = training
             training = []
         if sampler is not None and (self._streams or hasattr(sampler, "num_replicas")):
-            raise UserError(
-                "run.data(sampler=...): not of a stream, nor one that deals out to ranks"
-            )
+            raise UserError("run.data(sampler=...): not of a stream, nor one that deals to ranks")
         fewest = 0 if self._streams or sampler is not None else size
         validation, least = ([], 0) if validation is None else (validation, 1)
         for split, data, count in ("training", training, fewest), ("validation", validation, least):
@@ -1663,9 +1671,10 @@ class Run(RunState):
     def _begin(self) -> None:
         nowhere = [{"epoch": 0, "state": None}] * self.world_size
         self._places: list[dict] = self._saved.get("stream", nowhere)
-        if len(self._places) != self.world_size and self._streams:
-            raise UserError(f"{self.resumed}: a stream of {len(self._places)} processes; {NEW_RUN}")
-        self._stream_epoch = self._places[0]["epoch"]
+        with fitting(self.resumed, "its stream"):
+            if len(self._places) != self.world_size and self._streams:
+                raise UserError(f"{self.resumed}: a stream of {len(self._places)} ranks; {NEW_RUN}")
+            self._stream_epoch = self._places[0]["epoch"]
         self._begin_state()
         # What a loop has left by break it goes on with: the body decides again.
         self.completed &= self.step == self.total_steps
@@ -1919,7 +1928,6 @@ class Run(RunState):
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        """Modules, and optimizers that train other weights than they evaluate, are in eval mode."""
         modules = (*self._wrapped, *self._roots.values())
         training = [(one, one.training) for root in modules for one in root.modules()]
         switch: list[Any] = [one for one in self._optimizers.values() if hasattr(one, "eval")]
@@ -1941,7 +1949,6 @@ class Run(RunState):
                 parameter.detach().copy_(weight)
 
     def _values(self, batch: Any, count: int) -> dict[str, Tensor]:
-        """What evaluate returns for a batch. Raises UserError for anything else."""
         self._in_body = True
         values = self._evaluate(batch)
         self._in_body = False
@@ -1960,10 +1967,7 @@ class Run(RunState):
         return checked
 
     def state_dict(self, exit_reason: str) -> dict:
-        """The checkpoint as of the last boundary; its tensors are the live ones. Raises UserError.
-
-        With --shard a collective that copies, and rank 0 alone has it.
-        """
+        """The checkpoint as of the last boundary, with live tensors; sharded, rank 0 has it."""
         state = {
             "format_version": self.FORMAT_VERSION,
             # Early in the file, for RunDirectory.
@@ -2035,10 +2039,7 @@ class Run(RunState):
             self._save_last("completed")
 
     def failed(self, error: BaseException) -> BaseException | None:
-        """After an exception: saves the state before the batch at hand, if it is certain.
-
-        Returns the exception, but None for that of leaving. Raises it where nothing was trained.
-        """
+        """Saves the state before the batch, if it is certain. Returns None on leaving."""
         if self._left:
             return None
         self.exit_code = 1
@@ -2359,15 +2360,14 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
 
 def named_checkpoint(name: Any, directory: str, processes: Processes, say: Callable) -> tuple:
     """The path and the state of a checkpoint, or of `latest`; (None, {}) for none."""
-    there = any(True for _ in Path(directory).rglob("[!.]*.pt"))
-    if name is None or name == "auto" and not processes.first(lambda: there):
+    if name is None or name == "auto" and not processes.first(lambda: checkpoint_files(directory)):
         return None, {}
     path = Path(os.path.abspath(name))
     if name in ("latest", "auto"):
         path = processes.first(lambda: latest_checkpoint(directory, say))
     state = load_checkpoint(path, mmap=True)
     known = re.fullmatch("[0-9a-f]{12}", str(state.get("run_id")))
-    if state.get("format_version") != Run.FORMAT_VERSION or not known:
+    if str(state.get("format_version")) != str(Run.FORMAT_VERSION) or not known:
         raise CheckpointError(f"{path}: not a checkpoint of this program and edition")
     return path, state
 

@@ -229,7 +229,7 @@ def assert_same(left, right, where="checkpoint") -> None:
         assert left == right, where
 
 
-STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "step", "best", "evaluation",
+STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "loop", "step", "best", "evaluation",
               "data_fingerprint")
 
 

@@ -187,16 +187,22 @@ with ExitMonitor() as monitor:
 
 def test_a_child_that_alone_is_signalled_does_what_it_would_without_a_monitor(program):
     child = program("""
+begun = fork.Event()
+
 def patient():
     signal.signal(signal.SIGUSR2, lambda *args: (print("@its own handler", flush=True), os._exit(7)))
-    print("@patient", flush=True)
-    time.sleep(1000)
+    resting()
+
+def resting():
+    begun.set()
+    rest()
 
 with ExitMonitor() as monitor:
-    for target, signum in [(patient, signal.SIGUSR2), (rest, signal.SIGHUP), (rest, signal.SIGINT)]:
+    for target, signum in [(patient, signal.SIGUSR2), (resting, signal.SIGHUP), (resting, signal.SIGINT)]:
+        begun.clear()
         process = fork.Process(target=target)
         process.start()
-        time.sleep(0.2)
+        begun.wait()
         os.kill(process.pid, signum)
         process.join(10)
         print("@ended", process.exitcode)

@@ -291,7 +291,7 @@ def test_a_stream_for_each_rank(tmp_path, group, capfd):
     train = streamed()
     ranks(group, train, tmp_path / "whole")
     ranks(group, train, tmp_path / "parts", "--stop", 7, code=143)
-    assert "a stream of 2 processes; --weights" in mistake(
+    assert "a stream of 2 ranks; --weights" in mistake(
         capfd, train, tmp_path / "parts", session=resume
     )
     ranks(group, train, tmp_path / "parts", "--resume", "latest")
@@ -314,6 +314,7 @@ def test_no_data_gives_the_steps(tmp_path):
 NO_STREAMS = {
     "Numbers yields no batches": (lambda run: Numbers(batches=0), {}),
     "Give --steps": (STREAMS["dataset"], {"steps": None, "epochs": 2}),
+    "int is no dataset or stream": (lambda run: 5, {}),
 }
 
 
