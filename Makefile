@@ -17,7 +17,8 @@ export SCRIPT
 
 VENV_PYTHON = .venv/bin/python
 PROGRAM = $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py)
-TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(ARGS)
+IN_DIR = $(if $(filter command,$(origin DIR)),--checkpoint-dir "$(DIR)" )
+TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(IN_DIR)$(ARGS)
 
 # $(call need,tool): one line that says what to install where the tool is missing
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
@@ -38,7 +39,7 @@ train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
 	$(call train,PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS))
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(call train,$(VENV_PYTHON) $(PROGRAM) --resume "$(or $(CKPT),latest)" $(ARGS))
+	$(call train,$(VENV_PYTHON) $(PROGRAM) --resume "$(or $(CKPT),latest)" $(IN_DIR)$(ARGS))
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
 	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)

@@ -148,7 +148,7 @@ COMMON_OPTIONS = {
 }
 NOT_STORED = ("resume", "weights", "keyboard")
 # What is said of other options, and where a checkpoint does not fit.
-KEPT_AS_SAVED = "What is kept goes on as saved: learning rates, a cosine's length (then it rises)"
+KEPT_AS_SAVED = "What is kept goes on as saved: learning rates, a cosine's length (then it rises)."
 NEW_RUN = "--weights in the place of --resume begins a new run from its weights"
 
 
@@ -247,7 +247,6 @@ class Screen:
         self.write(text + "\n")
 
     def status(self, text: Callable[[], str]) -> None:
-        """Redraws the status line, on a terminal that is ours, ten times a second at most."""
         with contextlib.suppress(OSError):
             rests = time.monotonic() - self._drawn < 0.1 or self._unwritten
             if self._fd is not None and not rests and in_foreground(self._fd):
@@ -884,7 +883,6 @@ class RunDirectory:
             self._write_rows()
 
     def _read_rows(self) -> list[dict]:
-        """This run's rows; none where the file is another's, or was made so by a person."""
         if not self._metrics.is_file():
             return []
         try:
@@ -954,7 +952,6 @@ class RunDirectory:
         return path
 
     def _prune(self, newest: Path) -> None:
-        """Deletes this run's oldest periodic checkpoints beyond keep; newest is on the disk."""
         with contextlib.suppress(OSError):
             periodic = sorted(self.path.glob("step_*.pt"), key=os.path.getmtime)
             older = [path for path in periodic if path != newest and self._is_own(path)]
@@ -1401,7 +1398,6 @@ class RunState:
                 one.grad = own_part(saved["gradients"][name], one).to(one.device)
 
     def _mark_boundary(self) -> None:
-        """Remembers what an exception in a batch has to put back, and gradients that wait."""
         buffers = [buffer for module in self._models.values() for buffer in module.buffers()]
         # All of them: BatchNorm changes its own without a new version.
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
@@ -1422,7 +1418,6 @@ class RunState:
         return not known or known[0]() is not grad or known[1] != grad._version
 
     def _marks(self) -> tuple:
-        """Whatever of the state cannot be put back after a batch has changed it."""
         parameters = [(one._version, one.requires_grad) for one in self._names]
         groups = [len(one.param_groups) for one in self._optimizers.values()]
         return parameters, groups, [id(x) for one in self._models.values() for x in one.buffers()]
@@ -1728,7 +1723,10 @@ class Run(RunState):
             names = [one for one in then if then[one] != now[one] and one != "checkpoint_dir"]
             if names:
                 each = ", ".join(f"{flag(one)} {now[one]} (was {then[one]})" for one in names)
-                say(f"⚙️ Changed: {each}. {KEPT_AS_SAVED}.")
+                text = KEPT_AS_SAVED * bool(
+                    {*names} - (COMMON_OPTIONS.keys() - {"steps", "epochs"})
+                )
+                say(f"⚙️ Changed: {each}. {text}".strip())
             if self._flags_restored:
                 some = ", ".join(self._flags_restored)
                 say(f"⚙️ requires_grad is the checkpoint's, not the script's: {some:.200}")
@@ -2029,12 +2027,16 @@ class Run(RunState):
             self.saved = "Newest whole checkpoint", newest
 
     def finish(self) -> None:
-        """Completes, after train() has returned, a loop that was left by break or return."""
         if self.trains and not self.completed and not self.exit_code:
             if self._in_body and self._updated:
                 self._complete()
                 with contextlib.suppress(Interrupted):
                     self._at_boundary()
+            kept = (nn.Module, torch.amp.GradScaler)
+            names = [name for name, one in self._others.items() if not isinstance(one, kept)]
+            if self._in_body and names:
+                text = f"Ended within a batch: if it has changed {', '.join(names)}, a resumed run"
+                self.screen.say(f"⚠️ {text} does so again. (After an optimizer's step it does not.)")
             self._undo_batch()
             self._save_last("completed")
 
@@ -2170,7 +2172,6 @@ class Processes:
         monitor.nothing_to_save = None
 
     def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The module on the device, and what the loop calls. Raises UserError."""
         module = module.to(self.device)
         if self.compiled:
             module.compile()
@@ -2373,7 +2374,6 @@ def named_checkpoint(name: Any, directory: str, processes: Processes, say: Calla
 
 
 def last_words(run: Run, error: BaseException | None) -> None:
-    """Prints how it ended, and leaves that in the lock file for stop.sh."""
     if error is None:
         if run.completed:
             done = "All steps done!" if run.step >= run.total_steps else "The loop has ended."

@@ -40,6 +40,10 @@ HINTS = {
 }
 
 
+# What the script itself has warned of.
+warned: set[str] = set()
+
+
 def session(what: str, folder: Path, words: list, stop: int = -1, key: float | None = None) -> None:
     """Runs the script. After step `stop` it gets SIGTERM, or q, `key` seconds later."""
     print(what, end=": ", flush=True)
@@ -68,6 +72,7 @@ def session(what: str, folder: Path, words: list, stop: int = -1, key: float | N
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
         raise
+    warned.update(line.strip() for line in said if line.startswith("⚠️"))
     done = re.findall(r"Completed Steps: (\d+)", "".join(said))
     print(f"{done[-1] if done else 'no'} steps, {time.monotonic() - begun:.0f} s", flush=True)
     if child.returncode not in (0, 128 + signal.SIGTERM) or not done:
@@ -149,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         print("✅ The same bits: batches, metrics.csv, and all that the last checkpoint holds.")
         return 0
     again = [sys.executable, __file__, "--steps", given.steps, "--seed", given.seed, *script]
-    print(f"❌ {found}\n   The same check again: {shlex.join(map(str, again))}")
+    print(f"❌ {found}", *sorted(warned), sep="\n   ")
+    print(f"   The same check again: {shlex.join(map(str, again))}")
     return 1
 
 
