@@ -298,6 +298,8 @@ class ExitMonitor:
     KEYS = "Keys: q + Enter saves and leaves, s + Enter saves, a second Ctrl-C leaves at once."
     # Wakes the main thread out of a system call; by default it does nothing.
     WAKE = signal.SIGURG
+    # When a signal was heard last, by its number, in memory that forked children share.
+    heard_at: Any = None
 
     def __init__(self, screen: Screen | None = None, keyboard: bool = True) -> None:
         self.keyboard, self.save_requested = keyboard, False
@@ -338,6 +340,7 @@ class ExitMonitor:
             before_fd = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before_fd)
             self._pid = os.getpid()
+            ExitMonitor.heard_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
             for signum in (*EXIT_SIGNALS, self.WAKE):
                 before = signal.getsignal(signum) or signal.SIG_DFL
                 # nohup's promise.
@@ -397,7 +400,7 @@ class ExitMonitor:
                 self.heard.remove(request)
 
     def _hear(self, signum: int) -> None:
-        heard_at[signum] = time.monotonic()
+        self.heard_at[signum] = time.monotonic()
         if signum == SIGINT:
             last = self._last_interrupt
             self._last_interrupt = time.monotonic()
@@ -479,10 +482,8 @@ class ExitMonitor:
             termios.tcflush(self._stdin, termios.TCIFLUSH)
 
 
-# What the monitor of this process has replaced; when it last heard each signal, by number, in a
-# page of memory that forked children share.
+# What the monitor of this process has replaced.
 handlers_before: dict[int, Any] = {}
-heard_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 
 
 def leave_to_parent(signum: int, frame: object) -> None:
@@ -490,7 +491,7 @@ def leave_to_parent(signum: int, frame: object) -> None:
     # No SIG_IGN, which a program that the child executes would inherit.
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
-        if time.monotonic() - heard_at[signum] < 1:
+        if time.monotonic() - ExitMonitor.heard_at[signum] < 1:
             return
         # The monitor may not have come to it yet, and nothing will tell.
         time.sleep(0.005)
@@ -865,7 +866,6 @@ class RunDirectory:
         return path
 
     def _is_own(self, path: Path) -> bool:
-        # A pipe would be waited for.
         if not path.is_file():
             return False
         with contextlib.suppress(OSError), open(path, "rb") as file:
