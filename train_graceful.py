@@ -1182,7 +1182,7 @@ def load_optimizer(optimizer: Optimizer, saved: dict) -> None:
     for number, one in parameters.items():
         for key, value in state.get("state", {}).get(number, {}).items():
             now = optimizer.state[one].get(key)
-            if isinstance(now, Tensor) and now.dtype != value.dtype:
+            if isinstance(value, Tensor) and getattr(now, "dtype", value.dtype) != value.dtype:
                 optimizer.state[one][key] = value.to(now.device)
     # An optimizer in another, and a scheduler, may share groups.
     for group, restored in zip(groups, optimizer.param_groups):
@@ -1311,8 +1311,9 @@ class RunState:
         return {
             (name, key): buffer.detach()
             for name, module in self._roots.items()
+            for saved in [module.state_dict()]
             for key, buffer in module.named_buffers()
-            if key not in module.state_dict()
+            if key not in saved
         }
 
     def _before_step(self, optimizer: Optimizer, *arguments: object) -> None:
@@ -1377,13 +1378,10 @@ class RunState:
             for key, value in buffers.items():
                 path, _, last = key.rpartition(".")
                 owner = self._roots[name].get_submodule(path)
-                own = getattr(owner, last, None)
+                own: Any = getattr(owner, last, None)
                 if value is not None:
                     value = value.to(self.processes.device, copy=True)
-                    if isinstance(own, Tensor) and (own.shape, own.dtype) == (
-                        value.shape,
-                        value.dtype,
-                    ):
+                    if getattr(own, "shape", None) == value.shape and own.dtype == value.dtype:
                         own.copy_(value)
                         continue
                 owner.register_buffer(last, value, persistent=False)
@@ -1398,6 +1396,7 @@ class RunState:
                 one.grad = own_part(saved["gradients"][name], one).to(one.device)
 
     def _mark_boundary(self) -> None:
+        """Remembers what an exception in a batch has to put back, and gradients that wait."""
         buffers = [buffer for module in self._models.values() for buffer in module.buffers()]
         # All of them: BatchNorm changes its own without a new version.
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
@@ -1418,6 +1417,7 @@ class RunState:
         return not known or known[0]() is not grad or known[1] != grad._version
 
     def _marks(self) -> tuple:
+        """What of the state cannot be put back after a batch has changed it."""
         parameters = [(one._version, one.requires_grad) for one in self._names]
         groups = [len(one.param_groups) for one in self._optimizers.values()]
         return parameters, groups, [id(x) for one in self._models.values() for x in one.buffers()]
@@ -1822,12 +1822,12 @@ class Run(RunState):
         except RuntimeError as error:
             # Another rank has died; this one's part of the batch is complete.
             failure = error
+        if not math.isfinite(logged.get("loss", (0.0, 0))[0]):
+            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
         if self._streams:
             # An error too, then: where its stream was nobody knows any more.
             state = self._has_state() and copy.deepcopy(self._source.state_dict())
             self._places = self.processes.gather({"epoch": self._stream_epoch, "state": state})
-        if not math.isfinite(logged.get("loss", (0.0, 0))[0]):
-            raise FloatingPointError("the loss is NaN or infinite; nothing of it is saved")
         metrics, now = self._metrics, time.monotonic()
         for name, (total, count) in logged.items():
             metrics["sums"][name] = metrics["sums"].get(name, 0.0) + total
