@@ -1091,10 +1091,10 @@ class Batches(Dataset):
         if split == "training":
             data, (epoch, number) = self.training, divmod(number, self.per_epoch)
             self._begin_epoch(epoch)
-            places = self._places(number, len(data))
             if self.sampler is not None:
                 indices = self._order[number][self.rank :: self.world_size]
             else:
+                places = self._places(number, len(data))
                 indices = shuffled(places, len(data), b"%d %d" % (self.seed, epoch)).tolist()
         else:
             data, epoch = self.validation, -1
@@ -1270,6 +1270,10 @@ class RunState:
         values = tuple(objects.values())
         return values[0] if len(values) == 1 else values
 
+    @property
+    def _scalers(self) -> dict[str, torch.amp.GradScaler]:
+        return {k: one for k, one in self._others.items() if isinstance(one, torch.amp.GradScaler)}
+
     def _begin_state(self) -> None:
         """Restores what is kept, and watches from here on who updates which parameters."""
         for name, module in self._models.items():
@@ -1400,8 +1404,7 @@ class RunState:
         buffers = [buffer for module in self._models.values() for buffer in module.buffers()]
         # All of them: BatchNorm changes its own without a new version.
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
-        scalers = [one for one in self._others.values() if isinstance(one, torch.amp.GradScaler)]
-        for part in (*self._schedulers.values(), *scalers):
+        for part in (*self._schedulers.values(), *self._scalers.values()):
             self._before.append((part.load_state_dict, dict(part.state_dict())))
         self._gradients = {
             name: parameter.grad.clone()
@@ -1587,8 +1590,7 @@ class Run(RunState):
         if parameters is None:
             parameters = self._names
         norm = whole(nn.utils.clip_grad_norm_(list(dict.fromkeys(parameters)), max_norm))
-        scalers = [one for one in self._others.values() if isinstance(one, torch.amp.GradScaler)]
-        if not norm.isfinite() and not any(scaler.is_enabled() for scaler in scalers):
+        if not norm.isfinite() and not any(one.is_enabled() for one in self._scalers.values()):
             text = "the gradient is NaN or infinite; nothing was updated. A resumed run comes to it"
             raise FloatingPointError(f"{text} again; {NEW_RUN}, at a smaller learning rate")
         return norm
@@ -1899,18 +1901,18 @@ class Run(RunState):
         # Each batch was dealt out to the ranks.
         dealt = torch.arange(self._batches.validated) % self._batches.batch_size % self.world_size
         order = dealt.argsort(stable=True).argsort()
+        samples: dict[str, Tensor] = {}
         found: dict[str, float] = {}
         for name in parts:
-            samples = torch.cat([part for rank in ranks for part in rank[name]])[order]
-            parts[name] = [samples]
+            values = torch.cat([part for rank in ranks for part in rank[name]])[order]
+            samples[name] = values
             # Labels and predictions have no mean.
-            is_measure = samples.is_floating_point() or samples.dtype == torch.bool
-            if self._summarize is None or samples.dim() == 1 and is_measure:
-                found[name] = samples.double().mean().item()
+            is_measure = values.is_floating_point() or values.dtype == torch.bool
+            if self._summarize is None or values.dim() == 1 and is_measure:
+                found[name] = values.double().mean().item()
         if self._summarize is not None:
             self._seed("summarize")
-            everything = {name: samples for name, [samples] in parts.items()}
-            summary = self.processes.first(lambda: self._summarize(everything))
+            summary = self.processes.first(lambda: self._summarize(samples))
             try:
                 found |= {name: float(value) for name, value in summary.items()}
             except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -1934,7 +1936,7 @@ class Run(RunState):
             for root in (*modules, *switch):
                 root.eval()
             # Rank 0's are those of all.
-            for buffer in (buffer for root in modules for buffer in root.buffers()):
+            for buffer in (one for root in self._roots.values() for one in root.buffers()):
                 if self.processes.many:
                     dist.broadcast(buffer, src=0)
             yield
@@ -2032,8 +2034,7 @@ class Run(RunState):
                 self._complete()
                 with contextlib.suppress(Interrupted):
                     self._at_boundary()
-            kept = (nn.Module, torch.amp.GradScaler)
-            names = [name for name, one in self._others.items() if not isinstance(one, kept)]
+            names = [name for name in self._others if name not in {**self._roots, **self._scalers}]
             if self._in_body and names:
                 text = f"Ended within a batch: if it has changed {', '.join(names)}, a resumed run"
                 self.screen.say(f"⚠️ {text} does so again. (After an optimizer's step it does not.)")
@@ -2056,8 +2057,7 @@ class Run(RunState):
         if self.processes.many and hasattr(dist.group.WORLD, "abort"):
             # A device may be waiting for ranks that will not come.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
-        certain = torch.amp.GradScaler
-        unknown = [name for name, one in self._others.items() if not isinstance(one, certain)]
+        unknown = [name for name in self._others if name not in self._scalers]
         unknown += self._outer
         reason = None
         if self._in_body and unknown:
