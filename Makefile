@@ -99,7 +99,7 @@ lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an 
 	$(call need,shellcheck)
 	shellcheck scripts/*.sh .ci/run
 	.venv-lint/bin/ruff check
-	.venv-lint/bin/ruff format --check train_graceful.py
+	.venv-lint/bin/ruff format --check
 	.venv-lint/bin/mypy --python-executable $(VENV_PYTHON) train_graceful.py
 	$(VENV_PYTHON) scripts/size.py 2850
 	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws a terminal's text as an SVG that is readable on light and dark ground.
 
-    scripts/record.sh | scripts/picture.py >scripts/session.svg
+scripts/record.sh | scripts/picture.py >scripts/session.svg
 """
 
 import html

@@ -73,13 +73,31 @@ class Moment:
     Moments are found with sys.setprofile, so the program under test stays as it is.
     """
 
-    def __init__(self, function: str, nth: int = 1, file: str = SCRIPT.name, event: str = "call", where=lambda frame: True) -> None:
-        self.function, self.left, self.file, self.event, self.where = function, nth, file, event, where
+    def __init__(
+        self,
+        function: str,
+        nth: int = 1,
+        file: str = SCRIPT.name,
+        event: str = "call",
+        where=lambda frame: True,
+    ) -> None:
+        self.function, self.left, self.file, self.event, self.where = (
+            function,
+            nth,
+            file,
+            event,
+            where,
+        )
 
     def has_come(self, frame: types.FrameType, event: str) -> bool:
         code = frame.f_code
         if self.function:
-            if event != self.event or code.co_name != self.function or not code.co_filename.endswith(self.file) or not self.where(frame):
+            if (
+                event != self.event
+                or code.co_name != self.function
+                or not code.co_filename.endswith(self.file)
+                or not self.where(frame)
+            ):
                 return False
         elif event != "call" or threading.current_thread() is not threading.main_thread():
             return False
@@ -92,6 +110,7 @@ AT_EXIT = Moment("")  # when all else that a process does at its end is done
 
 def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
     """Does what is planned for each moment, one after the other; an exception that it raises is raised there."""
+
     def profile(frame, event, arg) -> None:
         if not plan:
             sys.setprofile(None)
@@ -126,8 +145,13 @@ def corpus_of(path: Path, windows: int, context: int) -> Path:
     return path
 
 
-def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset(), prepare: Callable = lambda: None,
-           reset=IGNORED) -> NoReturn:
+def become(
+    argv: list[str],
+    program: types.CodeType | Callable,
+    kept=frozenset(),
+    prepare: Callable = lambda: None,
+    reset=IGNORED,
+) -> NoReturn:
     """In a fork: leaves nothing of the test process that the script could notice, and is the script to its end."""
     try:
         as_in_a_shell(reset)
@@ -139,8 +163,12 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
                     os.close(fd)
         # pytest's writes to a descriptor that is closed now.
         faulthandler.enable(sys.__stderr__)
-        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: strace may attach
-        warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]), file=sys.stderr)  # pytest's hides them
+        ctypes.CDLL(None).prctl(
+            0x59616D61, ctypes.c_ulong(-1), 0, 0, 0
+        )  # PR_SET_PTRACER: strace may attach
+        warnings.showwarning = lambda *args: print(
+            warnings.formatwarning(*args[:4]), file=sys.stderr
+        )  # pytest's hides them
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
@@ -148,11 +176,15 @@ def become(argv: list[str], program: types.CodeType | Callable, kept=frozenset()
         sys.argv = argv
         # A fork of this fork will have its own in their place.
         streams = (("r", -1), ("w", -1), ("w", 1))
-        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in enumerate(streams))
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in enumerate(streams)
+        )
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         main.__file__ = argv[0]
         prepare()
-        atexit.register(multiprocessing.util._exit_function)  # importing it would have; here it is imported already
+        atexit.register(
+            multiprocessing.util._exit_function
+        )  # importing it would have; here it is imported already
         exec(program, main.__dict__) if isinstance(program, types.CodeType) else program()
         code = 0
     except SystemExit as leaving:
@@ -193,7 +225,20 @@ def program_of(command: list, cwd: str | Path | None) -> tuple[list[str], types.
 class Forked(subprocess.Popen):
     """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork that becomes it."""
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *others) -> None:
+    def _execute_child(
+        self,
+        args,
+        executable,
+        preexec_fn,
+        close_fds,
+        pass_fds,
+        cwd,
+        env,
+        startupinfo,
+        creationflags,
+        shell,
+        *others,
+    ) -> None:
         pipes, new_session = others[:6], others[10]
         theirs = pipes[0], pipes[3], pipes[5]
         argv, program, prepare = program_of(args, cwd)
@@ -207,12 +252,20 @@ class Forked(subprocess.Popen):
         if new_session:
             os.setsid()
         # As for a program: what is ignored stays so, and no handler of its parent's is called.
-        handled = [signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))]
+        handled = [
+            signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))
+        ]
         set_environment(env)
         become(argv, program, prepare=prepare, reset={*handled, *(() if new_session else IGNORED)})
 
 
-def forked(command: list, capture_output: bool = False, input: str | None = None, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+def forked(
+    command: list,
+    capture_output: bool = False,
+    input: str | None = None,
+    timeout: float = 120,
+    **kwargs,
+) -> subprocess.CompletedProcess:
     """subprocess.run with a fork that becomes the program."""
     if capture_output:
         kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -221,8 +274,14 @@ def forked(command: list, capture_output: bool = False, input: str | None = None
     return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
-def on_a_terminal(argv: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None,
-                  rows: int = 0, columns: int = 0, kept=frozenset()) -> tuple[int, int]:
+def on_a_terminal(
+    argv: list[str],
+    program: types.CodeType | Callable,
+    prepare: Callable = lambda: None,
+    rows: int = 0,
+    columns: int = 0,
+    kept=frozenset(),
+) -> tuple[int, int]:
     """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -234,13 +293,22 @@ def on_a_terminal(argv: list[str], program: types.CodeType | Callable, prepare: 
 class Fork(pexpect.spawn):
     """A program as a fork of this process, which has imported torch already, in a session and on a terminal of its own."""
 
-    def __init__(self, command: str, args: list[str], program: types.CodeType | Callable, prepare: Callable = lambda: None, **kwargs) -> None:
+    def __init__(
+        self,
+        command: str,
+        args: list[str],
+        program: types.CodeType | Callable,
+        prepare: Callable = lambda: None,
+        **kwargs,
+    ) -> None:
         self._program, self._prepare = program, prepare
         super().__init__(command, args, **kwargs)
 
     def _spawnpty(self, args, dimensions, **kwargs) -> ptyprocess.PtyProcess:
         argv = [os.fsdecode(arg) for arg in args[1:]]
-        return ptyprocess.PtyProcess(*on_a_terminal(argv, self._program, self._prepare, *dimensions))
+        return ptyprocess.PtyProcess(
+            *on_a_terminal(argv, self._program, self._prepare, *dimensions)
+        )
 
 
 class Child:
@@ -250,8 +318,13 @@ class Child:
     it does what; None is to wait for go(). `program` is what a script of somebody's own would do: call train_graceful.main.
     """
 
-    def __init__(self, *args: object, plan: Sequence[tuple[Moment, Callable[[types.FrameType], None] | None]] = (),
-                 program: Callable[[], object] | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        *args: object,
+        plan: Sequence[tuple[Moment, Callable[[types.FrameType], None] | None]] = (),
+        program: Callable[[], object] | None = None,
+        **environment: str,
+    ) -> None:
         code = warm()
         self._paused, notify = os.pipe()
         wait, self._go = os.pipe()
@@ -270,7 +343,9 @@ class Child:
             if moments:
                 watch(moments)
 
-        self.pid, terminal = on_a_terminal([str(SCRIPT), *map(str, args)], program or code, prepare, kept={notify, wait})
+        self.pid, terminal = on_a_terminal(
+            [str(SCRIPT), *map(str, args)], program or code, prepare, kept={notify, wait}
+        )
         os.close(notify)
         os.close(wait)
         self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
@@ -328,12 +403,17 @@ def whole_files(directory) -> dict[str, int]:
     return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
 
 
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing: apt install strace")
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="strace is missing: apt install strace"
+)
 
 
 def trace(thread: int, log, *options: str) -> subprocess.Popen:
     """strace on one thread; returns when it has taken hold."""
-    strace = subprocess.Popen(["strace", "-p", str(thread), "-o", str(log), "-e", "trace=%file,%desc", *options],
-                              stderr=subprocess.PIPE, text=True)
+    strace = subprocess.Popen(
+        ["strace", "-p", str(thread), "-o", str(log), "-e", "trace=%file,%desc", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert "attached" in strace.stderr.readline()
     return strace

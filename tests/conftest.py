@@ -12,11 +12,19 @@ from pathlib import Path
 import pexpect
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a second thread only waits for work in models this small
-os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["LOGLEVEL"] = "ERROR"  # as scripts/train_torchrun.sh sets them
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: a second thread only waits for work in models this small
+)
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["LOGLEVEL"] = (
+    "ERROR"  # as scripts/train_torchrun.sh sets them
+)
 
 # Whatever the tests are started by (nohup, a script's background, a closed standard input): their children begin as in a shell.
-IGNORED = [signum for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ} if signal.getsignal(signum) is signal.SIG_IGN]
+IGNORED = [
+    signum
+    for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ}
+    if signal.getsignal(signum) is signal.SIG_IGN
+]
 for signum in IGNORED:
     signal.signal(signum, lambda *args: None)  # no program inherits that
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -32,7 +40,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 sys.path.insert(0, str(ROOT))
 
-TINY = ["--context", "16", "--layers", "2", "--heads", "2", "--dim", "16", "--experts", "2", "--batch-size", "4", "--dropout", "0.1"]
+TINY = [
+    "--context",
+    "16",
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--dim",
+    "16",
+    "--experts",
+    "2",
+    "--batch-size",
+    "4",
+    "--dropout",
+    "0.1",
+]
 ENDLESS = ["--steps", "1000000", "--save-every", "1000000", "--eval-every", "1000000"]
 MODES = {
     "standard": ["--mode", "standard"],
@@ -44,13 +67,17 @@ MODES = {
 def as_in_a_shell(signals=IGNORED) -> None:
     """For forks of this process, which inherit what programs do not."""
     for signum in signals:
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        )
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("".join(f"{n} squared is {n * n}; the quick brown fox jumps over it.\n" for n in range(400)))
+    path.write_text(
+        "".join(f"{n} squared is {n * n}; the quick brown fox jumps over it.\n" for n in range(400))
+    )
     return path
 
 
@@ -126,7 +153,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
     if TABLE:
         width = max(len(what) for what, _, _ in TABLE)
-        terminalreporter.write_line(f"\n| {'campaign'.ljust(width)} | cases | failures |\n|{'-' * (width + 2)}|------:|---------:|")
+        terminalreporter.write_line(
+            f"\n| {'campaign'.ljust(width)} | cases | failures |\n|{'-' * (width + 2)}|------:|---------:|"
+        )
         for what, cases, failures in TABLE:
             terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")
 
@@ -143,14 +172,20 @@ def spawn():
     children = []
 
     def start(*args, command=None, script=SCRIPT, source=None, cwd=None, **kwargs):
-        argv = command or [sys.executable, *(["-c", source] if source else [str(script)]), *map(str, args)]
+        argv = command or [
+            sys.executable,
+            *(["-c", source] if source else [str(script)]),
+            *map(str, args),
+        ]
         if not command and not kwargs:
             words, kwargs["program"], kwargs["prepare"] = program_of(argv, cwd)
             argv = [sys.executable, *words]
         elif "program" not in kwargs:
             kwargs["cwd"] = cwd
         kind = Fork if "program" in kwargs else pexpect.spawn
-        child = kind(argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs)
+        child = kind(
+            argv[0], argv[1:], encoding="utf-8", timeout=60, dimensions=(24, 120), **kwargs
+        )
         children.append(child)
         return child
 
@@ -182,7 +217,9 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
     from campaign import forked
 
     kwargs.setdefault("stdin", subprocess.DEVNULL)
-    return forked([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kwargs)
+    return forked(
+        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kwargs
+    )
 
 
 def refused(*args) -> str:
@@ -229,15 +266,30 @@ def assert_same(left, right, where="checkpoint") -> None:
         assert left == right, where
 
 
-STATE_KEYS = ("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "loop", "step", "best", "evaluation",
-              "data_fingerprint")
+STATE_KEYS = (
+    "model_state_dict",
+    "optimizer_state_dicts",
+    "scheduler_state_dicts",
+    "state_dicts",
+    "loop",
+    "step",
+    "best",
+    "evaluation",
+    "data_fingerprint",
+)
 
 
 def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
     """The rows of metrics.csv, without what no two runs have in common."""
     with open(directory / name) as file:
-        return [{key: value for key, value in row.items() if key not in ("samples_per_second", "seconds", "run")}
-                for row in csv.DictReader(file)]
+        return [
+            {
+                key: value
+                for key, value in row.items()
+                if key not in ("samples_per_second", "seconds", "run")
+            }
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(left: Path, right: Path) -> None:

@@ -76,7 +76,10 @@ class Host:
     def _go_in(self) -> None:
         """For a fork: goes on in a fork of its own, whose parent has its exit code."""
         libc = ctypes.CDLL(None, use_errno=True)
-        spaces = [os.open(f"/proc/{self.init}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "pid", "mnt")]
+        spaces = [
+            os.open(f"/proc/{self.init}/ns/{kind}", os.O_RDONLY)
+            for kind in ("net", "uts", "pid", "mnt")
+        ]
         for space in spaces:
             if libc.setns(space, 0):
                 raise OSError(ctypes.get_errno(), "setns")

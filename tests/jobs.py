@@ -10,13 +10,26 @@ import os
 import sys
 from multiprocessing.connection import Connection, wait
 
-LONG = ["test_hosts", "test_slurm", "test_sharded", "test_many_processes", "test_resume", "test_wrappers", "test_terminal"]
+LONG = [
+    "test_hosts",
+    "test_slurm",
+    "test_sharded",
+    "test_many_processes",
+    "test_resume",
+    "test_wrappers",
+    "test_terminal",
+]
 LONG += ["test_faults_stops", "test_faults_saves", "test_faults_files"]
 
 
 def pytest_addoption(parser) -> None:
     default = os.cpu_count() + 1
-    parser.addoption("--jobs", type=int, default=default, help="so many processes run the tests (default: one more than cores)")
+    parser.addoption(
+        "--jobs",
+        type=int,
+        default=default,
+        help="so many processes run the tests (default: one more than cores)",
+    )
 
 
 def pytest_runtestloop(session) -> bool | None:
@@ -25,11 +38,19 @@ def pytest_runtestloop(session) -> bool | None:
     config, files = session.config, {}
     for item in session.items:
         files.setdefault(item.path, []).append(item)
-    if min(config.option.jobs, len(files)) < 2 or config.option.collectonly or config.option.usepdb or session.testsfailed:
+    if (
+        min(config.option.jobs, len(files)) < 2
+        or config.option.collectonly
+        or config.option.usepdb
+        or session.testsfailed
+    ):
         return None
     config._tmp_path_factory.getbasetemp()  # one for all, made once
     # Whoever is free reads the number of the next file; first come those that take long, then those with the most tests.
-    order = [files[file] for file in sorted(files, key=lambda file: (place_of(file.stem), -len(files[file])))]
+    order = [
+        files[file]
+        for file in sorted(files, key=lambda file: (place_of(file.stem), -len(files[file])))
+    ]
     next_file, queue = os.pipe()
     os.write(queue, bytes(range(len(order))))
     os.close(queue)
@@ -38,7 +59,10 @@ def pytest_runtestloop(session) -> bool | None:
     warm()
     # Not daemons, which may have no children.
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(session, order, next_file, pipes, send)) for _, send in pipes]
+    workers = [
+        context.Process(target=work, args=(session, order, next_file, pipes, send))
+        for _, send in pipes
+    ]
     for worker in workers:
         worker.start()
     for _, send in pipes:
@@ -77,7 +101,9 @@ def report_all(session, left: list[Connection]) -> None:
                 TABLE.extend(data)
                 running.pop(reports, None)
             else:
-                hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=config, data=data))
+                hook.pytest_runtest_logreport(
+                    report=hook.pytest_report_from_serializable(config=config, data=data)
+                )
 
 
 class Sender:
@@ -90,10 +116,21 @@ class Sender:
         self.reports.send(("start", nodeid))
 
     def pytest_runtest_logreport(self, report) -> None:
-        self.reports.send(("report", self.config.hook.pytest_report_to_serializable(config=self.config, report=report)))
+        self.reports.send(
+            (
+                "report",
+                self.config.hook.pytest_report_to_serializable(config=self.config, report=report),
+            )
+        )
 
 
-def work(session, order: list[list], next_file: int, pipes: list[tuple[Connection, Connection]], reports: Connection) -> None:
+def work(
+    session,
+    order: list[list],
+    next_file: int,
+    pipes: list[tuple[Connection, Connection]],
+    reports: Connection,
+) -> None:
     from campaign import TABLE
     from conftest import as_in_a_shell
 

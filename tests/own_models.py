@@ -123,7 +123,9 @@ def train_gan(run: t.Run) -> None:
     model = run.model(Gan())
     adam = torch.optim.Adam
     generator = run.keep(generator=adam(run.module.generator.parameters(), run.options.lr))
-    discriminator = run.keep(discriminator=adam(run.module.discriminator.parameters(), run.options.lr))
+    discriminator = run.keep(
+        discriminator=adam(run.module.discriminator.parameters(), run.options.lr)
+    )
 
     def noise_for(images: torch.Tensor) -> torch.Tensor:
         """A function of the images: the same on any number of ranks."""

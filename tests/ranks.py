@@ -128,7 +128,14 @@ def plain_torchrun() -> None:
         sys.exit(1)
 
 
-def torchrun(spawn, *words: object, size: int = 2, environment: dict | None = None, enter=lambda: None, script: Path | None = None):
+def torchrun(
+    spawn,
+    *words: object,
+    size: int = 2,
+    environment: dict | None = None,
+    enter=lambda: None,
+    script: Path | None = None,
+):
     """torchrun, or this project's script for it, as a fork; its workers are forks of it.
 
     Where enter() leads, in the namespaces of a host say, is where they live.
@@ -158,22 +165,33 @@ def torchrun(spawn, *words: object, size: int = 2, environment: dict | None = No
 def show() -> str:
     """In the place of Python: a program that tells its arguments and its environment."""
     path = Path(tempfile.mkdtemp(prefix="show_"), "show")
-    path.write_text("#!/bin/sh\nprintf '%s\\0' $# \"$@\"\nexec env PWD=\"$PWD\" env -0\n")
+    path.write_text('#!/bin/sh\nprintf \'%s\\0\' $# "$@"\nexec env PWD="$PWD" env -0\n')
     path.chmod(0o755)
     atexit.register(shutil.rmtree, path.parent)
     return str(path)
 
 
-def by_script(spawn, *words: object, enter=lambda: None, cwd: Path | None = None, **environment: object):
+def by_script(
+    spawn, *words: object, enter=lambda: None, cwd: Path | None = None, **environment: object
+):
     """scripts/train_torchrun.sh, and then what it starts as forks."""
     command = [ROOT / "scripts" / "train_torchrun.sh", *map(str, words)]
     given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    told = subprocess.run(command, env={**given, "PYTHON": show()}, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(
+        command,
+        env={**given, "PYTHON": show()},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     number, *rest = told.split("\0")[:-1]
     arguments, variables = rest[: int(number)], rest[int(number) :]
     started = dict(variable.split("=", 1) for variable in variables)
     started["PYTHON"] = sys.executable
-    return torchrun(spawn, *arguments[1:], environment=started, enter=enter, script=Path(arguments[0]))
+    return torchrun(
+        spawn, *arguments[1:], environment=started, enter=enter, script=Path(arguments[0])
+    )
 
 
 def alive(pid: int) -> bool:

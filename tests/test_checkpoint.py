@@ -34,16 +34,57 @@ from conftest import (
 
 import train_graceful as t
 
-KEYS = {"format_version", "model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts", "step", "best",
-        "evaluation", "metrics", "config", "data_fingerprint", "stream", "loop", "exit_reason", "torch_version", "run_id", "saved_at"}
+KEYS = {
+    "format_version",
+    "model_state_dict",
+    "optimizer_state_dicts",
+    "scheduler_state_dicts",
+    "state_dicts",
+    "step",
+    "best",
+    "evaluation",
+    "metrics",
+    "config",
+    "data_fingerprint",
+    "stream",
+    "loop",
+    "exit_reason",
+    "torch_version",
+    "run_id",
+    "saved_at",
+}
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     """A directory with the checkpoints of a finished small run, not to be changed."""
     directory = tmp_path_factory.mktemp("finished") / "ck"
-    result = run("--data", corpus, "--checkpoint-dir", directory, "--context", "16", "--layers", "1", "--heads", "2", "--dim", "16",
-                 "--experts", "2", "--batch-size", "4", "--steps", "12", "--eval-every", "5", "--save-every", "2", "--keep", "2")
+    result = run(
+        "--data",
+        corpus,
+        "--checkpoint-dir",
+        directory,
+        "--context",
+        "16",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--dim",
+        "16",
+        "--experts",
+        "2",
+        "--batch-size",
+        "4",
+        "--steps",
+        "12",
+        "--eval-every",
+        "5",
+        "--save-every",
+        "2",
+        "--keep",
+        "2",
+    )
     assert result.returncode == 0, result.stderr
     return directory
 
@@ -53,10 +94,28 @@ def assert_refused(message, *words):
         assert str(word) in message
 
 
-@pytest.mark.parametrize("value", [
-    numpy.array(["x"]), numpy.array([None]), Path("x"), b"x", bytearray(b"x"), {(1, 2)}, collections.defaultdict(int), argparse.Namespace(a=1),
-    datetime.datetime.now(), 2**2039, torch.eye(2).to_sparse(), {Path("x"): 1}, {b"x": 1}, torch.nn.Buffer(torch.ones(2)),
-    lambda: None, torch.ones(2, device="meta"), torch.nn.Linear(1, 1)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        numpy.array(["x"]),
+        numpy.array([None]),
+        Path("x"),
+        b"x",
+        bytearray(b"x"),
+        {(1, 2)},
+        collections.defaultdict(int),
+        argparse.Namespace(a=1),
+        datetime.datetime.now(),
+        2**2039,
+        torch.eye(2).to_sparse(),
+        {Path("x"): 1},
+        {b"x": 1},
+        torch.nn.Buffer(torch.ones(2)),
+        lambda: None,
+        torch.ones(2, device="meta"),
+        torch.nn.Linear(1, 1),
+    ],
+)
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     """Better a TypeError today than a checkpoint that is refused when it is needed."""
     path = tmp_path / "a.pt"
@@ -234,7 +293,14 @@ def test_saving_takes_hardly_any_memory(tmp_path):
 
 
 def test_layout_keys_and_retention(finished):
-    assert sorted(path.name for path in finished.iterdir()) == ["best.pt", "final.pt", "metrics.csv", "run.lock", "step_10.pt", "step_12.pt"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "best.pt",
+        "final.pt",
+        "metrics.csv",
+        "run.lock",
+        "step_10.pt",
+        "step_12.pt",
+    ]
     for path in finished.glob("*.pt"):
         state = torch.load(path, weights_only=True)
         assert KEYS == set(state) and state["format_version"] == 3
@@ -290,10 +356,16 @@ def test_latest_names_and_skips_damaged_ones(finished, tmp_path):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     flip_a_weight(finished / "final.pt", tmp_path / "final.pt")
     (tmp_path / "emergency_exit").mkdir()
-    (tmp_path / "emergency_exit" / "emergency_step_13.pt").write_bytes((finished / "final.pt").read_bytes()[:5000])
+    (tmp_path / "emergency_exit" / "emergency_step_13.pt").write_bytes(
+        (finished / "final.pt").read_bytes()[:5000]
+    )
     result = run("--resume", "latest", "--checkpoint-dir", tmp_path, "--steps", "14")
     assert result.returncode == 0
-    assert "Skipped" in result.stdout and "emergency_step_13.pt" in result.stdout and "final.pt: damaged" in result.stdout
+    assert (
+        "Skipped" in result.stdout
+        and "emergency_step_13.pt" in result.stdout
+        and "final.pt: damaged" in result.stdout
+    )
     assert "Completed Steps: 14" in result.stdout
 
 
@@ -317,15 +389,21 @@ def test_latest_is_the_furthest_of_the_run_that_has_saved_last(tmp_path):
     saved_by(tmp_path / "step_900.pt", "other", 1, 900, "2026-01-01")
     saved_by(tmp_path / "best.pt", "mine", 1, 20, "2026-01-04")
     saved_by(tmp_path / "step_30.pt", "mine", 1, 30, "2026-01-02")
-    furthest = saved_by(tmp_path / "emergency_exit" / "emergency_step_40.pt", "mine", 1, 40, "2026-01-03")
+    furthest = saved_by(
+        tmp_path / "emergency_exit" / "emergency_step_40.pt", "mine", 1, 40, "2026-01-03"
+    )
     assert t.latest_checkpoint(tmp_path) == furthest
     again = saved_by(tmp_path / "step_25.pt", "mine", 2, 25, "2026-01-05")
-    assert t.latest_checkpoint(tmp_path) == again, "it was resumed from an older one on purpose, and goes on from there"
+    assert t.latest_checkpoint(tmp_path) == again, (
+        "it was resumed from an older one on purpose, and goes on from there"
+    )
 
 
 def test_a_start_that_was_stopped_before_its_first_step_hides_no_trained_run(tmp_path):
     trained = saved_by(tmp_path / "step_30.pt", "mine", 1, 30, "2026-01-01")
-    stopped = saved_by(tmp_path / "emergency_exit" / "emergency_step_0.pt", "new", 1, 0, "2026-01-02")
+    stopped = saved_by(
+        tmp_path / "emergency_exit" / "emergency_step_0.pt", "new", 1, 0, "2026-01-02"
+    )
     assert t.latest_checkpoint(tmp_path) == trained
     trained.unlink()
     assert t.latest_checkpoint(tmp_path) == stopped
@@ -338,23 +416,34 @@ def altered(finished, path, change):
     return path
 
 
-@pytest.mark.parametrize("change, word", [
-    (lambda s: s.update(format_version=2), "not a checkpoint of this program and edition"),
-    (lambda s: s.update(format_version=4), "not a checkpoint of this program"),
-    (lambda s: s.update(format_version=torch.ones(3)), "this program"),
-    (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
-    (lambda s: s["config"].update(dim=32), "does not fit"),
-    (lambda s: s["config"].update(speed=1), "here is no --speed as in its run; --weights"),
-    (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
-    (lambda s: s["optimizer_state_dicts"].pop("adamw"), "kept by this run, but not in the checkpoint"),
-    (lambda s: s["state_dicts"].update(ema={}), "ema is in the checkpoint, but not kept by this run"),
-    (lambda s: s.update(data_fingerprint="0" * 32), "data"),
-    (lambda s: s["data_fingerprint"].update(training=[3, None]), "the data is not what"),
-    (lambda s: s.update(run_id="../../outside"), "not a checkpoint of this program"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda s: s.update(format_version=2), "not a checkpoint of this program and edition"),
+        (lambda s: s.update(format_version=4), "not a checkpoint of this program"),
+        (lambda s: s.update(format_version=torch.ones(3)), "this program"),
+        (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
+        (lambda s: s["config"].update(dim=32), "does not fit"),
+        (lambda s: s["config"].update(speed=1), "here is no --speed as in its run; --weights"),
+        (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
+        (
+            lambda s: s["optimizer_state_dicts"].pop("adamw"),
+            "kept by this run, but not in the checkpoint",
+        ),
+        (
+            lambda s: s["state_dicts"].update(ema={}),
+            "ema is in the checkpoint, but not kept by this run",
+        ),
+        (lambda s: s.update(data_fingerprint="0" * 32), "data"),
+        (lambda s: s["data_fingerprint"].update(training=[3, None]), "the data is not what"),
+        (lambda s: s.update(run_id="../../outside"), "not a checkpoint of this program"),
+    ],
+)
 def test_a_checkpoint_of_another_format_or_size_is_refused(finished, tmp_path, change, word):
     path = altered(finished, tmp_path / "other.pt", change)
-    assert_refused(refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), path, word)
+    assert_refused(
+        refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), path, word
+    )
     assert os.listdir(tmp_path) == ["other.pt"]
 
 
@@ -394,18 +483,24 @@ def test_a_metrics_file_of_another_program_is_left_alone(finished, tmp_path):
     assert session("--resume", tmp_path / "ck" / "step_10.pt") == 0
     assert (tmp_path / "ck" / "metrics.csv").read_text() == "year,rain\n1,20\n99,30\n"
     own = metrics_without_times(tmp_path / "ck", "metrics_2.csv")
-    assert own and own == metrics_without_times(finished)[-len(own):]
+    assert own and own == metrics_without_times(finished)[-len(own) :]
 
 
-@pytest.mark.parametrize("tail", [b"\0\0\0\0\n13,1,x\n" + b"\0" * 30, b"13,0,5.1"], ids=["zeros", "torn"])
-def test_what_a_power_cut_made_of_the_rows_after_the_checkpoint_is_cut_off(finished, tmp_path, tail):
+@pytest.mark.parametrize(
+    "tail", [b"\0\0\0\0\n13,1,x\n" + b"\0" * 30, b"13,0,5.1"], ids=["zeros", "torn"]
+)
+def test_what_a_power_cut_made_of_the_rows_after_the_checkpoint_is_cut_off(
+    finished, tmp_path, tail
+):
     shutil.copytree(finished, tmp_path / "ck")
     rows = (finished / "metrics.csv").read_bytes()
     (tmp_path / "ck" / "metrics.csv").write_bytes(rows + tail)
     assert session("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", "14") == 0
     assert (tmp_path / "ck" / "metrics.csv").read_bytes().startswith(rows)
     text = (tmp_path / "ck" / "metrics.csv").read_bytes()
-    assert b"\0" not in text and [row["step"] for row in metrics_without_times(tmp_path / "ck")][-2:] == ["12", "14"]
+    assert b"\0" not in text and [row["step"] for row in metrics_without_times(tmp_path / "ck")][
+        -2:
+    ] == ["12", "14"]
 
 
 def test_latest_reads_the_tensors_of_one_checkpoint_alone(finished, tmp_path, monkeypatch):
@@ -433,13 +528,19 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     assert_refused(refused("--resume", tmp_path), "directory")
     assert_refused(refused("--resume", tmp_path / "missing.pt"), "missing.pt: No such file")
     (tmp_path / "none").mkdir()
-    assert_refused(refused("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint")
+    assert_refused(
+        refused("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint"
+    )
 
 
 def test_another_runs_files_are_never_overwritten(options, tmp_path, capfd):
     schedule = ["--steps", "4", "--save-every", "2", "--eval-every", "2"]
     assert session(*options, *schedule) == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir() if path.name != "run.lock"}
+    before = {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "ck").iterdir()
+        if path.name != "run.lock"
+    }
     capfd.readouterr()
     assert session(*options, *schedule, "--seed", "1") == 0
     after = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
@@ -455,7 +556,9 @@ def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
     for name in ("pipe", "folder"):
         with pytest.raises(OSError, match="is a directory, pipe or device"):
             t.save_checkpoint({"a": 1}, tmp_path / name)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(
+        os.stat(tmp_path / "pipe").st_mode
+    )
 
 
 def test_save_checkpoint_keeps_the_old_file_when_a_write_fails(tmp_path):
@@ -505,9 +608,25 @@ t.main(t.train, **t.OPTIONS)
 
 
 def test_a_failed_periodic_save_is_reported_and_never_ends_the_run(options, tmp_path):
-    result = forked([sys.executable, "-c", FULL_BEFORE_TRAINING, *options, "--steps", "20", "--save-every", "8",
-                             "--eval-every", "12"], cwd=ROOT,
-                            stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    result = forked(
+        [
+            sys.executable,
+            "-c",
+            FULL_BEFORE_TRAINING,
+            *options,
+            "--steps",
+            "20",
+            "--save-every",
+            "8",
+            "--eval-every",
+            "12",
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert "⚠️ step_8.pt not saved: File too large. Training goes on." in result.stdout
     assert "⚠️ best.pt not saved: File too large. Training goes on." in result.stdout
     assert "step_16.pt not saved" in result.stdout and "Final checkpoint not saved" in result.stdout
@@ -557,12 +676,17 @@ def test_a_directory_that_is_deleted_under_a_run_costs_no_save(spawn, options, t
     child.expect("Checkpoint saved: ")
     child.sendline("q")
     path = saved_path(finish(child))
-    assert child.exitstatus == 0 and path.parent == tmp_path / "ck" / "emergency_exit" and t.load_checkpoint(path)["step"]
+    assert (
+        child.exitstatus == 0
+        and path.parent == tmp_path / "ck" / "emergency_exit"
+        and t.load_checkpoint(path)["step"]
+    )
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_path, code):
     """Lustre without -o flock, NFS without lockd."""
+
     def no_locks(frame) -> None:
         def lockf(*arguments):
             raise OSError(code, os.strerror(code))
@@ -571,12 +695,17 @@ def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_pat
 
     child = fork(*options, "--steps", 4, plan=[(Moment("train"), no_locks)])
     output = child.finish()
-    assert child.exitcode == 0 and output.count("no locks there") == 1 and f"({os.strerror(code)})" in output
+    assert (
+        child.exitcode == 0
+        and output.count("no locks there") == 1
+        and f"({os.strerror(code)})" in output
+    )
     assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
 
 
 def lacking(call: str, code: int, concerns):
     """Puts something in the place of os.call that fails where concerns(its first argument) is true."""
+
     def install(frame) -> None:
         real = getattr(os, call)
 
@@ -605,7 +734,9 @@ LACKING = {
 @pytest.mark.parametrize("what", LACKING)
 def test_what_a_file_system_lacks_is_no_failed_save(fork, options, tmp_path, what):
     """FUSE and network file systems, and directories that may be written but not listed."""
-    child = fork(*options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), lacking(*LACKING[what]))])
+    child = fork(
+        *options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), lacking(*LACKING[what]))]
+    )
     output = child.finish()
     assert child.exitcode == 0 and "not saved" not in output, output
     assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
@@ -621,8 +752,13 @@ def piped(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("change, name", [(with_bom, "metrics.csv"), (piped, "metrics_2.csv"), (Path.unlink, "metrics.csv")])
-def test_whatever_a_person_has_made_of_metrics_csv_the_run_goes_on(finished, tmp_path, change, name):
+@pytest.mark.parametrize(
+    "change, name",
+    [(with_bom, "metrics.csv"), (piped, "metrics_2.csv"), (Path.unlink, "metrics.csv")],
+)
+def test_whatever_a_person_has_made_of_metrics_csv_the_run_goes_on(
+    finished, tmp_path, change, name
+):
     """A spreadsheet has saved it, as spreadsheets do; a pipe stands in its place; it is gone."""
     directory = shutil.copytree(finished, tmp_path / "ck")
     steps = [row["step"] for row in metrics_without_times(directory)]
@@ -632,8 +768,11 @@ def test_whatever_a_person_has_made_of_metrics_csv_the_run_goes_on(finished, tmp
     assert now == [*(steps if change is with_bom else []), "14"]
 
 
-def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(finished, tmp_path, capfd):
+def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(
+    finished, tmp_path, capfd
+):
     """A newer one has added an option to AdamW's groups; and a newer edition a key."""
+
     def change(state: dict) -> None:
         group = state["optimizer_state_dicts"]["adamw"]["param_groups"][0]
         group.pop("decoupled_weight_decay")
@@ -644,12 +783,23 @@ def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(finish
     assert "Completed Steps: 14" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda o: o.update({"class": "SGD"}), "does not fit adamw (class: SGD there, AdamW here)"),
-    (lambda o: o["param_names"][0].reverse(), "does not fit adamw (param_names: "),
-    (lambda o: o["param_names"][0].pop(), "does not fit adamw (param_names: "),
-])
-def test_an_optimizers_state_only_goes_to_the_same_optimizer_over_the_same_parameters(finished, tmp_path, change, words):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda o: o.update({"class": "SGD"}), "does not fit adamw (class: SGD there, AdamW here)"),
+        (lambda o: o["param_names"][0].reverse(), "does not fit adamw (param_names: "),
+        (lambda o: o["param_names"][0].pop(), "does not fit adamw (param_names: "),
+    ],
+)
+def test_an_optimizers_state_only_goes_to_the_same_optimizer_over_the_same_parameters(
+    finished, tmp_path, change, words
+):
     """PyTorch would take it, shapes and all, as long as there are as many."""
-    path = altered(finished, tmp_path / "other.pt", lambda s: change(s["optimizer_state_dicts"]["adamw"]))
-    assert_refused(refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), "does not fit", words)
+    path = altered(
+        finished, tmp_path / "other.pt", lambda s: change(s["optimizer_state_dicts"]["adamw"])
+    )
+    assert_refused(
+        refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"),
+        "does not fit",
+        words,
+    )

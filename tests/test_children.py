@@ -45,7 +45,11 @@ def program():
         if pid == 0:
             try:
                 as_in_a_shell()
-                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+                sys.stdin, sys.stdout, sys.stderr = (
+                    open(0),
+                    open(1, "w", buffering=1),
+                    open(2, "w", buffering=1),
+                )
                 exec(compile(LOOP + code, "program", "exec"), {"__name__": "__main__"})
                 os._exit(0)
             except SystemExit as end:
@@ -82,7 +86,10 @@ sys.exit(monitor.exit_code)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU],
+)
 def test_a_signal_to_the_group_costs_no_batch_of_a_loop_with_workers(program, tmp_path, signum):
     child = program(f"PATH = {str(tmp_path / 'mine.pt')!r}" + TRAINING)
     child.expect("@training")
@@ -410,8 +417,15 @@ def test_workers_of_other_kinds_live_on_too(spawn, tmp_path, how, signum):
 
 def test_in_a_real_shell_a_second_program_is_no_part_of_it(tmp_path):
     """The whole way, without forks of this process: bash, a person's loop with workers, Ctrl-C."""
-    (tmp_path / "mine.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + LOOP + f"PATH = {str(tmp_path / 'mine.pt')!r}" + TRAINING)
-    shell = pexpect.spawn("bash", ["--norc"], encoding="utf-8", timeout=60, env={**os.environ, "PS1": "READY> "})
+    (tmp_path / "mine.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+        + LOOP
+        + f"PATH = {str(tmp_path / 'mine.pt')!r}"
+        + TRAINING
+    )
+    shell = pexpect.spawn(
+        "bash", ["--norc"], encoding="utf-8", timeout=60, env={**os.environ, "PS1": "READY> "}
+    )
     shell.expect("READY> ")
     settings = termios.tcgetattr(shell.child_fd)
     shell.sendline(f"{sys.executable} {tmp_path}/mine.py")
@@ -422,6 +436,8 @@ def test_in_a_real_shell_a_second_program_is_no_part_of_it(tmp_path):
     shell.expect("code 130\r")
     shell.expect("READY> ")
     assert termios.tcgetattr(shell.child_fd) == settings and (tmp_path / "mine.pt").exists()
-    left = subprocess.run(["pgrep", "-f", str(tmp_path / "mine.py")], capture_output=True, text=True)
+    left = subprocess.run(
+        ["pgrep", "-f", str(tmp_path / "mine.py")], capture_output=True, text=True
+    )
     assert left.stdout == ""
     shell.close(force=True)

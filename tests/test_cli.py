@@ -29,37 +29,40 @@ def mistake(tmp_path, monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--steps", "0"], ["--steps", "0", "is not 1 or more"]),
-    (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
-    (["--steps", "inf"], ["--steps", "inf"]),
-    (["--steps", "-5"], ["--steps", "-5"]),
-    (["--steps", "many"], ["--steps", "many"]),
-    (["--batch-size", "0"], ["--batch-size"]),
-    (["--grad-accum", "0"], ["--grad-accum"]),
-    (["--dropout", "1"], ["--dropout", "is not 0 or more and below 1"]),
-    (["--lr", "nan"], ["--lr", "nan is not"]),
-    (["--lr", "0"], ["--lr"]),
-    (["--seed", "-1"], ["--seed"]),
-    (["--keep", "0"], ["--keep"]),
-    (["--workers", "-1"], ["--workers"]),
-    (["--mode", "spherical"], ["--mode", "spherical", "geometric"]),
-    (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
-    (["--dim", "10", "--heads", "4"], ["--heads has to divide --dim"]),
-    (["--experts", "1000", "--dim", "16"], ["--experts be at most 4 times --dim"]),
-    (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--heads has to divide --dim"]),
-    (["--no-such-option"], ["--no-such-option"]),
-    (["--device", "tpu"], ["--device", "tpu"]),
-    (["--resume", ""], ["a directory", "not a checkpoint"]),
-    (["--lr", "inf"], ["--lr", "inf", "below"]),
-    (["--steps", "9" * 20], ["--steps", "below"]),
-    (["--steps", "9" * 5000], ["--steps"]),
-    (["--steps", "1e400"], ["--steps"]),
-    (["--steps"], ["--steps", "expected one argument"]),
-    (["--compile=1"], ["--compile"]),
-    (["train"], ["train"]),
-    (["--context", "100000000"], ["standard library", "too few"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--steps", "0"], ["--steps", "0", "is not 1 or more"]),
+        (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+        (["--steps", "inf"], ["--steps", "inf"]),
+        (["--steps", "-5"], ["--steps", "-5"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--grad-accum", "0"], ["--grad-accum"]),
+        (["--dropout", "1"], ["--dropout", "is not 0 or more and below 1"]),
+        (["--lr", "nan"], ["--lr", "nan is not"]),
+        (["--lr", "0"], ["--lr"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--keep", "0"], ["--keep"]),
+        (["--workers", "-1"], ["--workers"]),
+        (["--mode", "spherical"], ["--mode", "spherical", "geometric"]),
+        (["--mode", "geometric", "--loop", "standard"], ["--mode geometric", "--loop"]),
+        (["--dim", "10", "--heads", "4"], ["--heads has to divide --dim"]),
+        (["--experts", "1000", "--dim", "16"], ["--experts be at most 4 times --dim"]),
+        (["--mode", "geometric", "--dim", "1", "--heads", "1"], ["--heads has to divide --dim"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--resume", ""], ["a directory", "not a checkpoint"]),
+        (["--lr", "inf"], ["--lr", "inf", "below"]),
+        (["--steps", "9" * 20], ["--steps", "below"]),
+        (["--steps", "9" * 5000], ["--steps"]),
+        (["--steps", "1e400"], ["--steps"]),
+        (["--steps"], ["--steps", "expected one argument"]),
+        (["--compile=1"], ["--compile"]),
+        (["train"], ["train"]),
+        (["--context", "100000000"], ["standard library", "too few"]),
+    ],
+)
 def test_a_bad_option_is_named(mistake, arguments, words):
     message = mistake(*arguments)
     assert all(word in message for word in words)
@@ -104,13 +107,20 @@ def test_overriding_what_makes_the_run_names_the_option_and_both_values(corpus, 
     other = tmp_path / "other.txt"
     other.write_text("quite different " * 1000)
     resume = ("--resume", "latest", "--checkpoint-dir", directory, "--steps", "3")
-    for option, new, old in (("--dim", "32", "16"), ("--seed", "7", "0"), ("--batch-size", "8", "4"), ("--mode", "geometric", "standard")):
+    for option, new, old in (
+        ("--dim", "32", "16"),
+        ("--seed", "7", "0"),
+        ("--batch-size", "8", "4"),
+        ("--mode", "geometric", "standard"),
+    ):
         message = refused(*resume, option, new)
         assert f"{option} {new}" in message and f"{option} {old}" in message
     assert "the data is not what the run of" in refused(*resume, "--data", other)
     moved = tmp_path / "moved.txt"
     moved.write_bytes(corpus.read_bytes())
-    assert session(*resume, "--data", moved, "--dim", "16") == 0  # the same data elsewhere, the same width
+    assert (
+        session(*resume, "--data", moved, "--dim", "16") == 0
+    )  # the same data elsewhere, the same width
 
 
 def test_an_error_is_one_line_without_usage_or_traceback_and_exit_code_2(tmp_path):
@@ -173,11 +183,18 @@ def train_noise(run: t.Run) -> None:
 
 
 OWN = {
-    "width": 3, "speed": 0.5, "deep": True, "note": "", "sizes": (1, 2),
+    "width": 3,
+    "speed": 0.5,
+    "deep": True,
+    "note": "",
+    "sizes": (1, 2),
     "flavour": t.option("mild", "how it tastes: 100 % of it", choices=("mild", "hot")),
-    "verbose": t.option(False, "say more", fixed=False), "color": t.option("red", "of the picture", fixed=False),
+    "verbose": t.option(False, "say more", fixed=False),
+    "color": t.option("red", "of the picture", fixed=False),
     "limit": t.option(None, "of something", kind=int, least=2, below=10),
-    "batch_size": 2, "steps": 2, "checkpoint_dir": "mine",
+    "batch_size": 2,
+    "steps": 2,
+    "checkpoint_dir": "mine",
 }
 
 
@@ -202,30 +219,79 @@ def test_own_options_are_in_help_with_their_defaults_and_choices(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(
         "import train_graceful as tg\ndef train(run):\n    'Trains something of mine.'\n"
-        "tg.main(train, width=3, speed=0.5, deep=True, flavour=tg.option('mild', 'how it tastes: 100 %', choices=('mild', 'hot')), batch_size=7)")
+        "tg.main(train, width=3, speed=0.5, deep=True, flavour=tg.option('mild', 'how it tastes: 100 %', choices=('mild', 'hot')), batch_size=7)"
+    )
     result = forked([sys.executable, script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     common, own = result.stdout.split("\nthis program:\n")
     assert "Trains something of mine." in common and "mine.py" in common
-    for words in ("--width WIDTH", "(default 3)", "--speed SPEED", "(default 0.5)", "--deep, --no-deep", "--flavour {mild,hot}", "how it tastes: 100 %", "(default mild)"):
+    for words in (
+        "--width WIDTH",
+        "(default 3)",
+        "--speed SPEED",
+        "(default 0.5)",
+        "--deep, --no-deep",
+        "--flavour {mild,hot}",
+        "how it tastes: 100 %",
+        "(default mild)",
+    ):
         assert words in own
-    assert "--batch-size BATCH_SIZE" in common and "(default 7)" in common and "--batch-size" not in own
+    assert (
+        "--batch-size BATCH_SIZE" in common
+        and "(default 7)" in common
+        and "--batch-size" not in own
+    )
 
 
 def test_an_own_option_has_the_type_of_its_default(mine):
     defaults = mine(0)
     plain = {name: value for name, value in OWN.items() if not isinstance(value, t.option)}
     assert vars(defaults).items() >= {**plain, "checkpoint_dir": os.path.abspath("mine")}.items()
-    assert (defaults.flavour, defaults.verbose, defaults.color, defaults.limit) == ("mild", False, "red", None)
-    given = mine(0, "--width", "1000", "--speed", "1", "--no-deep", "--note", "a b", "--sizes", "4", "5", "6", "--flavour=hot", "--verbose",
-                 "--limit", "9", "--checkpoint-dir", "other")
-    assert (given.width, given.speed, given.deep, given.note, given.sizes) == (1000, 1.0, False, "a b", (4, 5, 6))
+    assert (defaults.flavour, defaults.verbose, defaults.color, defaults.limit) == (
+        "mild",
+        False,
+        "red",
+        None,
+    )
+    given = mine(
+        0,
+        "--width",
+        "1000",
+        "--speed",
+        "1",
+        "--no-deep",
+        "--note",
+        "a b",
+        "--sizes",
+        "4",
+        "5",
+        "6",
+        "--flavour=hot",
+        "--verbose",
+        "--limit",
+        "9",
+        "--checkpoint-dir",
+        "other",
+    )
+    assert (given.width, given.speed, given.deep, given.note, given.sizes) == (
+        1000,
+        1.0,
+        False,
+        "a b",
+        (4, 5, 6),
+    )
     assert (type(given.width), type(given.speed)) == (int, float)
-    assert (given.flavour, given.verbose, given.limit) == ("hot", True, 9) and given.checkpoint_dir == os.path.abspath("other")
+    assert (given.flavour, given.verbose, given.limit) == (
+        "hot",
+        True,
+        9,
+    ) and given.checkpoint_dir == os.path.abspath("other")
 
 
 def test_what_only_the_command_line_has_is_refused(mine):
-    assert mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
+    assert (
+        mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
+    )
 
 
 def test_a_default_that_no_checkpoint_can_hold_is_named_after_the_first_batch(mine):
@@ -242,25 +308,46 @@ def test_a_number_that_is_none_is_named(mine):
 def test_what_makes_an_own_run_is_kept_in_its_checkpoint_and_cannot_be_changed(mine, tmp_path):
     mine(0, "--width", 5, "--sizes", 4, "--color", "blue", "--no-deep")
     resume = ("--resume", "latest", "--steps", 4)
-    for name, new, old in (("width", 6, 5), ("speed", 0.25, 0.5), ("note", "x", ""), ("flavour", "hot", "mild"), ("batch-size", 4, 2), ("limit", 3, None)):
-        assert f"--{name} {new} does not fit the checkpoint, whose run has --{name} {old}" in mine(2, *resume, f"--{name}", new)
+    for name, new, old in (
+        ("width", 6, 5),
+        ("speed", 0.25, 0.5),
+        ("note", "x", ""),
+        ("flavour", "hot", "mild"),
+        ("batch-size", 4, 2),
+        ("limit", 3, None),
+    ):
+        assert f"--{name} {new} does not fit the checkpoint, whose run has --{name} {old}" in mine(
+            2, *resume, f"--{name}", new
+        )
     assert "--deep" in mine(2, *resume, "--deep") and "--sizes" in mine(2, *resume, "--sizes", 4, 5)
     assert t.latest_checkpoint(tmp_path / "mine") == tmp_path / "mine" / "final.pt"
-    same = mine(0, *resume, "--width", "5", "--no-deep", "--sizes", 4, "--verbose", "--color", "green")
-    assert (same.width, same.sizes, same.deep, same.verbose, same.color) == (5, (4,), False, True, "green")
+    same = mine(
+        0, *resume, "--width", "5", "--no-deep", "--sizes", 4, "--verbose", "--color", "green"
+    )
+    assert (same.width, same.sizes, same.deep, same.verbose, same.color) == (
+        5,
+        (4,),
+        False,
+        True,
+        "green",
+    )
 
 
 def test_a_default_that_has_been_edited_since_changes_no_run_that_has_begun(mine):
     mine(0)
     options = mine(0, "--resume", "latest", "--steps", 4, width=7, speed=0.1, color="blue")
     assert (options.width, options.speed, options.color) == (3, 0.5, "red")
-    assert mine(0, "--resume", "latest", "--steps", 6, another=4).another == 4, "one that was added has its default"
+    assert mine(0, "--resume", "latest", "--steps", 6, another=4).another == 4, (
+        "one that was added has its default"
+    )
 
 
 def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, corpus, tmp_path):
     assert session("--data", corpus, *TINY, "--checkpoint-dir", tmp_path / "ck", "--steps", 1) == 0
     other = mine(2, "--resume", tmp_path / "ck" / "final.pt")
-    assert "final.pt: here is no --" in other and other.endswith("; --weights in the place of --resume begins a new run from its weights\n")
+    assert "final.pt: here is no --" in other and other.endswith(
+        "; --weights in the place of --resume begins a new run from its weights\n"
+    )
     mine(0)
     assert "here is no --" in refused("--resume", tmp_path / "mine" / "final.pt")
 
@@ -275,7 +362,9 @@ def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, m
     options, seen = {**t.OPTIONS, **OWN}, []
     for value in BAD:
         seen.clear()
-        code = session(f"{t.flag(name)}={value}", train=lambda run: seen.append(run.options), **options)
+        code = session(
+            f"{t.flag(name)}={value}", train=lambda run: seen.append(run.options), **options
+        )
         errors = capfd.readouterr().err
         assert code == (0 if seen else 2), value
         if seen and name not in t.NOT_STORED:
@@ -283,12 +372,20 @@ def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, m
             taken = getattr(seen[0], name)
             assert type(taken) is type(option.default) or option.default is None, value
         elif code:
-            assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) < 6000 and t.flag(name) in errors or name in ("resume", "weights")
+            assert (
+                errors.startswith("error: ")
+                and errors.count("\n") == 1
+                and len(errors) < 6000
+                and t.flag(name) in errors
+                or name in ("resume", "weights")
+            )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_an_end_says_what_to_give(mine):
-    assert mine(2, steps=None) == "error: how long? Give --steps (or --epochs, but not of a stream)\n"
+    assert (
+        mine(2, steps=None) == "error: how long? Give --steps (or --epochs, but not of a stream)\n"
+    )
     assert mine(0, "--epochs", 1, steps=None).epochs == 1
 
 
@@ -301,5 +398,15 @@ def test_main_ends_the_process_with_the_exit_code_and_returns_it_in_a_notebook(t
     assert "--batch-size" in capfd.readouterr().out
     code = "import train_graceful as tg; tg.main(lambda run: None); print('not reached')"
     for arguments, expected in (((), 0), (("--steps", "x"), 2), (("--help",), 0)):
-        result = forked([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert result.returncode == expected and "not reached" not in result.stdout and "Traceback" not in result.stderr
+        result = forked(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert (
+            result.returncode == expected
+            and "not reached" not in result.stdout
+            and "Traceback" not in result.stderr
+        )

@@ -238,7 +238,10 @@ class Endless(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((Numbers(8), Endless()), ["validation data is map-style", "Endless", "__getitem__(index)"]),
+        (
+            (Numbers(8), Endless()),
+            ["validation data is map-style", "Endless", "__getitem__(index)"],
+        ),
         ((Numbers(8), iter([1, 2])), ["validation data is map-style", "__len__()"]),
         ((Numbers(3),), ["3 training samples, but at least 4 are needed"]),
         ((Numbers(8), Numbers(0)), ["0 validation samples, but at least 1"]),

@@ -69,8 +69,12 @@ def junk(seed: int, size: int) -> bytes:
 def resize(child: Child) -> None:
     while child.exitcode is None and not child.ended():
         for columns in (1, 0, 10, 40, 200, 500):
-            fcntl.ioctl(child.terminal.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            time.sleep(0.001)  # a thousand times a second is enough; without a pause the run hardly gets to its terminal
+            fcntl.ioctl(
+                child.terminal.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0)
+            )
+            time.sleep(
+                0.001
+            )  # a thousand times a second is enough; without a pause the run hardly gets to its terminal
 
 
 TYPING = {
@@ -95,6 +99,7 @@ def typed(fork, options, directory, text: bytes) -> Child:
 
 def redirected(target) -> list:
     """A plan that gives the run another standard output and standard error before it looks at them."""
+
     def redirect(frame) -> None:
         fd = target()
         os.dup2(fd, 1)
@@ -161,8 +166,23 @@ def suspended_in_a_save(fork, options, directory) -> Child:
 
 def hung_up_in_a_save(fork, options, directory, name: str, first: str, code: int) -> None:
     """The save is finished and whole; the first request decides the exit code, and a hang-up is one."""
-    child = fork(*options, "--checkpoint-dir", directory, plan=[(saving(name), None)] if not first else [
-        (batch_complete(40), None), (Moment("save_checkpoint", where=lambda frame: "emergency" in str(frame.f_locals["path"])), None)])
+    child = fork(
+        *options,
+        "--checkpoint-dir",
+        directory,
+        plan=[(saving(name), None)]
+        if not first
+        else [
+            (batch_complete(40), None),
+            (
+                Moment(
+                    "save_checkpoint",
+                    where=lambda frame: "emergency" in str(frame.f_locals["path"]),
+                ),
+                None,
+            ),
+        ],
+    )
     child.paused()
     if first:
         child.terminal.send(first)
@@ -175,13 +195,21 @@ def hung_up_in_a_save(fork, options, directory, name: str, first: str, code: int
     assert child.exitcode == code
     paths = list((directory / "emergency_exit").iterdir())
     assert len(paths) == 1
-    assert t.load_checkpoint(paths[0])["exit_reason"] == {0: "user_requested_graceful_exit", 129: "signal_SIGHUP", 130: "signal_SIGINT"}[code]
+    assert (
+        t.load_checkpoint(paths[0])["exit_reason"]
+        == {0: "user_requested_graceful_exit", 129: "signal_SIGHUP", 130: "signal_SIGINT"}[code]
+    )
     assert not list(directory.rglob(".*"))
 
 
 def in_an_environment(options, reference, directory, environment: dict[str, str]) -> None:
-    result = subprocess.run([sys.executable, str(SCRIPT), *map(str, options), "--checkpoint-dir", directory], stdin=subprocess.DEVNULL,
-                            capture_output=True, env={**os.environ, **environment}, timeout=60)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, options), "--checkpoint-dir", directory],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
     assert result.returncode == 0 and result.stderr == b""
     text = result.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8"))
     assert "Training started. Press 'q' + Enter to exit gracefully..." in text
@@ -189,28 +217,75 @@ def in_an_environment(options, reference, directory, environment: dict[str, str]
 
 
 def test_terminal_and_output(fork, longer_run, tmp_path, whole):
-    with Campaign("closed and full outputs, hang-ups, junk, Ctrl-D, Ctrl-S, suspending, resizing, odd locales") as campaign:
+    with Campaign(
+        "closed and full outputs, hang-ups, junk, Ctrl-D, Ctrl-S, suspending, resizing, odd locales"
+    ) as campaign:
         for mode in MODES if whole else ["standard"]:
             options, reference = longer_run(mode)
-            starts = {what: lambda *args, text=text: typed(*args, text) for what, text in TYPING.items()}
-            outputs = {"closed pipe": closed_pipe, "full pipe": full_pipe, "full disk": lambda: os.open("/dev/full", os.O_WRONLY)}
-            starts |= {what: lambda fork, options, directory, target=target: fork(*options, "--checkpoint-dir", directory, plan=redirected(target))
-                       for what, target in outputs.items()}
-            starts |= {"Ctrl-S": stopped_terminal, "resized": resized, "suspended in a save": suspended_in_a_save}
+            starts = {
+                what: lambda *args, text=text: typed(*args, text) for what, text in TYPING.items()
+            }
+            outputs = {
+                "closed pipe": closed_pipe,
+                "full pipe": full_pipe,
+                "full disk": lambda: os.open("/dev/full", os.O_WRONLY),
+            }
+            starts |= {
+                what: lambda fork, options, directory, target=target: fork(
+                    *options, "--checkpoint-dir", directory, plan=redirected(target)
+                )
+                for what, target in outputs.items()
+            }
+            starts |= {
+                "Ctrl-S": stopped_terminal,
+                "resized": resized,
+                "suspended in a save": suspended_in_a_save,
+            }
             for what, start in starts.items():
-                campaign.case(f"{mode}: {what}", not_disturbed, fork, options, reference, tmp_path / mode / what.replace(" ", "-"), start)
+                campaign.case(
+                    f"{mode}: {what}",
+                    not_disturbed,
+                    fork,
+                    options,
+                    reference,
+                    tmp_path / mode / what.replace(" ", "-"),
+                    start,
+                )
             for name, first, code in [("step_40.pt", "", 129), ("", "q\n", 0), ("", "\3", 130)]:
                 directory = tmp_path / f"{mode}-hung-up-{code}"
-                campaign.case(directory.name, hung_up_in_a_save, fork, options, directory, name, first, code)
-        environments = [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}, {"TERM": "dumb"}]
+                campaign.case(
+                    directory.name, hung_up_in_a_save, fork, options, directory, name, first, code
+                )
+        environments = [
+            {"PYTHONIOENCODING": "ascii"},
+            {"LANG": "C", "LC_ALL": "C"},
+            {"TERM": "dumb"},
+        ]
         for number, environment in enumerate(environments if whole else environments[:1]):
-            campaign.case(environment, in_an_environment, *longer_run("standard"), tmp_path / f"environment-{number}", environment)
+            campaign.case(
+                environment,
+                in_an_environment,
+                *longer_run("standard"),
+                tmp_path / f"environment-{number}",
+                environment,
+            )
 
 
 def all_at_once(fork, options, directory, number: int) -> None:
     """Exactly one of them runs; the others name its pid, if it has come to write it down."""
-    plan = [(Moment("__init__", where=lambda frame: type(frame.f_locals["self"]).__name__ == "RunDirectory"), None)]
-    children = [fork(*options, "--steps", 10**6, "--checkpoint-dir", directory, plan=plan) for _ in range(number)]
+    plan = [
+        (
+            Moment(
+                "__init__",
+                where=lambda frame: type(frame.f_locals["self"]).__name__ == "RunDirectory",
+            ),
+            None,
+        )
+    ]
+    children = [
+        fork(*options, "--steps", 10**6, "--checkpoint-dir", directory, plan=plan)
+        for _ in range(number)
+    ]
     for child in children:
         child.paused()
     for child in children:
@@ -218,7 +293,12 @@ def all_at_once(fork, options, directory, number: int) -> None:
     refused = {}
     winner = None
     for child in children:
-        if child.terminal.expect(["Training started", "error: .* in use by another run \\(pid (\\S+) on"]) == 0:
+        if (
+            child.terminal.expect(
+                ["Training started", "error: .* in use by another run \\(pid (\\S+) on"]
+            )
+            == 0
+        ):
             assert winner is None
             winner = child
         else:
@@ -244,8 +324,13 @@ def lock_of_a_killed_run(fork, options, directory) -> None:
 
 
 def stop(directory: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([str(ROOT / "scripts" / "stop.sh"), str(directory)], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHON": sys.executable})
+    return subprocess.run(
+        [str(ROOT / "scripts" / "stop.sh"), str(directory)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
 
 
 def stranger_with_the_pid(fork, options, directory, held: bool) -> None:
@@ -273,11 +358,28 @@ def stranger_with_the_pid(fork, options, directory, held: bool) -> None:
 
 
 def test_two_at_once(fork, longer_run, tmp_path, whole):
-    with Campaign("ten starts at the same instant on one directory; locks of killed runs; reused pids") as campaign:
+    with Campaign(
+        "ten starts at the same instant on one directory; locks of killed runs; reused pids"
+    ) as campaign:
         options, _ = longer_run("standard")
         for number in range(30 if whole else 3):
-            campaign.case(f"ten at once, {number}", all_at_once, fork, options, tmp_path / f"ten-{number}", 10)
+            campaign.case(
+                f"ten at once, {number}", all_at_once, fork, options, tmp_path / f"ten-{number}", 10
+            )
         for number in range(30 if whole else 1):
-            campaign.case(f"killed, {number}", lock_of_a_killed_run, fork, options, tmp_path / f"killed-{number}")
+            campaign.case(
+                f"killed, {number}",
+                lock_of_a_killed_run,
+                fork,
+                options,
+                tmp_path / f"killed-{number}",
+            )
         for held in (True, False):
-            campaign.case(f"stranger, held {held}", stranger_with_the_pid, fork, options, tmp_path / f"stranger-{held}", held)
+            campaign.case(
+                f"stranger, held {held}",
+                stranger_with_the_pid,
+                fork,
+                options,
+                tmp_path / f"stranger-{held}",
+                held,
+            )

@@ -41,7 +41,7 @@ def codes(children: list, seconds: float = 120) -> list[int]:
     return [child.exitstatus for child in children]
 
 
-MINE = '''
+MINE = """
 import torch
 from torch import nn
 import train_graceful as tg
@@ -60,7 +60,7 @@ def train(run):
 
 if __name__ == "__main__":
     tg.main(train, lr=0.01, batch_size=8, steps=8)
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,9 @@ if __name__ == "__main__":
         ("of one's own", "--shard"),
     ],
 )
-def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_windows, tmp_path, whole, model, way):
+def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(
+    hosts, forty_windows, tmp_path, whole, model, way
+):
     """q on the first, SIGTERM to the torchrun of the second; then on both again, and as 1, 2 and 4 processes of one."""
     if not whole and (model, way) != ("of one's own", "--shard"):
         pytest.skip("the whole of it is a campaign")
@@ -90,7 +92,10 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
     first.expect("Exit requested")
     assert codes([first, second]) == [0, 0] and second.before == ""
     assert hosts[0].pids() == hosts[1].pids() == []
-    step, path = int(re.search(r"Completed Steps: (\d+)", first.before)[1]), saved_path(first.before)
+    step, path = (
+        int(re.search(r"Completed Steps: (\d+)", first.before)[1]),
+        saved_path(first.before),
+    )
     assert t.load_checkpoint(path)["step"] == step < steps
     assert "NNODES=2 RENDEZVOUS=host1:29500 " in resumed(first.before)
     assert resumed(first.before).endswith(f" 2 --resume {path}")
@@ -108,7 +113,9 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
     sizes = (1, 2, 4) if whole else ()
     for size in sizes:
         some = shard if size > 1 else []
-        child = hosts[0].train("--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone)
+        child = hosts[0].train(
+            "--resume", path, *some, "--checkpoint-dir", tmp_path / str(size), size=size, **alone
+        )
         assert codes([child]) == [0], child.before
     whole = hosts[0].train(*fresh, "--checkpoint-dir", tmp_path / "whole", size=4, **alone)
     assert codes([whole]) == [0]
@@ -121,8 +128,24 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, forty_w
 
 
 def test_torchruns_own_variables_say_where_the_machines_meet(hosts, forty_windows, tmp_path):
-    options = [*OPTIONS, "--steps", 10**6, "--eval-every", 10**6, "--data", forty_windows, "--checkpoint-dir", tmp_path / "ck"]
-    meeting = {"PET_NNODES": 2, "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "host1:29500", "NNODES": "", "RENDEZVOUS": ""}
+    options = [
+        *OPTIONS,
+        "--steps",
+        10**6,
+        "--eval-every",
+        10**6,
+        "--data",
+        forty_windows,
+        "--checkpoint-dir",
+        tmp_path / "ck",
+    ]
+    meeting = {
+        "PET_NNODES": 2,
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": "host1:29500",
+        "NNODES": "",
+        "RENDEZVOUS": "",
+    }
     children = both(hosts, *options, **meeting)
     children[0].expect("4 x cpu")
     children[0].expect("step [0-9]+/")
@@ -150,8 +173,20 @@ def test_what_a_host_whose_processes_are_killed_leaves(hosts, forty_windows, tmp
     assert newest.parent.name == ("emergency_exit" if way == "plain" else "ck")
 
 
-def test_a_host_that_stands_still_for_a_while_holds_the_other_up_and_nothing_more(hosts, forty_windows, tmp_path, whole):
-    options = [*OPTIONS, "--steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6, "--data", forty_windows]
+def test_a_host_that_stands_still_for_a_while_holds_the_other_up_and_nothing_more(
+    hosts, forty_windows, tmp_path, whole
+):
+    options = [
+        *OPTIONS,
+        "--steps",
+        10**6,
+        "--save-every",
+        10**6,
+        "--eval-every",
+        10**6,
+        "--data",
+        forty_windows,
+    ]
     children = both(hosts, *options, "--checkpoint-dir", tmp_path / "ck")
     children[0].expect("step [0-9]+/")
     hosts[1].stand_still()

@@ -33,7 +33,9 @@ def test_the_plain_loop_saves_on_s_and_q_and_goes_on(example, tmp_path):
     left = int(child.match[1])
     child.expect("Left because of user_requested_graceful_exit")
     finish(child)
-    assert child.exitstatus == 0 and saved <= left == t.load_checkpoint(tmp_path / "mine.pt")["step"]
+    assert (
+        child.exitstatus == 0 and saved <= left == t.load_checkpoint(tmp_path / "mine.pt")["step"]
+    )
 
     child = example("plain_loop.py", "mine.pt")
     child.sendline("s")
@@ -71,7 +73,9 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize("package, name, saved", TRAINERS)
-def test_a_trainer_leaves_on_q_with_a_checkpoint_and_goes_on(example, tmp_path, package, name, saved):
+def test_a_trainer_leaves_on_q_with_a_checkpoint_and_goes_on(
+    example, tmp_path, package, name, saved
+):
     pytest.importorskip(package, reason=f"{package} is missing: make test-integrations")
     steps = []
     for _ in range(2):

@@ -45,7 +45,9 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tmp_path, mode):
     child = spawn(*options, *ENDLESS, *MODES[mode])
-    child.expect("🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches an epoch; saves in .*/ck")
+    child.expect(
+        "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches an epoch; saves in .*/ck"
+    )
     child.expect("🔄 Training started. Press 'q' \\+ Enter to exit gracefully...")
     before = termios.tcgetattr(child.child_fd)
     child.expect("step [0-9]+/1000000")
@@ -58,9 +60,15 @@ def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tm
     checkpoint = load_checkpoint(path)
     assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{checkpoint['step']}.pt"
     assert checkpoint["exit_reason"] == "user_requested_graceful_exit"
-    assert checkpoint["step"] > 0 and checkpoint["config"]["mode"] == ("geometric" if mode == "geometric" else "standard")
+    assert checkpoint["step"] > 0 and checkpoint["config"]["mode"] == (
+        "geometric" if mode == "geometric" else "standard"
+    )
     names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
-    assert list(checkpoint["optimizer_state_dicts"]) == list(checkpoint["scheduler_state_dicts"]) == names
+    assert (
+        list(checkpoint["optimizer_state_dicts"])
+        == list(checkpoint["scheduler_state_dicts"])
+        == names
+    )
     assert_messages(output, path, checkpoint)
 
 
@@ -103,7 +111,10 @@ def test_s_saves_a_checkpoint_and_goes_on(spawn, options, tmp_path):
     child.sendline("s")
     child.expect("Checkpoint saved: (\\S+\\.pt)")
     path = tmp_path / "ck" / f"step_{load_checkpoint(child.match[1])['step']}.pt"
-    assert child.match[1] == str(path) and load_checkpoint(path)["exit_reason"] == "user_requested_save"
+    assert (
+        child.match[1] == str(path)
+        and load_checkpoint(path)["exit_reason"] == "user_requested_save"
+    )
     child.expect("step [0-9]+/")
     child.sendline("q")
     finish(child)
@@ -164,7 +175,9 @@ def test_second_ctrl_c_abandons_a_save_that_does_not_end(spawn, options, tmp_pat
 
 
 def test_q_typed_twice_never_reaches_the_shell(spawn, options):
-    shell = spawn(command=["bash", "--norc", "--noediting", "-i"], env={**os.environ, "PS1": "READY> "})
+    shell = spawn(
+        command=["bash", "--norc", "--noediting", "-i"], env={**os.environ, "PS1": "READY> "}
+    )
     shell.expect("READY> ")
     shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS]))
     shell.expect("step [0-9]+/")
@@ -180,9 +193,14 @@ def test_q_typed_twice_never_reaches_the_shell(spawn, options):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_while_torch_is_imported_ends_it_without_a_traceback(options, name, tmp_path):
     """There is nothing to save yet."""
-    process = subprocess.Popen([sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     for line in process.stderr:  # importtime names each module as it is imported
         if "torch._" in line:
             break
@@ -214,7 +232,9 @@ tg.main(train, steps=3)
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("means, code", [("q", 0), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_outside_of_the_loop_a_request_ends_the_process_at_once(spawn, tmp_path, where, means, code):
+def test_outside_of_the_loop_a_request_ends_the_process_at_once(
+    spawn, tmp_path, where, means, code
+):
     """Nothing can be lost there: all is saved, or nothing was trained."""
     source = OUTSIDE.replace("WHERE", repr(where))
     child = spawn("--checkpoint-dir", str(tmp_path), source=source)
@@ -324,5 +344,9 @@ def test_cuda_cache_is_cleared_and_memory_returned(spawn, options):
     output = finish(child)
     assert child.exitstatus == 0
     assert "🧹 CUDA cache cleared" in output
-    used = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    used = subprocess.run(
+        ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    ).stdout
     assert str(child.pid) not in used.split()

@@ -120,7 +120,9 @@ def assert_says_where_it_is(output: str, checkpoint: dict, best="Best Loss: none
 
 def test_the_last_validation_stands_beside_the_best_one_whatever_its_name(own):
     evaluation = {"EVALUATE": 'evaluate, best="max accuracy"', "VALUE": "0.75 - 0.01 * run.step"}
-    child = own("--eval-every", 1, **evaluation, BODY="time.sleep(0.2)\n        if run.step == 3: rest()")
+    child = own(
+        "--eval-every", 1, **evaluation, BODY="time.sleep(0.2)\n        if run.step == 3: rest()"
+    )
     child.expect("@resting")
     assert re.search(r"val accuracy 0\.7300 \(best 0\.7400\)", child.before)
 

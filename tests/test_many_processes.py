@@ -85,22 +85,36 @@ def test_the_processes_share_out_the_samples_of_each_batch(validated):
         assert sorted(seen) == list(range(validated))
 
 
-@pytest.mark.parametrize("mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"])
-def test_one_two_and_four_processes_train_the_same_model(group, float32_muon, forty_windows, tmp_path, mode):
+@pytest.mark.parametrize(
+    "mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"]
+)
+def test_one_two_and_four_processes_train_the_same_model(
+    group, float32_muon, forty_windows, tmp_path, mode
+):
     for size in (1, 2, 4):
         directory = tmp_path / str(size)
-        ranks = group(size, *OPTIONS, *MODES[mode], "--data", forty_windows, "--checkpoint-dir", directory)
+        ranks = group(
+            size, *OPTIONS, *MODES[mode], "--data", forty_windows, "--checkpoint-dir", directory
+        )
         texts, codes = finished(ranks)
         assert codes == [0] * size and "All steps done" in texts[0], texts
         assert texts[1:] == [""] * (size - 1)
         assert {path.name for path in directory.iterdir()} == {
-            "best.pt", "final.pt", "metrics.csv", "run.lock", "step_3.pt", "step_6.pt"}
+            "best.pt",
+            "final.pt",
+            "metrics.csv",
+            "run.lock",
+            "step_3.pt",
+            "step_6.pt",
+        }
     assert_close_run(tmp_path / "2", tmp_path / "1")
     assert_close_run(tmp_path / "4", tmp_path / "1")
     assert final(tmp_path / "4").keys() == final(tmp_path / "1").keys()  # one format
 
 
-def test_a_gan_in_one_module_is_trained_by_its_two_optimizers_on_any_number_of_ranks(group, tmp_path):
+def test_a_gan_in_one_module_is_trained_by_its_two_optimizers_on_any_number_of_ranks(
+    group, tmp_path
+):
     """They step in turn, and each of the two backward passes leaves half of the parameters out."""
     for size in (1, 2, 4):
         ranks = group(size, "--checkpoint-dir", tmp_path / str(size), program=program(train_gan))
@@ -170,7 +184,11 @@ def test_each_rank_may_log_what_it_likes_and_the_rows_have_the_means(group, tmp_
     rows = metrics_without_times(tmp_path)
     assert [row["step"] for row in rows] == ["4", "8"]
     for row, mean in zip(rows, (1.5, 5.5)):
-        assert float(row["loss"]) == 1.0 and float(row["alone"]) == mean and float(row["each"]) == 5.0 + mean
+        assert (
+            float(row["loss"]) == 1.0
+            and float(row["alone"]) == mean
+            and float(row["each"]) == 5.0 + mean
+        )
         assert float(row["of_one_39"]) == 39.0
 
 
@@ -195,19 +213,30 @@ def writes_where_it_leaves(folder):
 
 @pytest.mark.parametrize("number, signum", list(enumerate(t.EXIT_SIGNALS)))
 def test_all_leave_at_the_same_step_whichever_rank_gets_the_signal(group, tmp_path, number, signum):
-    ranks = group(3, *ENDLESS, "--batch-size", 9, "--checkpoint-dir", tmp_path / "ck",
-                  program=program(writes_where_it_leaves(tmp_path)))
+    ranks = group(
+        3,
+        *ENDLESS,
+        "--batch-size",
+        9,
+        "--checkpoint-dir",
+        tmp_path / "ck",
+        program=program(writes_where_it_leaves(tmp_path)),
+    )
     ranks[0].terminal.expect(r"step \d+/")
     ranks[number % 3].kill(signum)
     texts, codes = finished(ranks)
     assert codes == [128 + signum] * 3 and texts[0].count("Exit requested!") == 1, texts
     state = t.load_checkpoint(saved_path(texts[0]))
     assert state["exit_reason"] == f"signal_{signum.name}"
-    assert [(tmp_path / f"{rank} left").read_text() for rank in range(3)] == [str(state["step"])] * 3
+    assert [(tmp_path / f"{rank} left").read_text() for rank in range(3)] == [
+        str(state["step"])
+    ] * 3
     assert f"Completed Steps: {state['step']}" in texts[0] and texts[1:] == ["", ""]
 
 
-@pytest.mark.parametrize("rank, means, code", [(0, "q", 0), (0, signal.SIGTERM, 143), (1, signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    "rank, means, code", [(0, "q", 0), (0, signal.SIGTERM, 143), (1, signal.SIGUSR1, 138)]
+)
 def test_a_request_to_one_rank_before_the_loop_is_one_to_all(group, tmp_path, rank, means, code):
     def train(run: t.Run) -> None:
         (tmp_path / f"begun {run.rank}").touch()
@@ -224,7 +253,11 @@ def test_a_request_to_one_rank_before_the_loop_is_one_to_all(group, tmp_path, ra
         ranks[rank].kill(means)
     (tmp_path / "go").touch()
     texts, codes = finished(ranks)
-    assert codes == [code, code] and "Graceful exit completed" in texts[0] and "Traceback" not in texts[1], texts
+    assert (
+        codes == [code, code]
+        and "Graceful exit completed" in texts[0]
+        and "Traceback" not in texts[1]
+    ), texts
     step = t.load_checkpoint(saved_path(texts[0]))["step"]
     assert step == 0 or means != "q"
     assert [(tmp_path / f"{rank} left").read_text() for rank in range(2)] == [str(step)] * 2
@@ -232,10 +265,14 @@ def test_a_request_to_one_rank_before_the_loop_is_one_to_all(group, tmp_path, ra
 
 def test_q_typed_while_torchruns_processes_still_start(spawn, forty_windows, tmp_path):
     """Nobody is left waiting for a rank that has gone."""
-    child = torchrun(spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+    child = torchrun(
+        spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path
+    )
     child.send("q\n")
     text = finish(child)
-    assert child.exitstatus == 0 and "Graceful exit completed" in text and "Traceback" not in text, text
+    assert (
+        child.exitstatus == 0 and "Graceful exit completed" in text and "Traceback" not in text
+    ), text
     # It may come in the first batch.
     assert t.load_checkpoint(saved_path(text))["step"] <= 1
 
@@ -282,14 +319,27 @@ def test_torchruns_only_process_leaves_a_loader_that_hangs(group, tmp_path):
 # ---- the same run after it
 
 
-@pytest.mark.parametrize("mode, size", [("standard", 2), ("geometric", 2), *(
-    pytest.param(*case, marks=pytest.mark.campaign) for case in [("controller", 2), ("geometric", 4)])])
-def test_stopped_by_any_rank_and_resumed_is_the_same_run(group, forty_windows, tmp_path, mode, size):
+@pytest.mark.parametrize(
+    "mode, size",
+    [
+        ("standard", 2),
+        ("geometric", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.campaign)
+            for case in [("controller", 2), ("geometric", 4)]
+        ),
+    ],
+)
+def test_stopped_by_any_rank_and_resumed_is_the_same_run(
+    group, forty_windows, tmp_path, mode, size
+):
     options = [*OPTIONS, *MODES[mode], "--dropout", 0.1, "--data", forty_windows]
     finished(group(size, *options, "--checkpoint-dir", tmp_path / "whole"))
     directory, arguments = tmp_path / "stopped", options
-    for rank, signum, moment in [(size - 1, signal.SIGTERM, Moment("forward_backward", 3)),
-                                 (0, signal.SIGUSR1, Moment("evaluate"))]:
+    for rank, signum, moment in [
+        (size - 1, signal.SIGTERM, Moment("forward_backward", 3)),
+        (0, signal.SIGUSR1, Moment("evaluate")),
+    ]:
         plans = {rank: [(moment, send(signum))]}
         texts, codes = finished(group(size, *arguments, "--checkpoint-dir", directory, plans=plans))
         assert codes == [128 + signum] * size and texts[0].count("Exit requested") == 1, texts
@@ -308,19 +358,33 @@ def stopped_twice_and_resumed(group, size: int, folder, *options: object, **sett
     steps = []
     for stopped in (size - 1, 0):
         words = ["--resume", "latest"] if steps else options
-        texts, codes = finished(group(size, *words, "--checkpoint-dir", folder / "stopped",
-                                      plans={stopped: leaves_after(1)}, **settings))
+        texts, codes = finished(
+            group(
+                size,
+                *words,
+                "--checkpoint-dir",
+                folder / "stopped",
+                plans={stopped: leaves_after(1)},
+                **settings,
+            )
+        )
         assert codes == [143] * size, texts
         steps.append(t.load_checkpoint(saved_path(texts[0]))["step"])
     assert 1 <= steps[0] < steps[1] < STEPS
-    texts, codes = finished(group(size, "--resume", "latest", "--checkpoint-dir", folder / "stopped", **settings))
+    texts, codes = finished(
+        group(size, "--resume", "latest", "--checkpoint-dir", folder / "stopped", **settings)
+    )
     assert codes == [0] * size, texts
     assert_same_run(folder / "stopped", folder / "whole")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cnn_with_batchnorm_dropout_and_augmentation_resumes_bit_for_bit(group, tmp_path, workers):
-    stopped_twice_and_resumed(group, 2, tmp_path, "--workers", workers, program=program(classify(cnn)))
+def test_a_cnn_with_batchnorm_dropout_and_augmentation_resumes_bit_for_bit(
+    group, tmp_path, workers
+):
+    stopped_twice_and_resumed(
+        group, 2, tmp_path, "--workers", workers, program=program(classify(cnn))
+    )
 
 
 def test_four_ranks_with_several_buckets_of_gradients_resume_bit_for_bit(group, tmp_path):
@@ -343,7 +407,9 @@ def test_a_run_goes_on_with_any_number_of_processes(group, float32_muon, forty_w
     steps = []
     for size in (1, 2, 4, 1):
         plans = {} if size == 1 and steps else {0: leaves_after(1)}
-        texts, codes = finished(group(size, *arguments, "--checkpoint-dir", tmp_path / "moved", plans=plans))
+        texts, codes = finished(
+            group(size, *arguments, "--checkpoint-dir", tmp_path / "moved", plans=plans)
+        )
         assert codes == [143 if plans else 0] * size, texts
         steps.append(t.load_checkpoint(t.latest_checkpoint(tmp_path / "moved"))["step"])
         arguments = ["--resume", "latest"]
@@ -368,15 +434,21 @@ def test_an_exception_in_one_rank_ends_all_with_a_checkpoint(group, forty_window
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_batch_that_fails_on_one_rank_is_saved_as_it_was_or_as_rank_0_has_completed_it(group, tmp_path, rank):
+def test_a_batch_that_fails_on_one_rank_is_saved_as_it_was_or_as_rank_0_has_completed_it(
+    group, tmp_path, rank
+):
     """BatchNorm has counted it by the time; on rank 0 that is undone. Resumed, it is the same run."""
     train = program(classify(cnn))
     finished(group(2, "--checkpoint-dir", tmp_path / "whole", program=train))
     plans = {rank: [(Moment("clip_gradients", 3), fail)]}
-    texts, codes = finished(group(2, "--checkpoint-dir", tmp_path / "ck", plans=plans, program=train))
+    texts, codes = finished(
+        group(2, "--checkpoint-dir", tmp_path / "ck", plans=plans, program=train)
+    )
     assert codes == [1, 1] and "RuntimeError: injected" in texts[rank], texts
     assert t.load_checkpoint(saved_path(texts[0]))["step"] == (2 if rank == 0 else 3)
-    texts, codes = finished(group(2, "--resume", "latest", "--checkpoint-dir", tmp_path / "ck", program=train))
+    texts, codes = finished(
+        group(2, "--resume", "latest", "--checkpoint-dir", tmp_path / "ck", program=train)
+    )
     assert codes == [0, 0], texts
     # Of the row that rank 1 has no part in any more, only the mean is another.
     a, b = final(tmp_path / "ck"), final(tmp_path / "whole")
@@ -385,9 +457,13 @@ def test_a_batch_that_fails_on_one_rank_is_saved_as_it_was_or_as_rank_0_has_comp
 
 def test_an_exception_after_rank_0_has_stepped_saves_nothing_half_updated(group, tmp_path):
     plans = {0: [(Moment("log", 5), fail)]}  # the last line of the loop's body
-    texts, codes = finished(group(2, "--checkpoint-dir", tmp_path, plans=plans, program=program(classify(cnn))))
+    texts, codes = finished(
+        group(2, "--checkpoint-dir", tmp_path, plans=plans, program=program(classify(cnn)))
+    )
     assert codes == [1, 1] and "RuntimeError: injected" in texts[0], texts
-    assert "nothing half-updated is saved" in texts[0] and not (tmp_path / "emergency_exit").exists()
+    assert (
+        "nothing half-updated is saved" in texts[0] and not (tmp_path / "emergency_exit").exists()
+    )
     assert "Graceful exit completed" not in texts[0]
     assert re.search(r"Newest whole checkpoint: \S+/(step_3|best).pt\r\n", texts[0]), texts
 
@@ -434,7 +510,10 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_each(group, forty_windows, tmp
     holder[0].terminal.expect(r"step \d+/")
     for arguments, message in [
         (["--data", forty_windows, "--checkpoint-dir", tmp_path], "in use by another run"),
-        (["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1], "is no multiple of 2 processes"),
+        (
+            ["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1],
+            "is no multiple of 2 processes",
+        ),
         (["--data", tmp_path / "none"], "no text there"),
         (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint there"),
         (["--batch-siez", 4], "batch-siez"),
@@ -450,7 +529,9 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_each(group, forty_windows, tmp
 
 
 def test_q_and_enter_in_torchruns_terminal(spawn, forty_windows, tmp_path):
-    child = torchrun(spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+    child = torchrun(
+        spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path
+    )
     child.expect(r"step \d+/")
     workers = worker_pids(child.pid)
     child.send("q\n")
@@ -461,13 +542,21 @@ def test_q_and_enter_in_torchruns_terminal(spawn, forty_windows, tmp_path):
     assert len(workers) == 2 and not any(map(alive, workers))
 
 
-def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(spawn, forty_windows, tmp_path):
-    child = by_script(spawn, 2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(
+    spawn, forty_windows, tmp_path
+):
+    child = by_script(
+        spawn, 2, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path
+    )
     child.expect(r"step \d+/")
     workers = worker_pids(child.pid)
     child.sendintr()
     text = finish(child)
-    assert child.exitstatus == 130 and "Emergency checkpoint saved" in text and "Second Ctrl-C" not in text
+    assert (
+        child.exitstatus == 130
+        and "Emergency checkpoint saved" in text
+        and "Second Ctrl-C" not in text
+    )
     assert "Traceback" not in text
     assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume /", text), text
     assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
@@ -477,7 +566,9 @@ def test_ctrl_c_in_torchruns_terminal_counts_once_and_the_summary_stands_last(sp
 def test_a_hangup_that_nohup_has_ignored_is_ignored_by_torchrun_too(spawn, forty_windows, tmp_path):
     """torchrun itself hears it all the same, and passes it on."""
     options = [*OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
-    child = by_script(spawn, 2, *options, enter=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    child = by_script(
+        spawn, 2, *options, enter=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     child.expect(r"step \d+/")
     for pid in (child.pid, *worker_pids(child.pid)):
         os.kill(pid, signal.SIGHUP)
@@ -492,7 +583,15 @@ def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_w
     environment = {**os.environ, "PYTHON": sys.executable}
     # The script sets them itself.
     del environment["TORCH_CPP_LOG_LEVEL"], environment["LOGLEVEL"]
-    words = [ROOT / "scripts" / "train_torchrun.sh", 2, *OPTIONS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    words = [
+        ROOT / "scripts" / "train_torchrun.sh",
+        2,
+        *OPTIONS,
+        "--data",
+        forty_windows,
+        "--checkpoint-dir",
+        tmp_path,
+    ]
     child = spawn(command=[str(word) for word in words], env=environment)
     text = finish(child)
     assert child.exitstatus == 0 and "Warning" not in text and "[W" not in text, text
@@ -501,8 +600,13 @@ def test_nothing_stands_between_the_lines_of_a_run_under_torchrun(spawn, forty_w
 def test_a_mistake_is_not_buried_by_torchrun(spawn):
     child = by_script(spawn, 2, "--stps", 5)
     lines = finish(child).splitlines()
-    assert child.exitstatus == 2 and "error: unrecognized arguments: --stps 5 (--help lists the options)" in lines
-    assert len(lines) <= 4  # one of each, beside them what torchrun says of the process that failed first, and of the other
+    assert (
+        child.exitstatus == 2
+        and "error: unrecognized arguments: --stps 5 (--help lists the options)" in lines
+    )
+    assert (
+        len(lines) <= 4
+    )  # one of each, beside them what torchrun says of the process that failed first, and of the other
 
 
 SECOND_ALONE = f"""
@@ -523,7 +627,11 @@ def test_a_mistake_that_the_second_process_makes_alone_is_said(spawn, tmp_path):
     script.write_text(SECOND_ALONE)
     child = torchrun(spawn, script, "--checkpoint-dir", tmp_path)
     text = finish(child)
-    assert child.exitstatus == 1 and text.count("error: the second disk is not there") == 1 and "exitcode  : 2" in text
+    assert (
+        child.exitstatus == 1
+        and text.count("error: the second disk is not there") == 1
+        and "exitcode  : 2" in text
+    )
 
 
 def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_windows, tmp_path):
@@ -547,7 +655,9 @@ def test_a_job_in_the_background_leaves_the_keyboard_to_the_shell(spawn, forty_w
 
 
 def test_torchrun_killed_outright_leaves_no_worker(spawn, forty_windows, tmp_path):
-    child = torchrun(spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path)
+    child = torchrun(
+        spawn, SCRIPT, *OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path
+    )
     child.expect(r"step \d+/")
     workers = worker_pids(child.pid)
     os.kill(child.pid, signal.SIGKILL)

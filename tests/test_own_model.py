@@ -47,7 +47,14 @@ def net() -> nn.Sequential:
     )
 
 
-OPTIONS = {"batch_size": 8, "steps": 13, "eval_every": 4, "log_every": 3, "save_every": 100, "lr": 0.05}
+OPTIONS = {
+    "batch_size": 8,
+    "steps": 13,
+    "eval_every": 4,
+    "log_every": 3,
+    "save_every": 100,
+    "lr": 0.05,
+}
 
 
 def go(train, directory, *args, stop: int | None = None, **options) -> tg.Run:
@@ -360,7 +367,9 @@ def test_two_optimizers_that_step_in_turn(tmp_path):
     def train(run: tg.Run) -> None:
         run.data(Points(), Points(11))
         generator = run.model(nn.Linear(3, 6), name="generator")
-        discriminator = run.model(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), "critic")
+        discriminator = run.model(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), "critic"
+        )
         of_g = torch.optim.Adam(generator.parameters(), 1e-2)
         of_d = torch.optim.RMSprop(discriminator.parameters(), 1e-2)
         run.keep(optimizers={"of_g": of_g, "of_d": of_d})
@@ -577,7 +586,9 @@ def test_an_evaluation_is_the_mean_over_all_samples(tmp_path):
     def train(run: tg.Run) -> None:
         run.data(list(range(8)), list(range(100, 121)))
         run.model(nn.Linear(1, 1))
-        for _ in run.batches(lambda batch: {"number": batch, "odd": batch % 2 == 1}, best="max number"):
+        for _ in run.batches(
+            lambda batch: {"number": batch, "odd": batch % 2 == 1}, best="max number"
+        ):
             seen.append(run.evaluation)
 
     go(train, tmp_path, steps=5)
@@ -641,7 +652,10 @@ def test_an_exception_before_the_optimizer_saves_the_last_boundary(tmp_path, cap
     assert_same_run(tmp_path / "failed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("when, code, words", [("after", 1, "ZeroDivisionError"), ("exit", 7, ""), ("nan", 1, "the loss is NaN")])
+@pytest.mark.parametrize(
+    "when, code, words",
+    [("after", 1, "ZeroDivisionError"), ("exit", 7, ""), ("nan", 1, "the loss is NaN")],
+)
 def test_an_exception_after_a_step_saves_nothing_half_updated(tmp_path, capfd, when, code, words):
     arguments = ("--checkpoint-dir", tmp_path, "--save-every", 4)
     assert session(*arguments, train=failing(when), **OPTIONS) == code
@@ -951,7 +965,10 @@ def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):
 
     train = classification(kept=lambda run, module: run.keep(odd=Odd()))
     words = mistake(capfd, train, "--checkpoint-dir", tmp_path)
-    assert "error: this run cannot be saved: state['state_dicts']['odd']['path'] is a builtins.object" in words
+    assert (
+        "error: this run cannot be saved: state['state_dicts']['odd']['path'] is a builtins.object"
+        in words
+    )
 
 
 # ---- waiting for data

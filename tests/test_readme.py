@@ -34,7 +34,9 @@ def test_the_example_of_ones_own_model_is_stopped_and_resumed(spawn, tmp_path):
     (tmp_path / "mydata.py").write_text(MYDATA)
     (tmp_path / "mine.py").write_text(OWN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = spawn(command=[sys.executable, "mine.py", "--epochs", "100000"], cwd=tmp_path, env=environment)
+    child = spawn(
+        command=[sys.executable, "mine.py", "--epochs", "100000"], cwd=tmp_path, env=environment
+    )
     child.expect("step [0-9]+/")
     child.sendline("q")
     output = finish(child)
@@ -48,7 +50,9 @@ def test_the_example_of_ones_own_model_is_stopped_and_resumed(spawn, tmp_path):
 
 
 def test_the_weights_example_runs_without_this_program(options, tmp_path):
-    assert run(*options, "--steps", "2", "--checkpoint-dir", tmp_path / "checkpoints").returncode == 0
+    assert (
+        run(*options, "--steps", "2", "--checkpoint-dir", tmp_path / "checkpoints").returncode == 0
+    )
     [weights] = re.findall(r"`(torch.load\(.*?)`", README)
     code = f"import torch; print(*{weights})"
     result = forked([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -57,7 +61,8 @@ def test_the_weights_example_runs_without_this_program(options, tmp_path):
 
 def test_the_monitor_example_saves_on_s_and_leaves_on_q(spawn, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + MONITOR.replace(
-        "    while not", "    print('@training')\n    while not")
+        "    while not", "    print('@training')\n    while not"
+    )
     child = spawn(source=code, cwd=tmp_path)
     child.expect("@training")
     child.sendline("s")
@@ -74,7 +79,9 @@ def test_every_make_target_is_listed():
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     assert targets and all(f"make {target} " in listed for target in targets)
-    assert all(target in targets for target in re.findall(r"(?:`|^    |\$ )make ([a-z-]+)", README, re.M))
+    assert all(
+        target in targets for target in re.findall(r"(?:`|^    |\$ )make ([a-z-]+)", README, re.M)
+    )
 
 
 def test_readme_is_read_in_one_sitting():

@@ -115,9 +115,19 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("mode, stop", [
-    pytest.param(mode, stop, id=f"{mode}-{stop[0]}{stop[1]}", marks=[CAMPAIGN] * (mode != "geometric" and number % 3 > 0))
-    for mode in MODES for number, stop in enumerate(STOPS)])
+@pytest.mark.parametrize(
+    "mode, stop",
+    [
+        pytest.param(
+            mode,
+            stop,
+            id=f"{mode}-{stop[0]}{stop[1]}",
+            marks=[CAMPAIGN] * (mode != "geometric" and number % 3 > 0),
+        )
+        for mode in MODES
+        for number, stop in enumerate(STOPS)
+    ],
+)
 def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop):
     options, reference = uninterrupted(mode, grad_accum=2)
     stopped = train(tmp_path, *options, "--workers", 2, stop=stop)
@@ -365,7 +375,9 @@ def test_more_steps_than_a_scheduler_can_take_are_refused(tmp_path, capfd):
         run.data(Noted(20))
         model = run.model(torch.nn.Linear(1, 1))
         optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 1e-9))
-        one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-9, total_steps=run.total_steps)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 1e-9, total_steps=run.total_steps
+        )
         run.keep(scheduler=one_cycle)
         for batch in run.batches():
             model(batch).mean().backward()

@@ -44,12 +44,16 @@ def test_settings_changed_during_the_run_are_put_back(spawn, options):
 
 @pytest.fixture
 def shell(spawn):
-    shell = spawn(command=["bash", "--norc", "-i"], env={**os.environ, "PS1": "READY> ", "TERM": "dumb"})
+    shell = spawn(
+        command=["bash", "--norc", "-i"], env={**os.environ, "PS1": "READY> ", "TERM": "dumb"}
+    )
     shell.expect("READY> ")
     return shell
 
 
-def test_a_background_job_trains_on_while_the_shell_is_typed_at_and_hears_q_after_fg(shell, options, tmp_path):
+def test_a_background_job_trains_on_while_the_shell_is_typed_at_and_hears_q_after_fg(
+    shell, options, tmp_path
+):
     metrics = tmp_path / "ck" / "metrics.csv"
     shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS, "&"]))
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
@@ -101,7 +105,18 @@ t.main(t.train, **t.OPTIONS)
 
 def test_ctrl_z_and_fg_in_the_middle_of_a_save(shell, options, tmp_path):
     (tmp_path / "slow.py").write_text(SAVES_SLOWLY)
-    shell.sendline(" ".join([f"PYTHONPATH={ROOT}", sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "ck"), *options, *ENDLESS]))
+    shell.sendline(
+        " ".join(
+            [
+                f"PYTHONPATH={ROOT}",
+                sys.executable,
+                str(tmp_path / "slow.py"),
+                str(tmp_path / "ck"),
+                *options,
+                *ENDLESS,
+            ]
+        )
+    )
     shell.expect("step [0-9]+/")
     shell.sendline("q")
     shell.expect("@saving")
@@ -122,17 +137,41 @@ def test_end_of_input_ends_keyboard_monitoring_only(options, tmp_path, stdin):
     junk = tmp_path / "junk"
     junk.write_text("xq\nquery\nq")  # its last line has no end
     if stdin == "closed":
-        command = ["sh", "-c", '"$@" <&-', "sh", sys.executable, str(SCRIPT), *options, "--steps", "30"]
+        command = [
+            "sh",
+            "-c",
+            '"$@" <&-',
+            "sh",
+            sys.executable,
+            str(SCRIPT),
+            *options,
+            "--steps",
+            "30",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     else:
         with open(junk) as file:
-            result = run(*options, "--steps", "30", stdin={"/dev/null": subprocess.DEVNULL, "empty pipe": subprocess.PIPE, "file": file}[stdin])
+            result = run(
+                *options,
+                "--steps",
+                "30",
+                stdin={
+                    "/dev/null": subprocess.DEVNULL,
+                    "empty pipe": subprocess.PIPE,
+                    "file": file,
+                }[stdin],
+            )
     assert result.returncode == 0 and result.stderr == ""
     assert load_checkpoint(saved_path(result.stdout))["exit_reason"] == "completed"
 
 
 def test_q_through_a_pipe_leaves(options):
-    process = Forked([sys.executable, str(SCRIPT), *options, *ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = Forked(
+        [sys.executable, str(SCRIPT), *options, *ENDLESS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step"):
             break
@@ -173,7 +212,9 @@ def test_no_keyboard_leaves_typed_lines_to_others(spawn, options):
 def test_a_closed_terminal_leaves_a_whole_checkpoint(options, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, str(SCRIPT), *options, *ENDLESS, "--workers", "2"])
+        os.execv(
+            sys.executable, [sys.executable, str(SCRIPT), *options, *ENDLESS, "--workers", "2"]
+        )
     output = b""
     while b"step " not in output:
         output += os.read(terminal, 1024)
@@ -206,7 +247,9 @@ def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(s
     assert child.exitstatus == 0
     drawn = [part for part in output.partition("Final")[0].split("\r") if "step " in part]
     assert len(drawn) > 3
-    assert all(len(part) < 40 for part in drawn[len(drawn) // 2 :])  # all that were drawn after the resize was seen
+    assert all(
+        len(part) < 40 for part in drawn[len(drawn) // 2 :]
+    )  # all that were drawn after the resize was seen
     assert output.count("\n") < 20
 
 
@@ -217,9 +260,15 @@ def test_a_plain_line_for_every_log_interval_where_there_is_no_terminal(options)
     assert "\r" not in result.stdout
 
 
-@pytest.mark.parametrize("columns, expected", [
-    (120, "step 5/10 | loss 2.1559 | 0:04:54 left"), (40, "step 5/10 | loss 2.1559 | 0:04:54 "),
-    (20, "step 5/10 | lo"), (5, "s")])
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        (120, "step 5/10 | loss 2.1559 | 0:04:54 left"),
+        (40, "step 5/10 | loss 2.1559 | 0:04:54 "),
+        (20, "step 5/10 | lo"),
+        (5, "s"),
+    ],
+)
 def test_the_status_line_leaves_room_for_a_command(monkeypatch, columns, expected):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -253,7 +302,9 @@ def test_a_question_mark_shows_the_keys_and_the_last_checkpoint(spawn, fork, opt
     child.terminal.expect("Last checkpoint: emergency_step_[0-9]+.pt, [0-9:]+ ago.")
 
 
-def test_a_question_mark_does_not_make_the_monitor_deaf_whatever_lies_in_the_directory(spawn, options, tmp_path):
+def test_a_question_mark_does_not_make_the_monitor_deaf_whatever_lies_in_the_directory(
+    spawn, options, tmp_path
+):
     """A link to a checkpoint that is gone: where one is deleted at that moment it is the same."""
     child = spawn(*options, *ENDLESS)
     child.expect("step [0-9]+/")

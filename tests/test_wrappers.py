@@ -34,14 +34,25 @@ ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 def script(name, *args, root=ROOT, **environment) -> subprocess.CompletedProcess:
     """A wrapper run to its end, without a terminal."""
-    return subprocess.run([str(root / "scripts" / name), *map(str, args)], stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=120, env={**ENVIRONMENT, **environment})
+    return subprocess.run(
+        [str(root / "scripts" / name), *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**ENVIRONMENT, **environment},
+    )
 
 
 def stopping(directory: Path) -> subprocess.Popen:
     """stop.sh, under way."""
-    return subprocess.Popen([str(ROOT / "scripts" / "stop.sh"), str(directory)], env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [str(ROOT / "scripts" / "stop.sh"), str(directory)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def process_is_gone(pid: int) -> bool:
@@ -57,7 +68,15 @@ def nohup(tmp_path, options):
     pids = []
 
     def start(root=ROOT) -> int:
-        result = script("train_nohup.sh", *options, *ENDLESS, "--log-every", "1", root=root, LOG=str(tmp_path / "train.log"))
+        result = script(
+            "train_nohup.sh",
+            *options,
+            *ENDLESS,
+            "--log-every",
+            "1",
+            root=root,
+            LOG=str(tmp_path / "train.log"),
+        )
         assert result.returncode == 0, result.stderr
         pids.append(int(re.search(r"pid (\d+)", result.stdout)[1]))
         assert f'tail -f "{tmp_path}/train.log"' in result.stdout
@@ -76,8 +95,12 @@ def holder(tmp_path):
     processes = []
 
     def start(host="") -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), host], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), host],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         processes.append(process)
         assert process.stdout.readline() == "holding\n"
         return process
@@ -120,11 +143,19 @@ class Tmux:
         self.environment.update(TMUX_TMPDIR=str(directory), SHELL="/bin/sh", TERM="xterm")
 
     def __call__(self, *args) -> str:
-        return subprocess.run(["tmux", *args], env=self.environment, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["tmux", *args], env=self.environment, capture_output=True, text=True
+        ).stdout
 
     def train(self, *args, root=ROOT) -> str:
-        return subprocess.run([str(root / "scripts" / "train_tmux.sh"), *args], env=self.environment, check=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [str(root / "scripts" / "train_tmux.sh"), *args],
+            env=self.environment,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        ).stdout
 
     def shows(self, text: str) -> bool:
         return text in self.screen()
@@ -150,7 +181,10 @@ def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(nohup, t
     os.kill(pid, signal.SIGHUP)
     steps = (tmp_path / "train.log").read_text().count("\nstep")
     wait_until(lambda: (tmp_path / "train.log").read_text().count("\nstep") > steps + 1)
-    assert "Training started. Send it SIGTERM to exit gracefully" in (tmp_path / "train.log").read_text()
+    assert (
+        "Training started. Send it SIGTERM to exit gracefully"
+        in (tmp_path / "train.log").read_text()
+    )
     result = script("stop.sh", tmp_path / "ck")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\n📊 Training Summary:\n   Completed Steps: " in result.stdout
@@ -188,11 +222,16 @@ def test_stop_never_signals_the_stranger_whose_pid_a_dead_run_left_behind(strang
     assert stranger.poll() is None
 
 
-def test_stop_signals_no_stranger_whom_the_file_names_while_another_holds_it(holder, stranger, tmp_path):
+def test_stop_signals_no_stranger_whom_the_file_names_while_another_holds_it(
+    holder, stranger, tmp_path
+):
     run = holder()
     name_in_lock_file(stranger, tmp_path)
     result = script("stop.sh", tmp_path)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "stop it there" in result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "stop it there" in result.stderr
     assert stranger.poll() is None and run.communicate()[0] == ""
 
 
@@ -236,7 +275,9 @@ def test_stop_wakes_a_run_that_was_suspended(holder, tmp_path):
 # ---- tmux ------------------------------------------------------------------------------------------------------------
 
 
-def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, spaced_root, corpus, options):
+def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(
+    tmux, spaced_root, corpus, options
+):
     shutil.copy(corpus, spaced_root / "my corpus.txt")
     started = tmux.train(*options, "--data", "my corpus.txt", *ENDLESS, root=spaced_root)
     assert "tmux attach -t 'train'" in started and "Ctrl-b d" in started
@@ -249,7 +290,9 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, sp
     tmux("send-keys", "-t", "=train:", "echo usable $((40 + 2))", "Enter")
     wait_until(lambda: tmux.shows("usable 42"))
     # The next one takes nothing away that is still read there.
-    assert "Started in a new window" in tmux.train(*options, "--data", "my corpus.txt", *ENDLESS, root=spaced_root)
+    assert "Started in a new window" in tmux.train(
+        *options, "--data", "my corpus.txt", *ENDLESS, root=spaced_root
+    )
     wait_until(lambda: tmux.shows("Training started") and not tmux.shows("usable"))
     assert "nothing new is started" in tmux.train(root=spaced_root)
     tmux("send-keys", "-t", "=train:", "q", "Enter")
@@ -262,7 +305,12 @@ def test_a_second_start_attaches_to_the_session_and_ctrl_c_there_saves(tmux, spa
     wait_until(lambda: tmux.shows("Training started"))
     assert "already; nothing new is started" in tmux.train("train")
     # With options it is another run that is wanted: attached to this one, nobody would see that it was not started.
-    again = subprocess.run([str(ROOT / "scripts" / "train_tmux.sh"), "train", *options], env=tmux.environment, capture_output=True, text=True)
+    again = subprocess.run(
+        [str(ROOT / "scripts" / "train_tmux.sh"), "train", *options],
+        env=tmux.environment,
+        capture_output=True,
+        text=True,
+    )
     assert again.returncode == 2 and "SESSION=name" in again.stderr
     assert tmux("list-panes", "-a").count("\n") == 1
     child = spawn(command=["sh", str(ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
@@ -317,13 +365,32 @@ def mine(tmp_path) -> Path:
 
 def test_a_script_of_ones_own_in_the_background(mine):
     environment = {**ENVIRONMENT, "SCRIPT": "mine.py"}
-    started = subprocess.run([str(ROOT / "scripts" / "train_nohup.sh"), "--lr", "0.2"], cwd=mine, env=environment, capture_output=True, text=True)
+    started = subprocess.run(
+        [str(ROOT / "scripts" / "train_nohup.sh"), "--lr", "0.2"],
+        cwd=mine,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert started.returncode == 0, started.stderr
-    stopped = subprocess.run([str(ROOT / "scripts" / "stop.sh")], cwd=mine, env=environment, capture_output=True, text=True)
+    stopped = subprocess.run(
+        [str(ROOT / "scripts" / "stop.sh")],
+        cwd=mine,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert stopped.returncode == 0 and "Emergency checkpoint: " in stopped.stdout, stopped.stderr
     assert list((mine / "checkpoints" / "emergency_exit").glob("*.pt"))
     command = re.search("Resume with: (.*)", stopped.stdout)[1]
-    process = subprocess.Popen(["sh", "-c", command.replace("PYTHONPATH", "exec env PYTHONPATH")], cwd=mine, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["sh", "-c", command.replace("PYTHONPATH", "exec env PYTHONPATH")],
+        cwd=mine,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert any("Resumed at step" in line for line in process.stdout)
     process.terminate()
     process.communicate()
@@ -332,7 +399,13 @@ def test_a_script_of_ones_own_in_the_background(mine):
 
 def test_a_script_of_ones_own_in_tmux(tmux, mine):
     tmux.environment["SCRIPT"] = "mine.py"
-    subprocess.run([str(ROOT / "scripts" / "train_tmux.sh"), "train", "--lr", "0.2"], env=tmux.environment, cwd=mine, check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [str(ROOT / "scripts" / "train_tmux.sh"), "train", "--lr", "0.2"],
+        env=tmux.environment,
+        cwd=mine,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
     wait_until(lambda: tmux.shows("Training started"))
     tmux("send-keys", "-t", "=train:", "q", "Enter")
     wait_until(lambda: tmux.shows("exit code 0"))
@@ -345,18 +418,40 @@ def test_a_script_of_ones_own_with_several_processes(mine, spawn):
     child.expect("step [0-9]+/")
     child.sendline("q")
     output = finish(child)
-    assert child.exitstatus == 0 and re.search(r"Resume with: SCRIPT=.*mine.py'? \S*scripts/train_torchrun.sh 2 --resume", output)
+    assert child.exitstatus == 0 and re.search(
+        r"Resume with: SCRIPT=.*mine.py'? \S*scripts/train_torchrun.sh 2 --resume", output
+    )
 
 
 def test_a_script_of_ones_own_by_make(mine, spawn):
-    make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed", f"SCRIPT={mine / 'mine.py'}"]
-    child = spawn(command=[*make, "train", f"ARGS=--lr 0.2 --checkpoint-dir '{mine}/ck'"], env=ENVIRONMENT)
+    make = [
+        "make",
+        "-C",
+        str(ROOT),
+        f"VENV_PYTHON={sys.executable}",
+        "-o",
+        ".venv/installed",
+        f"SCRIPT={mine / 'mine.py'}",
+    ]
+    child = spawn(
+        command=[*make, "train", f"ARGS=--lr 0.2 --checkpoint-dir '{mine}/ck'"], env=ENVIRONMENT
+    )
     child.expect("step [0-9]+/")
     child.sendline("q")
     finish(child)
     assert child.exitstatus == 0 and list((mine / "ck" / "emergency_exit").glob("*.pt"))
-    result = subprocess.run([*make, "resume", f"CKPT={next((mine / 'ck' / 'emergency_exit').glob('*.pt'))}", "ARGS=--lr 0.3"],
-                            env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        [
+            *make,
+            "resume",
+            f"CKPT={next((mine / 'ck' / 'emergency_exit').glob('*.pt'))}",
+            "ARGS=--lr 0.3",
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert "--lr 0.3 does not fit the checkpoint, whose run has --lr 0.2" in result.stderr
 
 
@@ -367,7 +462,10 @@ def test_a_script_of_ones_own_by_make(mine, spawn):
 def test_help_is_the_first_comment(path):
     result = script(path.name, "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.match(rf"Usage: (sbatch .*)?scripts/{path.name} ", result.stdout) and "#" not in result.stdout
+    assert (
+        re.match(rf"Usage: (sbatch .*)?scripts/{path.name} ", result.stdout)
+        and "#" not in result.stdout
+    )
 
 
 @pytest.mark.parametrize("path", WRAPPERS, ids=lambda path: path.name)
@@ -379,12 +477,19 @@ def test_a_missing_python_or_tmux_is_one_line_that_says_what_to_install(path, tm
     shutil.copy(path, copy)
     shutil.copy(ROOT / "scripts" / "common.sh", copy.parent)
     result = script(path.name, root=tmp_path, PATH=str(tmp_path), PYTHON="")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "apt install" in result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "apt install" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_finds_nothing():
-    result = subprocess.run(["shellcheck", *SCRIPTS, ROOT / "scripts" / "common.sh", ROOT / ".ci" / "run"], capture_output=True, text=True)
+    result = subprocess.run(
+        ["shellcheck", *SCRIPTS, ROOT / "scripts" / "common.sh", ROOT / ".ci" / "run"],
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == ""
 
 
@@ -394,10 +499,14 @@ def test_make_alone_lists_every_target():
         assert re.search(rf"^make {target} +\S", listed, re.MULTILINE)
 
 
-@pytest.mark.parametrize("way", [pytest.param("q", marks=pytest.mark.campaign), "Ctrl-C", "make stop"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("q", marks=pytest.mark.campaign), "Ctrl-C", "make stop"]
+)
 def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, options, way):
     make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
-    child = spawn(command=[*make, "train", f"ARGS={shlex.join([*options, *ENDLESS])}"], env=ENVIRONMENT)
+    child = spawn(
+        command=[*make, "train", f"ARGS={shlex.join([*options, *ENDLESS])}"], env=ENVIRONMENT
+    )
     child.expect("step [0-9]+/")
     if way == "q":
         child.sendline("q")
@@ -405,7 +514,10 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, opti
         child.sendintr()
     else:
         where = f"ARGS=--checkpoint-dir '{tmp_path}/ck'"
-        assert "Emergency checkpoint: " in subprocess.run([*make, "stop", where], capture_output=True, text=True).stdout
+        assert (
+            "Emergency checkpoint: "
+            in subprocess.run([*make, "stop", where], capture_output=True, text=True).stdout
+        )
     said = finish(child)
     assert "Resume with" in said and "make: ***" not in said
     # By the rules make itself ends with Ctrl-C, so that what follows it in a script is not begun.
@@ -414,28 +526,74 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, tmp_path, opti
 
 def test_a_mistake_is_an_error_to_make():
     make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
-    assert "Error 2" in subprocess.run([*make, "train", "ARGS=--stpes 3"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr
+    assert (
+        "Error 2"
+        in subprocess.run(
+            [*make, "train", "ARGS=--stpes 3"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        ).stderr
+    )
 
 
 @pytest.mark.parametrize("number", ["0", "x", "2x", "", "-0"])
 def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number):
-    result = subprocess.run([str(ROOT / "scripts" / "train_torchrun.sh"), number], capture_output=True, text=True, env={**os.environ, "PYTHON": "false"})
+    result = subprocess.run(
+        [str(ROOT / "scripts" / "train_torchrun.sh"), number],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": "false"},
+    )
     if number.startswith("-"):  # an option of the program
         assert result.returncode == 1
     else:
-        assert result.returncode == 2 and result.stderr == f"'{number}' is no number of processes: a number from 1 on, or auto\n"
+        assert (
+            result.returncode == 2
+            and result.stderr
+            == f"'{number}' is no number of processes: a number from 1 on, or auto\n"
+        )
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"), reason="needs root, unshare and nsenter")
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"),
+    reason="needs root, unshare and nsenter",
+)
 def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path):
     """What docker exec CONTAINER scripts/stop.sh does: nothing in the container outlives its pid 1."""
     with open(tmp_path / "out", "w") as out:
-        container = subprocess.Popen(["unshare", "-pf", "--mount-proc", sys.executable, str(SCRIPT), *map(str, [*options, *ENDLESS]), "--no-keyboard"],
-                                     stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        container = subprocess.Popen(
+            [
+                "unshare",
+                "-pf",
+                "--mount-proc",
+                sys.executable,
+                str(SCRIPT),
+                *map(str, [*options, *ENDLESS]),
+                "--no-keyboard",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
     wait_until(lambda: "step " in (tmp_path / "out").read_text(), container)
-    inside = subprocess.run(["pgrep", "-P", str(container.pid)], capture_output=True, text=True).stdout.strip()
-    asked = subprocess.run(["nsenter", "-t", inside, "-p", "-m", str(ROOT / "scripts" / "stop.sh"), str(tmp_path / "ck")],
-                           capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    inside = subprocess.run(
+        ["pgrep", "-P", str(container.pid)], capture_output=True, text=True
+    ).stdout.strip()
+    asked = subprocess.run(
+        [
+            "nsenter",
+            "-t",
+            inside,
+            "-p",
+            "-m",
+            str(ROOT / "scripts" / "stop.sh"),
+            str(tmp_path / "ck"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     assert asked.returncode == 0 and "Asked pid 1 to save and leave" in asked.stderr, asked
     assert container.wait(60) == 143
     assert len(list((tmp_path / "ck" / "emergency_exit").glob("*.pt"))) == 1
