@@ -33,10 +33,12 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import io
 import itertools
+import linecache
 import math
 import mmap
 import multiprocessing.util
@@ -129,7 +131,9 @@ DTYPES = "auto", "float32", "bfloat16"
 COMMON_OPTIONS = {
     "steps": option(None, "batches in the whole run, resumes included", None, False, 1, kind=int),
     "epochs": option(None, "passes over the data, if they end earlier", None, False, 1, kind=int),
-    "batch_size": option(16, "samples of a batch, over all processes", least=1),
+    "batch_size": option(
+        16, "samples of a batch over all processes, unless the script says", least=1
+    ),
     "workers": option(0, "processes that load the data", None, False, 0, 1025),
     "seed": option(0, "of the weights, the order of the data, augmentation, dropout", least=0),
     "device": option("auto", "where to train", ("auto", "cpu", "cuda", "mps"), False),
@@ -137,9 +141,9 @@ COMMON_OPTIONS = {
     "compile": option(False, "run the models through torch.compile", fixed=False),
     "shard": option(False, "share models out; to save, rank 0 holds all in memory", fixed=False),
     "eval_every": option(100, "batches, or epoch", None, False, 1, kind=interval),
-    "eval_batches": option(None, "of an evaluation (default all)", None, False, 1, kind=int),
+    "eval_batches": option(None, "of an evaluation, if not all", None, False, 1, kind=int),
     "save_every": option(500, "batches between periodic checkpoints", None, False, 1),
-    "keep": option(3, "periodic checkpoints kept", None, False, 1),
+    "keep": option(3, "periodic checkpoints kept, and emergency ones", None, False, 1),
     "log_every": option(10, "batches between rows of metrics.csv", None, False, 1),
     "checkpoint_dir": option("checkpoints", "where it saves", fixed=False, kind=os.path.abspath),
     "resume": option(None, "a checkpoint, or latest; auto: latest if there is one, else anew"),
@@ -220,6 +224,18 @@ def in_foreground(fd: int) -> bool:
         return True
 
 
+def others_read() -> bool:
+    """Whether the main thread waits for typing itself, in input() or a debugger of the loop's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    line = frame and linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    asks = re.search(r"\binput\(", line or "") is not None
+    while frame is not None and frame.f_globals is not globals() and not asks:
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        asks = module in ("cmd", "code", "prompt_toolkit", "urwid", "IPython")
+        frame = frame.f_back
+    return asks
+
+
 def complain(text: str) -> None:
     with contextlib.suppress(OSError, AttributeError):
         print(text, end="", file=sys.stderr, flush=True)
@@ -237,19 +253,46 @@ class Screen:
     """Lines for people on standard output; a failed write raises nothing and blocks no training."""
 
     def __init__(self, shown: bool = True) -> None:
-        self._lock = threading.Lock()
+        # A signal handler may print in the middle of a line of ours.
+        self._lock = threading.RLock()
         self._stream = sys.stdout if shown else None
         self._fd = descriptor(self._stream)
         self.is_terminal = self._fd is not None and os.isatty(self._fd)
         self._status_width, self._drawn, self._unwritten = 0, -math.inf, b""
+        # What others have written ends within a line: a progress bar, or a prompt.
+        self._within_line = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """What others write to this terminal takes the status line away first."""
+        streams: list[Any] = [sys.stdout, sys.stderr] if self.is_terminal else []
+        streams = [one for one in streams if os.isatty(descriptor(one) or -1)]
+        for one in streams:
+            one.write = functools.partial(self._shared_write, os.getpid(), one.write)
+        try:
+            yield
+        finally:
+            for one in streams:
+                vars(one).pop("write", None)
+
+    def _shared_write(self, pid: int, write: Callable, text: str) -> Any:
+        # In a forked child the lock may be another thread's.
+        if os.getpid() != pid or not text:
+            return write(text)
+        with self._lock:
+            self.write("")
+            self._within_line = not text.endswith("\n")
+            return write(text)
 
     def say(self, text: str) -> None:
-        self.write(text + "\n")
+        start, self._within_line = "\n" * self._within_line, False
+        self.write(f"{start}{text}\n")
 
     def status(self, text: Callable[[], str]) -> None:
         with contextlib.suppress(OSError):
             rests = time.monotonic() - self._drawn < 0.1 or self._unwritten
-            if self._fd is not None and not rests and in_foreground(self._fd):
+            free = not rests and not self._within_line
+            if self._fd is not None and free and in_foreground(self._fd):
                 self._drawn = time.monotonic()
                 # Columns stay free for what is typed and where a terminal would wrap.
                 line = text()[: max(1, (os.get_terminal_size(self._fd).columns or 80) - 6)]
@@ -313,6 +356,9 @@ class ExitMonitor:
         self._stdin, self._typed = -1, b""
         self._listening = keyboard and descriptor(sys.stdin) is not None
         self._last_interrupt, self._interruptible = -math.inf, False
+        # A guest ends no process but raises what was abandoned in the main thread.
+        self.is_guest = False
+        self.abandoned: BaseException | None = None
         self._terminal_settings: list | None = None
 
     @property
@@ -384,7 +430,7 @@ class ExitMonitor:
             # Of torchrun's processes one that ends with code 0 would be waited for by the others.
             alone = exit_code or not dist.is_torchelastic_launched()
             if self.nothing_to_save is not None and alone:
-                self._abandon(f"🛑 Exit requested. {self.nothing_to_save}", exit_code)
+                return self._abandon(f"🛑 Exit requested. {self.nothing_to_save}", exit_code)
             if not self.heard:
                 # Said before the main thread can know, whose next line must come after this one.
                 self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
@@ -407,7 +453,7 @@ class ExitMonitor:
             # Within half a second it is the same one: wrappers such as timeout deliver it twice.
             if last > -math.inf and self._last_interrupt - last > 0.5:
                 text = "🛑 Second Ctrl-C: leaving without saving. Earlier checkpoints are whole."
-                self._abandon(text, 128 + SIGINT)
+                return self._abandon(text, 128 + SIGINT)
         if signum in EXIT_SIGNALS:
             self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
@@ -419,6 +465,8 @@ class ExitMonitor:
         if signum == self.WAKE and self._interruptible:
             self._interruptible = False
             raise Interrupted
+        if signum == self.WAKE and self.abandoned is not None:
+            raise self.abandoned
 
     def _watch(self) -> None:
         # In the background a read fails, then, and stops nobody.
@@ -431,8 +479,8 @@ class ExitMonitor:
             signals = os.read(self._pipe, 4096) if self._pipe in ready else b""
             for signum in signals:
                 self._hear(signum)
-            if self._stdin in ready and not in_foreground(self._stdin):
-                # A shell reads that line; and fg sends no signal to a running job: look again.
+            if self._stdin in ready and (others_read() or not in_foreground(self._stdin)):
+                # That line is not ours. Nothing tells when they have left, or of fg: look again.
                 pause = 0.5
             elif self._stdin in ready and select.select([self._stdin], [], [], 0)[0]:
                 self._read_keyboard()
@@ -459,9 +507,13 @@ class ExitMonitor:
             if b"?" in commands and self.describe is not None:
                 self._screen.say(self.describe())
 
-    def _abandon(self, text: str, exit_code: int) -> NoReturn:
+    def _abandon(self, text: str, exit_code: int) -> None:
         """Ends the process here and now: the main thread may be inside a call of minutes."""
         self._screen.say(text)
+        if self.is_guest:
+            interrupted = exit_code == 128 + SIGINT
+            self.abandoned = KeyboardInterrupt() if interrupted else SystemExit(exit_code)
+            return signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
         self._restore_terminal()
         end_children(multiprocessing.active_children())
         os._exit(exit_code)
@@ -577,11 +629,11 @@ def save_checkpoint(state: dict, path: Path | str) -> None:
     """Writes state, as torch.save does, so that path is, at every instant, old or whole.
 
     State is nested dicts, lists and tuples of dense tensors, arrays, numbers, texts and None;
-    nothing may change it meanwhile. Raises TypeError, with the place, for anything else in it;
+    nothing may change it meanwhile. Raises UserError, with the place, for anything else in it;
     OSError, or what torch raises. Then the file that was at path before is untouched.
     """
     if not isinstance(state, dict):
-        raise TypeError(f"state is a {type(state).__qualname__}, not a dict")
+        raise UserError(f"state is a {type(state).__qualname__}, not a dict")
     state = to_host(state)
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -624,7 +676,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
-    """State with its tensors on the CPU; with memory all are copies there. Raises TypeError."""
+    """State with its tensors on the CPU; with memory all are copies there. Raises UserError."""
     copies: dict[tuple, Tensor] = {}
     kept = {} if memory is None else memory
 
@@ -644,14 +696,11 @@ def to_host(state: dict, memory: dict[tuple, Tensor] | None = None) -> dict:
             copies[key] = kept[place].copy_(leaf.detach())
         return copies[key]
 
-    try:
-        return mapped(state, on_host, {})
-    except TypeError as error:
-        raise TypeError(f"state{error}") from None
+    return mapped(state, on_host, {})
 
 
 def savable(value: Any) -> Any:
-    """A leaf as it is saved: numpy's number as Python's, an array as a tensor. Raises TypeError."""
+    """A leaf as it is saved: numpy's number as Python's, an array as a tensor. Raises UserError."""
     if isinstance(value, np.generic):
         value = value.item()
     if type(value) is np.ndarray:
@@ -660,21 +709,21 @@ def savable(value: Any) -> Any:
             value = of_array(torch.from_numpy(value if value.flags.carray else value.copy()))
     kind = type(value)
     if kind is int and value.bit_length() > 2000:
-        raise TypeError(" is an integer of more than 2,000 bits, which torch.load refuses")
+        raise UserError(" cannot be saved: torch.load refuses integers of more than 2,000 bits")
     if kind in PLAIN_TYPES or kind is set and all(type(item) in PLAIN_TYPES for item in value):
         return value
     if kind in (Tensor, nn.Parameter) and value.layout == torch.strided:
         plain = vars(value).keys() <= {"was_array"}
         if plain and not (value.is_meta or value.is_nested or value.is_quantized):
             return value
-    raise TypeError(
-        f" is a {kind.__module__}.{kind.__qualname__}: what can be saved are dense tensors, arrays"
-        " of numbers, numbers, texts, None, and dicts, lists, tuples of them (list(x), vars(x))"
+    raise UserError(
+        f" cannot be saved: it is a {kind.__module__}.{kind.__qualname__}; dense tensors, arrays of"
+        " numbers, numbers, texts, None can, and dicts, lists, tuples of them (list(x), vars(x))"
     )
 
 
 def mapped(state: Any, change: Callable[[Any], Any], done: dict) -> Any:
-    """Changes the leaves of nested dicts, lists, tuples; a TypeError gets the place before it."""
+    """Changes the leaves of nested dicts, lists, tuples; a UserError gets the place before it."""
     kind = type(state)
     if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple):
         return change(state)
@@ -685,8 +734,8 @@ def mapped(state: Any, change: Callable[[Any], Any], done: dict) -> Any:
     for key, item in state.items() if isinstance(state, dict) else enumerate(state):
         try:
             new[change(key)] = mapped(item, change, done)
-        except TypeError as error:
-            raise TypeError(f"[{key!r}]{error}") from None
+        except UserError as error:
+            raise UserError(f"[{key!r}]{error}") from None
     done[id(state)] = made = kind(new if isinstance(state, dict) else new.values())
     if hasattr(state, "_metadata"):
         # A module's: the versions of its parts.
@@ -816,6 +865,9 @@ class RunDirectory:
     rows after `step` come again. Raises OSError, also where a run that is alive has it.
     """
 
+    # So begins what could not be saved there, in the temporary directory.
+    ELSEWHERE = "train_graceful_"
+
     def __init__(self, path: Path, run_id: str, step: int, keep: int, say: Callable) -> None:
         self.path, self.run_id, self._keep, self._say = path, run_id, keep, say
         # What writes in a thread; its last task; the memory of what it writes.
@@ -937,7 +989,8 @@ class RunDirectory:
 
     def _save(self, state: dict, name: str, elsewhere: bool = False) -> Path:
         if elsewhere:
-            path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}_{Path(name).name}")
+            elsewhere_name = f"{self.ELSEWHERE}{self.run_id}_{Path(name).name}"
+            path = Path(tempfile.gettempdir(), elsewhere_name)
         else:
             with self._rows_lock:
                 # No checkpoint is ahead of its rows.
@@ -947,28 +1000,27 @@ class RunDirectory:
                 flush_to_disk(self._metrics)
             path = self.path_for(name)
         save_checkpoint(state, path)
-        if name.startswith("step_"):
-            self._prune(path)
+        for pattern in ("step_*.pt", "emergency_exit/emergency_step_*.pt"):
+            with contextlib.suppress(OSError):
+                self._prune(sorted(self.path.glob(pattern), key=os.path.getmtime), path)
         return path
 
-    def _prune(self, newest: Path) -> None:
-        with contextlib.suppress(OSError):
-            periodic = sorted(self.path.glob("step_*.pt"), key=os.path.getmtime)
-            older = [path for path in periodic if path != newest and self._is_own(path)]
-            for path in older[: max(0, len(older) + 1 - self._keep)]:
-                path.unlink()
+    def _prune(self, files: list[Path], newest: Path) -> None:
+        older = [path for path in files if path != newest and self._is_own(path)]
+        for path in older[: max(0, len(older) + (newest in files) - self._keep)]:
+            path.unlink()
 
-    def save_last(self, state: dict) -> tuple[str, Path] | None:
-        label, name = "Emergency checkpoint", f"emergency_exit/emergency_step_{state['step']}.pt"
+    def save_last(self, state: dict, label: str) -> Path | None:
+        name = f"emergency_exit/emergency_step_{state['step']}.pt"
         if state["exit_reason"] == "completed":
-            label, name = "Final checkpoint", "final.pt"
+            name = "final.pt"
         hints = ["Trying the temporary directory...", "TMPDIR names another place."]
         if state["exit_reason"] == USER_REQUEST:
             hints = ["Training goes on: make room, then press 'q' + Enter again."]
         self.wait()
         for attempt, hint in enumerate(hints):
             try:
-                return label, self._save(state, name, elsewhere=attempt > 0)
+                return self._save(state, name, elsewhere=attempt > 0)
             except SAVE_ERRORS as error:
                 self._say(f"❌ {label} not saved: {one_line(error)}. {hint}")
         return None
@@ -1017,6 +1069,11 @@ def generators_in(*roots: object) -> list:
 
 
 def is_indexed(data: Any) -> bool:
+    """Whether it is a map-style dataset. Raises UserError for a plain loader of one."""
+    plain = isinstance(data, DataLoader) and not hasattr(data, "state_dict")
+    if plain and is_indexed(data.dataset):
+        text = "give it the dataset of your DataLoader; collate= and sampler= go here too"
+        raise UserError(f"run.data: {text}")
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return indexed and not isinstance(data, (IterableDataset, DataLoader))
 
@@ -1106,7 +1163,13 @@ class Batches(Dataset):
             seed_generators(self.seed, epoch, index, own=self.generators)
             samples.append(data[index])
         seed_generators(self.seed, "collate", key, self.rank, own=self.generators)
-        return self.collate(samples), len(indices)
+        try:
+            return self.collate(samples), len(indices)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if self.collate is not default_collate:
+                raise
+            text = "samples make no batch; run.data(collate=f) has f(samples) make one"
+            raise UserError(f"run.data: {text} ({one_line(error)})") from error
 
     def _begin_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -1263,6 +1326,10 @@ class RunState:
                     "before the loop": self.trains,
                     "it has no load_state_dict": not hasattr(part, "load_state_dict"),
                     f"the name {name} is taken": name in (*kept, *self._models),
+                    "make it of run.module: that fits any number of processes": any(
+                        isinstance(one, nn.parallel.DistributedDataParallel)
+                        for one in getattr(part, "modules", list)()
+                    ),
                 }
                 for problem in (text for text, is_so in problems.items() if is_so):
                     raise UserError(f"run.keep({label}=...): {problem}")
@@ -1493,7 +1560,11 @@ class Run(RunState):
         self._config: dict = saved.get("config", {})
         self.completed = saved.get("exit_reason") == "completed"
         self.exit_code = 0
-        self.saved: tuple[str, Path] | None = None
+        # The file that was saved or named last, and what it is called.
+        self.saved: Path | None = None
+        self._label = "Checkpoint"
+        # If set, called on rank 0 with each row of metrics.csv, {column: value}.
+        self.on_row: Callable[[dict[str, Any]], object] | None = None
         # A batch is complete; all is saved, on leaving; the loop's body, or evaluate, is at work.
         self.trained = self._left = self._in_body = False
         self._batches: Any = None
@@ -1518,6 +1589,7 @@ class Run(RunState):
         collate: Callable | None = None,
         batch_size: int | None = None,
         sampler: Any = None,
+        **others: object,
     ) -> None:
         """Sets the datasets: lists, tensors, or map-style torch Datasets with a length.
 
@@ -1526,6 +1598,9 @@ class Run(RunState):
         of them, its batches. Training data may be an iterable that yields batches (and goes on if
         it has state_dict and load_state_dict), or None. Raises UserError, also for other data.
         """
+        for name in others:
+            text = "collate=, batch_size=, sampler=; --workers is an option, and shuffling is done"
+            raise UserError(f"run.data({name}=...): it takes training and validation data, {text}")
         size = batch_size or self.options.batch_size
         if size % self.world_size:
             raise UserError(f"--batch-size {size} is no multiple of {self.world_size} processes")
@@ -1597,7 +1672,11 @@ class Run(RunState):
 
     def rates(self) -> dict[str, float]:
         optimizers = [one for one in self._optimizers.items() if one[0] not in self._inner]
-        return {f"lr_{name}": float(one.param_groups[0]["lr"]) for name, one in optimizers}
+        return {
+            f"lr_{name}.{number}".removesuffix(".0"): float(group["lr"])
+            for name, optimizer in optimizers
+            for number, group in enumerate(optimizer.param_groups)
+        }
 
     def log(self, **values: float | Tensor) -> None:
         """Numbers whose means since the last row become columns of metrics.csv; `loss` is shown.
@@ -1704,7 +1783,8 @@ class Run(RunState):
         kinds = (type(module).__name__.removeprefix("FSDP") for module in self._models.values())
         count = sum(parameter.numel() for parameter in self._names)
         where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
-        data = f"{len(batches.training):,} samples, {batches.per_epoch:,} batches an epoch"
+        size = f" of {batches.batch_size}" * (batches.sampler is None)
+        data = f"{len(batches.training):,} samples, {batches.per_epoch:,} batches{size} an epoch"
         if self._streams:
             data = "no data" if self._source is None else "a stream"
         say(
@@ -1717,7 +1797,7 @@ class Run(RunState):
                 say(f"⚠️ run.keep({name}=...): its state_dict() {text}.")
         if self._source is not None and not self._has_state():
             name = type(self._source).__name__
-            text = "a resumed run begins it anew (of a DataLoader: give run.data its dataset)"
+            text = "a resumed run begins it anew"
             say(f"⚠️ {name} has no state_dict and load_state_dict: {text}.")
         if self.resumed is not None:
             say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
@@ -1867,9 +1947,7 @@ class Run(RunState):
                 targets["best"] = "best.pt"
         logs = evaluates or last or due(o.log_every)
         if logs:
-            row = self._row()
-            if self.rank == 0:
-                self.directory.add_row(row)
+            self._row()
         if self.processes.save_requested or due(o.save_every):
             reason = "user_requested_save" if self.processes.save_requested else "periodic"
             self.processes.save_requested = False
@@ -1986,10 +2064,7 @@ class Run(RunState):
         }
         if self.processes.sharded:
             state = mapped(state, self.processes.gathered, {})
-        try:
-            mapped(state, savable, {})
-        except TypeError as error:
-            raise UserError(f"this run cannot be saved: state{error}") from error
+        mapped(state, savable, {})
         return state
 
     def _leave(self) -> None:
@@ -2004,20 +2079,22 @@ class Run(RunState):
 
     def _save_last(self, reason: str, together: bool = True) -> bool:
         """Saves the last boundary on leaving; False where that failed. Together: on all ranks."""
+        self._label = label = "Final checkpoint"
         if reason != "completed":
+            self._label = label = "Emergency checkpoint"
             self.screen.say("📝 Saving emergency checkpoint...")
         state = self.state_dict(reason)
         if together:
-            self.saved = self.processes.first(lambda: self.directory.save_last(state))
+            self.saved = self.processes.first(lambda: self.directory.save_last(state, label))
         elif self.rank == 0:
-            self.saved = self.directory.save_last(state)
+            self.saved = self.directory.save_last(state, label)
         if self.saved is None:
             if reason != USER_REQUEST:
                 self.exit_code = 1
                 self._name_newest()
             return False
         self.completed = reason == "completed"
-        self.screen.say("✅ {} saved: {}".format(*self.saved))
+        self.screen.say(f"✅ {label} saved: {self.saved}")
         if self.device.type != "cpu":
             getattr(torch, self.device.type).empty_cache()
             self.screen.say(f"🧹 {self.device.type.upper()} cache cleared")
@@ -2025,8 +2102,8 @@ class Run(RunState):
 
     def _name_newest(self) -> None:
         with contextlib.suppress(CheckpointError, OSError):
-            newest = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
-            self.saved = "Newest whole checkpoint", newest
+            self.saved = latest_checkpoint(self.options.checkpoint_dir, self.screen.say)
+            self._label = "Newest whole checkpoint"
 
     def finish(self) -> None:
         if self.trains and not self.completed and not self.exit_code:
@@ -2052,7 +2129,7 @@ class Run(RunState):
                 raise error
         if isinstance(error, SystemExit):
             self.exit_code = error.code if isinstance(error.code, int) else error.code is not None
-        if self.completed or not self.trains:
+        if self.completed or not self.trains or self.monitor.abandoned is not None:
             return error
         if self.processes.many and hasattr(dist.group.WORLD, "abort"):
             # A device may be waiting for ranks that will not come.
@@ -2066,6 +2143,8 @@ class Run(RunState):
             reason = "The exception came after a step of an optimizer, or what is like one"
         if self.processes.sharded:
             reason = "The other ranks' parts of the state are out of reach"
+        if not self.trained:
+            reason = "Nothing has been trained yet"
         if reason is None:
             self._undo_batch()
             try:
@@ -2079,7 +2158,7 @@ class Run(RunState):
         self.screen.say(f"❌ {reason}: nothing half-updated is saved.")
         return error
 
-    def _row(self) -> dict[str, Any]:
+    def _row(self) -> None:
         metrics, now = self._metrics, time.monotonic()
         samples = self._samples - self._row_samples
         values: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
@@ -2090,7 +2169,10 @@ class Run(RunState):
         values["seconds"] = round(metrics["seconds"], 3)
         metrics |= {"sums": {}, "counts": {}}
         self._row_time, self._row_samples = now, self._samples
-        return values
+        if self.rank == 0:
+            self.directory.add_row(values)
+            if self.on_row is not None:
+                self.on_row(values)
 
     def _status(self) -> str:
         elapsed = max(1e-9, time.monotonic() - self._start)
@@ -2119,22 +2201,25 @@ class Run(RunState):
     def summary(self) -> str:
         """What is read last: how far it came, what was saved, and the command that goes on."""
         best = "none yet" if self.best is None else f"{self.best:.4f}"
-        label, path = self.saved or ("Checkpoint", "none yet")
         lines = [
             "📊 Training Summary:",
             f"   Completed Steps: {self.step}",
             f"   Epoch: {self.epoch}",
             f"   Best {self._best_name.replace('_', ' ').title()}: {best}",
-            f"   {label}: {path}",
+            f"   {self._label}: {self.saved}" if self.saved else "   Checkpoint: none yet",
         ]
         if self.saved and not self.completed:
-            lines.append(f"▶️ Resume with: {own_command()} --resume {shlex.quote(str(path))}")
+            path = shlex.quote(str(self.saved))
+            lines.append(f"▶️ Resume with: {own_command()} --resume {path}")
         return "\n".join(lines)
 
     def close(self) -> None:
         self._close_loader()
         if hasattr(self, "_hook"):
             self._hook.remove()
+        # Of a process that ends the lock goes with it, and not before.
+        if self.monitor.is_guest and hasattr(self, "directory"):
+            self.directory.close()
 
 
 # ---- Processes --------------------------------------------------------------------------------
@@ -2268,19 +2353,20 @@ def spread(tensor: Tensor, own: Any) -> Tensor:
 # ---- main -------------------------------------------------------------------------------------
 
 
-def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **options: Any) -> int:
+def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **options: Any) -> Run:
     """Parses the command line, calls train(run), and ends the process with the run's exit code.
 
     Keyword arguments become options, or change a common one's default; see option(...). With argv,
-    in a notebook for instance, it returns the exit code instead.
+    in a notebook or a sweep, it returns the run instead, with `exit_code`, `completed`, `best` and
+    `saved`, raises what train has raised, once the state is safe, and UserError for a mistake.
     """
+    if argv is not None:
+        return trained(train, declared(options), argv)
     try:
-        code = trained(train, declared(options), argv)
+        code = trained(train, declared(options), None).exit_code
     except UserError as error:
         complain(f"error: {one_line(error)}\n")
         code = 2
-    if argv is not None:
-        return code
     begun = time.monotonic()
 
     def hurry(signum: int, frame: object) -> None:
@@ -2290,8 +2376,10 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
             os._exit(code)
 
     for signum in EXIT_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, hurry)
+        # In another thread than the main one it is a ValueError.
+        with contextlib.suppress(ValueError):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, hurry)
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
@@ -2301,16 +2389,20 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     sys.exit(code)
 
 
-def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | None) -> int:
-    """Parses, trains and says how it ended; returns the exit code. Raises UserError."""
+def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | None) -> Run:
+    """Parses, trains, says how it ended, and, with argv, raises what ended it. Raises UserError."""
     given = parse_options(options, argv, train.__doc__ or sys.modules["__main__"].__doc__)
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("main() hears signals: call it in the main thread, or in a process")
     # A checkpoint must never become descriptor 1 or 2 because the parent has closed it.
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
     keyboard, screen = given.pop("keyboard", True), Screen(shown=is_first_rank())
     with contextlib.ExitStack() as stack:
+        stack.enter_context(screen.shared())
         monitor = ExitMonitor(screen, is_first_rank() and keyboard)
+        monitor.is_guest = argv is not None
         monitor.nothing_to_save = "Training has not begun: there is nothing to save."
         stack.enter_context(monitor)
         run = prepared(options, given, Processes(monitor), screen)
@@ -2326,10 +2418,9 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
             dist.destroy_process_group()
         # A signal or a q that comes only now takes away neither the last words nor the exit code.
         last_words(run, error)
-    if argv is not None and run.rank == 0 and run.trains:
-        # Of a process that ends the lock goes with it, and not before.
-        run.directory.close()
-    return run.exit_code
+        if error is not None and monitor.is_guest:
+            raise error
+    return run
 
 
 def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -> Run:
@@ -2346,9 +2437,14 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
             # The directory that its run saves in, links resolved.
             folder = os.path.dirname(os.path.realpath(path))
             directory = folder.removesuffix("/emergency_exit")
-            if folder == os.path.realpath(tempfile.gettempdir()):
+            if os.path.basename(path).startswith(RunDirectory.ELSEWHERE):
                 directory = state["config"]["checkpoint_dir"]
         given.setdefault("checkpoint_dir", directory)
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError:
+            # PyTorch needs one to import its compiler, which an optimizer does.
+            tempfile.tempdir = given["checkpoint_dir"]
         config = configuration(options, given, state.get("config", {}), path)
         if given.get("shard") and not processes.many:
             raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
@@ -2380,10 +2476,11 @@ def last_words(run: Run, error: BaseException | None) -> None:
             run.screen.say(f"🎉 {done}")
         elif run.trains and run.exit_code != 1:
             run.screen.say("✨ Graceful exit completed!")
-    elif isinstance(error, UserError):
-        complain(f"error: {one_line(error)}\n")
-    elif not isinstance(error, SystemExit):
-        complain("".join(traceback.format_exception(error)))
+    elif not run.monitor.is_guest:
+        if isinstance(error, UserError):
+            complain(f"error: {one_line(error)}\n")
+        elif not isinstance(error, SystemExit):
+            complain("".join(traceback.format_exception(error)))
     if run.trains:
         summary = run.summary()
         run.screen.say(summary)

@@ -249,7 +249,7 @@ def saved_every_step(folder: str, block: int, rounds: int) -> dict:
 
     count = 2 * (rounds + 1) * (block + 1)
     given = ["--steps", count, *NO_SAVES, "--keep", 1, "--checkpoint-dir", folder]
-    assert t.main(train, argv=words(given), **t.OPTIONS) == 0
+    assert t.main(train, argv=words(given), **t.OPTIONS).completed
     return {name: values[1:] for name, values in steps.items()}
 
 

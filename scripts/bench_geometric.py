@@ -56,7 +56,7 @@ def trained(options: list, folder: str, left_out: tuple = (), **replaced: str) -
     for name, other in replaced.items():
         setattr(t, name, globals()[other])
     given = [*options, *NO_SAVES, "--no-keyboard", "--checkpoint-dir", folder]
-    assert t.main(t.train, argv=words(given), **t.OPTIONS) == 0
+    assert t.main(t.train, argv=words(given), **t.OPTIONS).completed
     with open(Path(folder, "metrics.csv")) as file:
         return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
 

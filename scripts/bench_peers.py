@@ -120,7 +120,7 @@ def trained(clock: Clock, blocks: int, train: Callable, given: list, **options: 
         train(run)
 
     argv = ["--steps", blocks * clock.block, *NO_SAVES, "--no-keyboard", *given]
-    assert t.main(counted, words(argv), **options) == 0
+    assert t.main(counted, words(argv), **options).completed
     return clock.milliseconds()
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -233,12 +234,24 @@ def refused(*args) -> str:
 
 
 def session(*args, train=None, **options) -> int:
-    """One session of the program in this process, of the built-in one or of train(run); its exit code."""
+    """One session of the program in this process, of the built-in one or of train(run).
+
+    Returns its exit code, and says what went wrong on standard error, as a process of its own does.
+    """
     import train_graceful as t
 
     if train is None:
         train, options = t.train, {**t.OPTIONS, **options}
-    return t.main(train, argv=["--no-keyboard", *map(str, args)], **options)
+    try:
+        return t.main(train, argv=["--no-keyboard", *map(str, args)], **options).exit_code
+    except t.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:
+        return error.code
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def ask_to_leave(run) -> None:

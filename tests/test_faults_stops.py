@@ -80,7 +80,7 @@ def short_run(tmp_path_factory):
         )
         child = Child(*made[mode][0], "--checkpoint-dir", folder / mode)
         output = child.finish()
-        assert child.exitcode == 0 and "5 batches an epoch" in output and "Epoch: 2" in output
+        assert child.exitcode == 0 and "5 batches of 6 an epoch" in output and "Epoch: 2" in output
     return made
 
 

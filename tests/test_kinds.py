@@ -714,9 +714,9 @@ def test_what_cannot_be_saved_ends_the_run_at_the_first_save_that_meets_it(tmp_p
     options, step = MEETINGS[name]
     go(program(begin=noted, body=notes), tmp_path, code=2, **options)
     said = capfd.readouterr()
-    where = "error: this run cannot be saved: state['state_dicts']['notes']['items'][7]['a'] is a "
+    where = "error: ['state_dicts']['notes']['items'][7]['a'] cannot be saved: it is a "
     assert (
-        said.err.startswith(where + "builtins.object: what can be saved")
+        said.err.startswith(where + "builtins.object; dense tensors")
         and said.err.count("\n") == 1
     )
     assert said.err.endswith("(list(x), vars(x))\n") and f"Completed Steps: {step}\n" in said.out
@@ -740,7 +740,7 @@ def test_an_exception_is_shown_where_nothing_can_be_saved_either(tmp_path, capfd
 def test_an_array_that_torch_has_no_type_for_is_refused(tmp_path, capfd, kind):
     begin = lambda run, module: (run.keep(notes=Notes(a=np.zeros(3, kind))), sgd(run, module))[1]
     words = mistake(capfd, program(begin=begin), tmp_path)
-    assert "this run cannot be saved: state['state_dicts']['notes']['a'] is a" in words
+    assert "['state_dicts']['notes']['a'] cannot be saved: it is a" in words
 
 
 @pytest.mark.parametrize("persistent", [False, True])

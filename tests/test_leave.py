@@ -46,7 +46,7 @@ def assert_messages(output: str, path, checkpoint: dict) -> None:
 def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tmp_path, mode):
     child = spawn(*options, *ENDLESS, *MODES[mode])
     child.expect(
-        "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches an epoch; saves in .*/ck"
+        "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches of [0-9]+ an epoch; saves in .*/ck"
     )
     child.expect("🔄 Training started. Press 'q' \\+ Enter to exit gracefully...")
     before = termios.tcgetattr(child.child_fd)

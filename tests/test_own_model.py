@@ -666,11 +666,13 @@ def test_an_exception_after_a_step_saves_nothing_half_updated(tmp_path, capfd, w
 
 
 def test_sys_exit_before_a_step_saves_and_keeps_its_code(tmp_path):
-    def body(run, *rest):
-        sys.exit(5)
+    def body(run, module, optimizer, planned, more, loss):
+        if run.step == 1:
+            sys.exit(5)
+        loss.backward()
 
     assert session("--checkpoint-dir", tmp_path, train=classification(body=body), **OPTIONS) == 5
-    state = tg.load_checkpoint(tmp_path / "emergency_exit" / "emergency_step_0.pt")
+    state = tg.load_checkpoint(tmp_path / "emergency_exit" / "emergency_step_1.pt")
     assert state["exit_reason"] == "exception_SystemExit"
 
 
@@ -966,7 +968,7 @@ def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):
     train = classification(kept=lambda run, module: run.keep(odd=Odd()))
     words = mistake(capfd, train, "--checkpoint-dir", tmp_path)
     assert (
-        "error: this run cannot be saved: state['state_dicts']['odd']['path'] is a builtins.object"
+        "error: ['state_dicts']['odd']['path'] cannot be saved: it is a builtins.object"
         in words
     )
 

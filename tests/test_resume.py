@@ -131,9 +131,9 @@ STOPS = [
 def test_stopped_and_resumed_is_the_same_run(uninterrupted, tmp_path, mode, stop):
     options, reference = uninterrupted(mode, grad_accum=2)
     stopped = train(tmp_path, *options, "--workers", 2, stop=stop)
-    label, path = stopped.saved
+    path = stopped.saved
     assert not stop[0] == "evaluation" or t.load_checkpoint(path)["evaluation"]["step"] < stop[1]
-    assert label == "Emergency checkpoint" and path.name == f"emergency_step_{stop[1]}.pt"
+    assert path.name == f"emergency_step_{stop[1]}.pt"
     assert t.load_checkpoint(path)["step"] == stopped.step == stop[1]
     train(tmp_path, "--resume", path)
     assert_same_run(tmp_path, reference)
@@ -168,7 +168,7 @@ def test_resuming_from_an_older_checkpoint_cuts_the_rows_after_it(uninterrupted,
 def test_the_row_of_an_evaluation_that_was_cut_short_is_there_once(uninterrupted, tmp_path):
     """Also if the session that wrote it has died before it saved: it is evaluated, and written, again."""
     options, reference = uninterrupted("standard")
-    path = train(tmp_path, *options, stop=("evaluation", 16)).saved[1]
+    path = train(tmp_path, *options, stop=("evaluation", 16)).saved
     train(tmp_path, "--resume", path)
     train(tmp_path, "--resume", path)
     assert_same_run(tmp_path, reference)
@@ -176,9 +176,9 @@ def test_the_row_of_an_evaluation_that_was_cut_short_is_there_once(uninterrupted
 
 def test_latest_prefers_what_was_saved_after_going_back(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
-    furthest = train(tmp_path, *options, stop=("batch", 17)).saved[1]
+    furthest = train(tmp_path, *options, stop=("batch", 17)).saved
     assert t.latest_checkpoint(tmp_path) == furthest
-    back = train(tmp_path, "--resume", tmp_path / "step_12.pt", stop=("batch", 13)).saved[1]
+    back = train(tmp_path, "--resume", tmp_path / "step_12.pt", stop=("batch", 13)).saved
     assert t.latest_checkpoint(tmp_path) == back
     train(tmp_path, "--resume", "latest")
     assert_same_run(tmp_path, reference)
@@ -189,7 +189,7 @@ def test_latest_is_the_furthest_of_the_run_that_saved_last_whatever_the_files_ti
 ):
     options, _ = uninterrupted("standard")
     train(tmp_path, *options, stop=("batch", 13))
-    newer = train(tmp_path, *options, "--seed", 7, "--save-every", 2, stop=("batch", 9)).saved[1]
+    newer = train(tmp_path, *options, "--seed", 7, "--save-every", 2, stop=("batch", 9)).saved
     files = sorted(tmp_path.rglob("*.pt"))
     assert len(files) > 6
     for order in (files, files[::-1]):
@@ -202,7 +202,7 @@ def test_resuming_in_another_directory_leaves_the_old_one_alone(uninterrupted, t
     options, reference = uninterrupted("standard")
     stopped = train(tmp_path / "old", *options, stop=("batch", 7))
     before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*.*")}
-    train(tmp_path / "new", "--resume", stopped.saved[1], "--checkpoint-dir", tmp_path / "new")
+    train(tmp_path / "new", "--resume", stopped.saved, "--checkpoint-dir", tmp_path / "new")
     final = t.load_checkpoint(tmp_path / "new" / "final.pt")
     expected = t.load_checkpoint(reference / "final.pt")
     assert_same({k: final[k] for k in STATE_KEYS}, {k: expected[k] for k in STATE_KEYS})
@@ -237,7 +237,7 @@ def test_a_linked_checkpoint_goes_on_where_it_really_lies(
     uninterrupted, tmp_path, monkeypatch, linked
 ):
     options, reference = uninterrupted("standard")
-    path = train(tmp_path / "real", *options, stop=("batch", 7)).saved[1]
+    path = train(tmp_path / "real", *options, stop=("batch", 7)).saved
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     target, resume = {
@@ -270,7 +270,7 @@ def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(
     other = tmp_path / "other"
     train(other, *options, "--seed", 7)
     before = {path: path.read_bytes() for path in other.rglob("*.*") if path.name != "run.lock"}
-    shutil.copy(stopped.saved[1], other / "mine.pt")
+    shutil.copy(stopped.saved, other / "mine.pt")
     train(None, "--resume", other / "mine.pt")
     assert {path: path.read_bytes() for path in before} == before
     final = t.load_checkpoint(other / "final_2.pt")
@@ -332,16 +332,16 @@ def test_resume_reads_no_batch_before_the_one_it_goes_on_with(tmp_path):
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
 def test_every_optimizer_and_scheduler_is_restored(uninterrupted, tmp_path, mode):
     options, _ = uninterrupted(mode)
-    path = train(tmp_path, *options, stop=("batch", 7)).saved[1]
+    path = train(tmp_path, *options, stop=("batch", 7)).saved
     saved = t.load_checkpoint(path)
     names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
     assert list(saved["optimizer_state_dicts"]) == list(saved["scheduler_state_dicts"]) == names
     assert all(one["state"] for one in saved["optimizer_state_dicts"].values())
     # Asked to leave before its first batch, it saves what it has restored.
-    again = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("start", 7)).saved[1])
+    again = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("start", 7)).saved)
     assert again["metrics"]["sessions"] == 2
     assert_same({k: again[k] for k in STATE_KEYS}, {k: saved[k] for k in STATE_KEYS})
-    last = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("batch", 8)).saved[1])
+    last = t.load_checkpoint(train(tmp_path, "--resume", path, stop=("batch", 8)).saved)
     assert [one["last_epoch"] for one in last["scheduler_state_dicts"].values()] == [8] * len(names)
 
 
@@ -398,7 +398,7 @@ def test_other_data_is_refused(uninterrupted, tmp_path):
     data.mkdir()
     for name in "abcde":
         corpus_of(data / f"{name}.txt", windows=8)
-    path = train(ck, "--data", str(data), *options[2:], stop=("batch", 7)).saved[1]
+    path = train(ck, "--data", str(data), *options[2:], stop=("batch", 7)).saved
     (data / "c.txt").write_bytes((data / "c.txt").read_bytes().replace(b"squared", b"SQUARED"))
     before = sorted(tmp_path.rglob("*"))
     for other in ([], ["--data", corpus_of(tmp_path / "other.txt", windows=40)]):
@@ -410,7 +410,7 @@ def test_other_data_is_refused(uninterrupted, tmp_path):
 def test_the_same_data_may_lie_elsewhere(uninterrupted, tmp_path):
     options, reference = uninterrupted("standard")
     copied = shutil.copy(options[1], tmp_path / "renamed.txt")
-    path = train(tmp_path / "ck", *options, stop=("batch", 7)).saved[1]
+    path = train(tmp_path / "ck", *options, stop=("batch", 7)).saved
     train(None, "--resume", path, "--data", copied)
     ours, theirs = (t.load_checkpoint(ck / "final.pt") for ck in (tmp_path / "ck", reference))
     assert_same(ours["model_state_dict"], theirs["model_state_dict"])
@@ -440,10 +440,10 @@ def test_a_fresh_start_that_was_stopped_at_once_does_not_hide_a_trained_run(
     options, _ = uninterrupted("standard")
     first = train(tmp_path, *options, stop=("start", 0))
     # The only one there is.
-    assert t.latest_checkpoint(tmp_path) == first.saved[1]
+    assert t.latest_checkpoint(tmp_path) == first.saved
     trained = train(tmp_path, *options, stop=("batch", 5))
     stopped = train(tmp_path, *options, stop=("start", 0))
-    assert stopped.step == 0 and t.latest_checkpoint(tmp_path) == trained.saved[1]
+    assert stopped.step == 0 and t.latest_checkpoint(tmp_path) == trained.saved
 
 
 def test_epochs_end_the_run_and_the_schedule(uninterrupted, tmp_path):
@@ -489,7 +489,7 @@ def test_the_run_is_the_same_with_and_without_saves(uninterrupted, tmp_path):
 def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, mode, bad):
     options, reference = uninterrupted(mode)
     stopped = train(tmp_path / "expected", *options, stop=("batch", bad - 1))
-    expected = t.load_checkpoint(stopped.saved[1])
+    expected = t.load_checkpoint(stopped.saved)
 
     def poisoned(run):
         original = run.clip_gradients
