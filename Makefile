@@ -73,16 +73,16 @@ check: .venv/installed ## stop and resume a script: does it go on bit for bit, a
 picture: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
 	@text=$$(scripts/record.sh) && printf '%s\n' "$$text" | $(VENV_PYTHON) scripts/picture.py >scripts/session.svg
 
-test: .venv/installed ### run the tests (ARGS="-k sentence")
+test: .venv/tests-installed ### run the tests (ARGS="-k sentence")
 	$(VENV_PYTHON) -m pytest $(ARGS)
 
-test-cluster: .venv/installed ### several machines and Slurm, made of Linux namespaces: as root, with iproute2, slurm-wlm and munge
+test-cluster: .venv/tests-installed ### several machines and Slurm, made of Linux namespaces: as root, with iproute2, slurm-wlm and munge
 	$(VENV_PYTHON) -m pytest -m "cluster and not campaign" $(ARGS)
 
 test-integrations: .venv-peers/installed ### README's examples for transformers, lightning and accelerate, in an environment of their own
 	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
 
-campaign: .venv/installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
+campaign: .venv/tests-installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
 
@@ -104,7 +104,7 @@ lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an 
 	$(VENV_PYTHON) scripts/size.py 2900
 	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py
 
-install: .venv/installed ## create .venv and install requirements.txt (PYTHON=python3)
+install: .venv/tests-installed ## create .venv and install requirements.txt (PYTHON=python3)
 
 .venv/installed: requirements.txt
 	$(call need,$(PYTHON))
@@ -112,10 +112,15 @@ install: .venv/installed ## create .venv and install requirements.txt (PYTHON=py
 		"install Python 3.10 or newer and name it, as in: make install PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments:" \
 		"apt install python3-venv" >&2; exit 2; }
-	@echo "Installing requirements.txt into .venv, once. PyTorch is large: this takes minutes on a slow network."
+	@echo "Installing PyTorch into .venv, once. It is large: this takes minutes on a slow network."
 	$(PYTHON) -m venv .venv
-	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	sed '/^# The tests/,$$d' requirements.txt >.venv/training.txt
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r .venv/training.txt
 	@touch .venv/installed
+
+.venv/tests-installed: .venv/installed requirements.txt
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch .venv/tests-installed
 
 .venv-lint/installed: Makefile
 	$(PYTHON) -m venv .venv-lint

@@ -131,9 +131,7 @@ DTYPES = "auto", "float32", "bfloat16"
 COMMON_OPTIONS = {
     "steps": option(None, "batches in the whole run, resumes included", None, False, 1, kind=int),
     "epochs": option(None, "passes over the data, if they end earlier", None, False, 1, kind=int),
-    "batch_size": option(
-        16, "samples of a batch over all processes, unless the script says", least=1
-    ),
+    "batch_size": option(16, "samples, over all processes, unless the script says", least=1),
     "workers": option(0, "processes that load the data", None, False, 0, 1025),
     "seed": option(0, "of the weights, the order of the data, augmentation, dropout", least=0),
     "device": option("auto", "where to train", ("auto", "cpu", "cuda", "mps"), False),
@@ -165,8 +163,6 @@ def declared(own: dict[str, Any]) -> dict[str, option]:
     """The options of a program: the common ones, overlaid with main()'s keyword arguments."""
     options = dict(COMMON_OPTIONS)
     for name, value in own.items():
-        if name in NOT_STORED:
-            raise UserError(f"main({name}=...): that is for the command line alone")
         common = COMMON_OPTIONS.get(name, option(None))
         options[name] = value if isinstance(value, option) else common._replace(default=value)
     return options
@@ -209,10 +205,6 @@ def configuration(options: dict, given: dict, stored: dict, path: Any) -> argpar
 
 EXIT_SIGNALS = (SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU)
 USER_REQUEST = "user_requested_graceful_exit"
-
-
-def is_first_rank() -> bool:
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def in_foreground(fd: int) -> bool:
@@ -262,27 +254,23 @@ class Screen:
         # What others have written ends within a line: a progress bar, or a prompt.
         self._within_line = False
 
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """What others write to this terminal takes the status line away first."""
+    def share(self, undo: contextlib.ExitStack) -> None:
+        """Until then what others print on this terminal takes the status line away first."""
         streams: list[Any] = [sys.stdout, sys.stderr] if self.is_terminal else []
-        streams = [one for one in streams if os.isatty(descriptor(one) or -1)]
-        for one in streams:
-            one.write = functools.partial(self._shared_write, os.getpid(), one.write)
-        try:
-            yield
-        finally:
-            for one in streams:
-                vars(one).pop("write", None)
+        for one in (one for one in streams if os.isatty(descriptor(one) or -1)):
+            # input() flushes before it asks.
+            for name in ("write", "flush"):
+                setattr(one, name, functools.partial(self._shared, os.getpid(), getattr(one, name)))
+                undo.callback(vars(one).pop, name, None)
 
-    def _shared_write(self, pid: int, write: Callable, text: str) -> Any:
+    def _shared(self, pid: int, call: Callable, *text: str) -> Any:
         # In a forked child the lock may be another thread's.
-        if os.getpid() != pid or not text:
-            return write(text)
-        with self._lock:
-            self.write("")
-            self._within_line = not text.endswith("\n")
-            return write(text)
+        if os.getpid() == pid:
+            with self._lock:
+                self.write("")
+                if any(text):
+                    self._within_line = not text[0].endswith("\n")
+        return call(*text)
 
     def say(self, text: str) -> None:
         start, self._within_line = "\n" * self._within_line, False
@@ -355,10 +343,10 @@ class ExitMonitor:
         self._screen, self._lock = screen or Screen(), threading.Lock()
         self._stdin, self._typed = -1, b""
         self._listening = keyboard and descriptor(sys.stdin) is not None
-        self._last_interrupt, self._interruptible = -math.inf, False
+        self._interruptible = False
         # A guest ends no process but raises what was abandoned in the main thread.
         self.is_guest = False
-        self.abandoned: BaseException | None = None
+        self.abandoned: SystemExit | None = None
         self._terminal_settings: list | None = None
 
     @property
@@ -446,14 +434,11 @@ class ExitMonitor:
                 self.heard.remove(request)
 
     def _hear(self, signum: int) -> None:
-        self.heard_at[signum] = time.monotonic()
-        if signum == SIGINT:
-            last = self._last_interrupt
-            self._last_interrupt = time.monotonic()
-            # Within half a second it is the same one: wrappers such as timeout deliver it twice.
-            if last > -math.inf and self._last_interrupt - last > 0.5:
-                text = "🛑 Second Ctrl-C: leaving without saving. Earlier checkpoints are whole."
-                return self._abandon(text, 128 + SIGINT)
+        last, self.heard_at[signum] = self.heard_at[signum], time.monotonic()
+        # Within half a second it is the same one: wrappers such as timeout deliver it twice.
+        if signum == SIGINT and last and time.monotonic() - last > 0.5:
+            text = "🛑 Second Ctrl-C: leaving without saving. Earlier checkpoints are whole."
+            return self._abandon(text, 128 + SIGINT)
         if signum in EXIT_SIGNALS:
             self.request(f"signal_{signal.Signals(signum).name}", 128 + signum)
 
@@ -511,8 +496,7 @@ class ExitMonitor:
         """Ends the process here and now: the main thread may be inside a call of minutes."""
         self._screen.say(text)
         if self.is_guest:
-            interrupted = exit_code == 128 + SIGINT
-            self.abandoned = KeyboardInterrupt() if interrupted else SystemExit(exit_code)
+            self.abandoned = SystemExit(exit_code)
             return signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
         self._restore_terminal()
         end_children(multiprocessing.active_children())
@@ -865,9 +849,6 @@ class RunDirectory:
     rows after `step` come again. Raises OSError, also where a run that is alive has it.
     """
 
-    # So begins what could not be saved there, in the temporary directory.
-    ELSEWHERE = "train_graceful_"
-
     def __init__(self, path: Path, run_id: str, step: int, keep: int, say: Callable) -> None:
         self.path, self.run_id, self._keep, self._say = path, run_id, keep, say
         # What writes in a thread; its last task; the memory of what it writes.
@@ -989,8 +970,7 @@ class RunDirectory:
 
     def _save(self, state: dict, name: str, elsewhere: bool = False) -> Path:
         if elsewhere:
-            elsewhere_name = f"{self.ELSEWHERE}{self.run_id}_{Path(name).name}"
-            path = Path(tempfile.gettempdir(), elsewhere_name)
+            path = Path(tempfile.gettempdir(), f"train_graceful_{self.run_id}_{Path(name).name}")
         else:
             with self._rows_lock:
                 # No checkpoint is ahead of its rows.
@@ -1002,13 +982,11 @@ class RunDirectory:
         save_checkpoint(state, path)
         for pattern in ("step_*.pt", "emergency_exit/emergency_step_*.pt"):
             with contextlib.suppress(OSError):
-                self._prune(sorted(self.path.glob(pattern), key=os.path.getmtime), path)
+                files = sorted(self.path.glob(pattern), key=os.path.getmtime)
+                older = [one for one in files if one != path and self._is_own(one)]
+                for one in older[: max(0, len(older) + (path in files) - self._keep)]:
+                    one.unlink()
         return path
-
-    def _prune(self, files: list[Path], newest: Path) -> None:
-        older = [path for path in files if path != newest and self._is_own(path)]
-        for path in older[: max(0, len(older) + (newest in files) - self._keep)]:
-            path.unlink()
 
     def save_last(self, state: dict, label: str) -> Path | None:
         name = f"emergency_exit/emergency_step_{state['step']}.pt"
@@ -1183,9 +1161,8 @@ class Batches(Dataset):
                 whole_batches = range(0, len(order) + 1 - self.batch_size, self.batch_size)
                 order = [order[first : first + self.batch_size] for first in whole_batches]
             if not order or self.per_epoch not in (0, len(order)):
-                raise UserError(
-                    f"sampler: epoch {epoch} has {len(order)} batches, not {self.per_epoch}"
-                )
+                text = f"epoch {epoch} has {len(order)} batches, not {self.per_epoch}"
+                raise UserError(f"run.data(sampler=...): {text}")
             self._order = [[int(index) for index in batch] for batch in order]
             if any(not batch or len(batch) % self.world_size for batch in self._order):
                 text = f"a batch is empty, or no multiple of {self.world_size} processes"
@@ -1258,7 +1235,6 @@ class RunState:
 
     def __init__(self, processes: Processes, resumed: tuple, weights: tuple) -> None:
         self.processes = processes
-        self.resumed: Path | None
         self.resumed, self._saved = resumed
         # Or what a new run has its first weights from.
         self._origin = resumed if self.resumed else weights
@@ -1282,8 +1258,8 @@ class RunState:
         self._updated: dict[Tensor, Any] = {}
         self._wrapped: list[nn.Module] = []
         self._not_reduced: list[Tensor] = []
-        # What the checkpoint has changed beside weights, to be said.
-        self._flags_restored: list[str] = []
+        # Whether the script would have other parameters trained than the checkpoint.
+        self._other_flags = False
         self._first_seen = weakref.WeakKeyDictionary[Optimizer, int]()
 
     def model(self, module: nn.Module, name: str = "model") -> nn.Module:
@@ -1322,14 +1298,13 @@ class RunState:
                     kept = self._schedulers
                 if isinstance(part, Optimizer):
                     kept = self._optimizers
+                inside = map(type, getattr(part, "modules", list)())
+                wrapped = nn.parallel.DistributedDataParallel in inside
                 problems = {
                     "before the loop": self.trains,
                     "it has no load_state_dict": not hasattr(part, "load_state_dict"),
                     f"the name {name} is taken": name in (*kept, *self._models),
-                    "make it of run.module: that fits any number of processes": any(
-                        isinstance(one, nn.parallel.DistributedDataParallel)
-                        for one in getattr(part, "modules", list)()
-                    ),
+                    "make it of run.module, which fits any number of processes": wrapped,
                 }
                 for problem in (text for text, is_so in problems.items() if is_so):
                     raise UserError(f"run.keep({label}=...): {problem}")
@@ -1400,13 +1375,9 @@ class RunState:
             hint = f"run.keep(name={word}(...)), and its module is for run.model"
             raise UserError(f"{word} steps in the loop but is not kept: {hint}")
         if kept and len(parameters) < sum(1 for _ in parameters_of(optimizer)):
-            raise UserError(
-                "a kept optimizer has parameters that no run.model(...) had at the start"
-            )
+            raise UserError("a kept optimizer has parameters that no run.model(...) had at first")
         if any(one.requires_grad for one in self._not_reduced):
-            raise UserError(
-                "frozen before run.model(...) it stays so on many ranks; freeze it after"
-            )
+            raise UserError("frozen before run.model(...) it stays so on many ranks: freeze after")
 
     def _restore(self) -> None:
         """Restores what is kept, the optimizers last: a scheduler's constructor changes them."""
@@ -1461,7 +1432,7 @@ class RunState:
         frozen = set(saved["frozen"])
         for one, name in self._names.items():
             if one.requires_grad == (name in frozen):
-                self._flags_restored.append(name)
+                self._other_flags = True
                 one.requires_grad_(name not in frozen)
             if name in saved["gradients"]:
                 one.grad = own_part(saved["gradients"][name], one).to(one.device)
@@ -1491,10 +1462,6 @@ class RunState:
         parameters = [(one._version, one.requires_grad) for one in self._names]
         groups = [len(one.param_groups) for one in self._optimizers.values()]
         return parameters, groups, [id(x) for one in self._models.values() for x in one.buffers()]
-
-    def _undo_batch(self) -> None:
-        for put_back, state in self._before:
-            put_back(state)
 
     def _states(self) -> dict:
         kept = {
@@ -1573,9 +1540,8 @@ class Run(RunState):
         self._source: Any = None
         self._stream_epoch = 0
         self._fingerprint: dict[str, list] = {}
-        # What the loader yields, what a stream does, and the loader's workers.
-        self._items: Any = None
-        self._stream_items: Any = None
+        # What is yielded, by a stream or by the loader, and the loader's workers.
+        self._items: dict[bool, Iterator] = {}
         self._workers: list = []
         self._seed("start")
 
@@ -1599,8 +1565,7 @@ class Run(RunState):
         it has state_dict and load_state_dict), or None. Raises UserError, also for other data.
         """
         for name in others:
-            text = "collate=, batch_size=, sampler=; --workers is an option, and shuffling is done"
-            raise UserError(f"run.data({name}=...): it takes training and validation data, {text}")
+            raise UserError(f"run.data({name}=...): it has collate=, batch_size=, sampler=")
         size = batch_size or self.options.batch_size
         if size % self.world_size:
             raise UserError(f"--batch-size {size} is no multiple of {self.world_size} processes")
@@ -1632,15 +1597,13 @@ class Run(RunState):
     @property
     def total_steps(self) -> int:
         """Batches in the whole run: --steps, or --epochs if that comes earlier."""
-        total = self._length(self.options.steps, self.options.epochs)
+        if self._batches is None:
+            raise UserError("call run.data(training, validation) first")
+        steps, epochs = self.options.steps or math.inf, self.options.epochs or math.inf
+        total = min(steps, epochs * self._batches.per_epoch)
         if total == math.inf:
             raise UserError("how long? Give --steps (or --epochs, but not of a stream)")
         return int(total)
-
-    def _length(self, steps: int | None, epochs: int | None) -> float:
-        if self._batches is None:
-            raise UserError("call run.data(training, validation) first")
-        return min(steps or math.inf, (epochs or math.inf) * self._batches.per_epoch)
 
     @property
     def epoch(self) -> int:
@@ -1770,10 +1733,9 @@ class Run(RunState):
         self.processes.exchange({})
 
     def _open_directory(self) -> None:
-        path = Path(self.options.checkpoint_dir)
+        path, how = Path(self.options.checkpoint_dir), (self.options.keep, self.screen.say)
         try:
-            step, keep = self._metrics["done_step"], self.options.keep
-            self.directory = RunDirectory(path, self.run_id, step, keep, self.screen.say)
+            self.directory = RunDirectory(path, self.run_id, self._metrics["done_step"], *how)
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
 
@@ -1781,7 +1743,7 @@ class Run(RunState):
         batches, say = self._batches, self.screen.say
         # fully_shard has made a class of its own of it.
         kinds = (type(module).__name__.removeprefix("FSDP") for module in self._models.values())
-        count = sum(parameter.numel() for parameter in self._names)
+        count = sum(map(Tensor.numel, self._names))
         where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
         size = f" of {batches.batch_size}" * (batches.sampler is None)
         data = f"{len(batches.training):,} samples, {batches.per_epoch:,} batches{size} an epoch"
@@ -1797,21 +1759,16 @@ class Run(RunState):
                 say(f"⚠️ run.keep({name}=...): its state_dict() {text}.")
         if self._source is not None and not self._has_state():
             name = type(self._source).__name__
-            text = "a resumed run begins it anew"
-            say(f"⚠️ {name} has no state_dict and load_state_dict: {text}.")
+            say(f"⚠️ {name} has no state_dict and load_state_dict: a resumed run begins it anew.")
         if self.resumed is not None:
             say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
             then, now = self._config, vars(self.options)
             names = [one for one in then if then[one] != now[one] and one != "checkpoint_dir"]
-            if names:
-                each = ", ".join(f"{flag(one)} {now[one]} (was {then[one]})" for one in names)
-                text = KEPT_AS_SAVED * bool(
-                    {*names} - (COMMON_OPTIONS.keys() - {"steps", "epochs"})
-                )
-                say(f"⚙️ Changed: {each}. {text}".strip())
-            if self._flags_restored:
-                some = ", ".join(self._flags_restored)
-                say(f"⚙️ requires_grad is the checkpoint's, not the script's: {some:.200}")
+            changed = [f"{flag(one)} {now[one]} (was {then[one]})" for one in names]
+            changed += ["requires_grad in the script (it stays as saved)"] * self._other_flags
+            if changed:
+                own = {*names} - (COMMON_OPTIONS.keys() - {"steps", "epochs"})
+                say(f"⚙️ Changed: {', '.join(changed)}. {KEPT_AS_SAVED * bool(own)}".strip())
         elif self._origin[0] is not None:
             say(f"📂 A new run, with the weights of {self._origin[0]}")
         how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
@@ -1839,17 +1796,16 @@ class Run(RunState):
         streams = split == "training" and self._streams
         if streams and self._source is None:
             return self.step, 1
-        if streams and self._stream_items is None:
-            self._stream_items = self._stream(**self._places[self.rank])
-        elif self._items is None and not streams:
+        if streams not in self._items and streams:
+            self._items[streams] = self._stream(**self._places[self.rank])
+        elif streams not in self._items:
             plan = self._batches, self._keys(), self.options.workers
-            self._items, self._workers = started_loader(*plan, self.device.type == "cuda")
-        items: Any = self._stream_items if streams else self._items
+            self._items[streams], self._workers = started_loader(*plan, self.device.type == "cuda")
         # Of several processes the others are in a collective: there a request waits for the loader.
         alone = self.world_size == 1
         try:
             with self.monitor.interruptible() if alone else contextlib.nullcontext():
-                batch, count = next(items)
+                batch, count = next(self._items[streams])
         except UserError as error:
             # A worker's arrives with a traceback in it.
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
@@ -1866,8 +1822,7 @@ class Run(RunState):
 
     def _close_loader(self) -> None:
         end_children(self._workers)
-        self._items = self._stream_items = None
-        self._workers = []
+        self._items, self._workers = {}, []
 
     def _has_state(self) -> bool:
         return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
@@ -2115,7 +2070,8 @@ class Run(RunState):
             if self._in_body and names:
                 text = f"Ended within a batch: if it has changed {', '.join(names)}, a resumed run"
                 self.screen.say(f"⚠️ {text} does so again. (After an optimizer's step it does not.)")
-            self._undo_batch()
+            for put_back, before in self._before:
+                put_back(before)
             self._save_last("completed")
 
     def failed(self, error: BaseException) -> BaseException | None:
@@ -2146,7 +2102,8 @@ class Run(RunState):
         if not self.trained:
             reason = "Nothing has been trained yet"
         if reason is None:
-            self._undo_batch()
+            for put_back, before in self._before:
+                put_back(before)
             try:
                 self._save_last(f"exception_{type(error).__name__}", together=False)
                 return error
@@ -2209,8 +2166,10 @@ class Run(RunState):
             f"   {self._label}: {self.saved}" if self.saved else "   Checkpoint: none yet",
         ]
         if self.saved and not self.completed:
-            path = shlex.quote(str(self.saved))
-            lines.append(f"▶️ Resume with: {own_command()} --resume {path}")
+            how = f"{own_command()} --resume {shlex.quote(str(self.saved))}"
+            if self.monitor.is_guest:
+                how = f"main(..., argv={['--resume', str(self.saved)]})"
+            lines.append(f"▶️ Resume with: {how}")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -2234,9 +2193,8 @@ class Processes:
 
     def __init__(self, monitor: ExitMonitor) -> None:
         self.monitor = monitor
-        self.save_requested = False
         self.device = torch.device("cpu")
-        self.sharded = self.compiled = False
+        self.save_requested = self.sharded = self.compiled = False
         self.many = dist.is_torchelastic_launched()
         self.rank, self.world_size = 0, 1
         if not self.many:
@@ -2366,7 +2324,7 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
         code = trained(train, declared(options), None).exit_code
     except UserError as error:
         complain(f"error: {one_line(error)}\n")
-        code = 2
+        sys.exit(2)
     begun = time.monotonic()
 
     def hurry(signum: int, frame: object) -> None:
@@ -2376,10 +2334,8 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
             os._exit(code)
 
     for signum in EXIT_SIGNALS:
-        # In another thread than the main one it is a ValueError.
-        with contextlib.suppress(ValueError):
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, hurry)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, hurry)
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
@@ -2398,10 +2354,12 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
-    keyboard, screen = given.pop("keyboard", True), Screen(shown=is_first_rank())
+    given = {name: options[name].default for name in NOT_STORED} | given
+    is_first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    keyboard, screen = given.pop("keyboard") and is_first, Screen(shown=is_first)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(screen.shared())
-        monitor = ExitMonitor(screen, is_first_rank() and keyboard)
+        screen.share(stack)
+        monitor = ExitMonitor(screen, keyboard)
         monitor.is_guest = argv is not None
         monitor.nothing_to_save = "Training has not begun: there is nothing to save."
         stack.enter_context(monitor)
@@ -2426,7 +2384,7 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
 def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -> Run:
     """The run that the command line asks for, with the checkpoint it goes on from."""
     directory = os.path.abspath(options["checkpoint_dir"].default)
-    resume, weights = given.pop("resume", None), given.pop("weights", None)
+    resume, weights = given.pop("resume"), given.pop("weights")
     if weights and resume not in (None, "auto"):
         raise UserError("--weights begins a new run: leave it out, or --resume")
     where = given.get("checkpoint_dir", directory)
@@ -2434,10 +2392,10 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
     origin = named_checkpoint(weights if path is None else None, where, processes, screen.say)
     with fitting(path, "this program"):
         if path is not None:
-            # The directory that its run saves in, links resolved.
+            # The directory that its run saves in, links resolved, if it was saved there.
             folder = os.path.dirname(os.path.realpath(path))
             directory = folder.removesuffix("/emergency_exit")
-            if os.path.basename(path).startswith(RunDirectory.ELSEWHERE):
+            if os.path.basename(path).startswith("train_graceful_"):
                 directory = state["config"]["checkpoint_dir"]
         given.setdefault("checkpoint_dir", directory)
         try:
@@ -2530,8 +2488,8 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
     omitted = set() if paths else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     content = bytearray()
     for top in map(Path, paths or [sysconfig.get_path("stdlib")]):
-        before = len(content)
         try:
+            top.stat()
             for file in sorted(top.rglob("*" if paths else "*.py")) if top.is_dir() else [top]:
                 parts = file.relative_to(top).parts or (file.name,)
                 hidden = any(part[0] == "." for part in parts) or left_out in file.parents
@@ -2539,13 +2497,10 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
                     content += file.read_bytes()
         except OSError as error:
             raise UserError(f"--data {error.filename}: {error.strerror}") from error
-        if len(content) == before:
-            raise UserError(f"--data {top}: no text there but hidden files and checkpoints")
     rest = len(content) // 20
     if rest <= context:
-        words = " ".join(paths) or "(the standard library)"
         raise UserError(
-            f"--data {words}: {len(content):,} bytes are too few for --context {context}"
+            f"--data {' '.join(paths)}: {len(content):,} bytes: too few for --context {context}"
         )
     text = torch.frombuffer(content, dtype=torch.uint8)
     return [part.unfold(0, context + 1, context) for part in (text[:-rest], text[-rest:])]
@@ -2761,12 +2716,12 @@ class StandardTrainingController:
 
 
 class BatchedMuon(Optimizer):
-    """Muon (Jordan et al., 2024), all matrices of a shape at once, with the state of PyTorch's."""
+    """Muon (Jordan et al., 2024), all matrices of a shape at once."""
+
+    MOMENTUM = 0.95
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float, ns_steps: int) -> None:
-        settings = {"momentum": 0.95, "ns_coefficients": (3.4445, -4.7750, 2.0315), "eps": 1e-7}
-        rates = {"lr": lr, "weight_decay": weight_decay, "ns_steps": ns_steps}
-        super().__init__(params, {**rates, **settings})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "ns_steps": ns_steps})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -2776,33 +2731,32 @@ class BatchedMuon(Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - self.MOMENTUM)
                 parameters, updates = alike.setdefault(parameter.shape, ([], []))
                 parameters.append(parameter)
                 # Where a matrix is spread over processes, each computes all of it.
-                updates.append(whole(parameter.grad.lerp(momentum, group["momentum"])))
+                updates.append(whole(parameter.grad.lerp(momentum, self.MOMENTUM)))
             for (rows, columns), (parameters, updates) in alike.items():
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                for parameter, update in zip(
-                    parameters, orthogonalize(torch.stack(updates), group)
-                ):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(spread(update, parameter), alpha=-rate)
+                changes = orthogonalize(torch.stack(updates), group["ns_steps"])
+                for one, change in zip(parameters, changes):
+                    one.mul_(1 - group["lr"] * group["weight_decay"])
+                    one.add_(spread(change, one), alpha=-rate)
 
 
-def orthogonalize(matrices: Tensor, group: dict) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """The nearest (semi-)orthogonal matrix, roughly, to each of matrices (count, rows, columns).
 
     A quintic Newton-Schulz iteration (Jordan et al., "Muon", 2024), in bfloat16, or in float32 on a
-    CPU that would only emulate it. group has the settings of a BatchedMuon.
+    CPU that would only emulate it.
     """
-    a, b, c = group["ns_coefficients"]
+    a, b, c = 3.4445, -4.7750, 2.0315
     emulated = matrices.is_cpu and not torch.cpu._is_avx512_bf16_supported()
     x = matrices.to(torch.float32 if emulated else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
@@ -2921,10 +2875,9 @@ def train(run: Run) -> None:
 
 
 MODES = ("standard", "geometric")
-LOOPS = ("standard", "controller")
 OPTIONS = {
     "mode": option("standard", "one AdamW, or rotated experts and three optimizers", MODES),
-    "loop": option(None, "for --mode standard (default standard)", LOOPS),
+    "loop": option(None, "for --mode standard (default standard)", ("standard", "controller")),
     "data": option((), "text (default Python's own source)", fixed=False, kind=os.path.abspath),
     "steps": option(2000, "optimizer steps in the whole run, resumes included", None, False, 1),
     "grad_accum": option(1, "forward passes that make one optimizer step", least=1),

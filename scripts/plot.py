@@ -200,7 +200,8 @@ def chart(runs: list[Run], name: str) -> list[str]:
         ]
     for value in ticks(0, last, 8):
         parts.append(words(f"{value:,.0f}", x(value), floor + 18, "middle"))
-    parts.append(words("step", middle, HEIGHT - 8, "middle"))
+    axis = "step (line: training, dots: validation)"
+    parts.append(words(axis, middle, HEIGHT - 8, "middle"))
     shown = [run for run in runs if run.points(name)]
     for row, run in enumerate(shown):
         style = f"s{runs.index(run) % len(COLORS)}"

@@ -60,7 +60,7 @@ def mistake(tmp_path, monkeypatch):
         (["--steps"], ["--steps", "expected one argument"]),
         (["--compile=1"], ["--compile"]),
         (["train"], ["train"]),
-        (["--context", "100000000"], ["standard library", "too few"]),
+        (["--context", "100000000"], ["--data", "too few"]),
     ],
 )
 def test_a_bad_option_is_named(mistake, arguments, words):
@@ -78,8 +78,8 @@ def test_bad_data_is_named(mistake, tmp_path, corpus):
     (tmp_path / "short").write_text("too short to train on")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    none = dict.fromkeys(["missing", "empty", "folder", "fifo"], "no text there")
-    words = {**none, "short": "too few"}
+    words = dict.fromkeys(["empty", "folder", "fifo", "short"], "too few")
+    words["missing"] = "No such file"
     for name, word in words.items():
         message = mistake("--data", tmp_path / name)
         assert str(tmp_path / name) in message and word in message
@@ -288,10 +288,9 @@ def test_an_own_option_has_the_type_of_its_default(mine):
     ) and given.checkpoint_dir == os.path.abspath("other")
 
 
-def test_what_only_the_command_line_has_is_refused(mine):
-    assert (
-        mine(2, resume="latest") == "error: main(resume=...): that is for the command line alone\n"
-    )
+def test_a_script_may_say_from_where_it_resumes(mine, tmp_path):
+    assert mine(2, resume="latest").endswith("mine: no checkpoint there\n")
+    assert mine(0, resume="auto").width == OWN["width"]
 
 
 def test_a_default_that_no_checkpoint_can_hold_is_named_after_the_first_batch(mine):

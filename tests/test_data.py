@@ -386,5 +386,5 @@ def test_text_that_is_too_short_is_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_bytes(b"x" * 300)
     message = refused("--data", short, "--context", 16, "--checkpoint-dir", tmp_path / "ck")
-    assert message == f"--data {short}: 300 bytes are too few for --context 16"
+    assert message == f"--data {short}: 300 bytes: too few for --context 16"
     assert not (tmp_path / "ck").exists()

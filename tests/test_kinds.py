@@ -199,7 +199,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, group):
 def test_every_epoch_of_a_sampler_has_as_many_batches(tmp_path, capfd, workers):
     train = sampled(lambda: lambda epoch: range(20 - 4 * epoch))
     words = mistake(capfd, train, tmp_path, "--workers", workers)
-    assert "sampler: epoch 1 has 4 batches, not 5" in words
+    assert "run.data(sampler=...): epoch 1 has 4 batches, not 5" in words
 
 
 class Epochs(Rows):
@@ -410,7 +410,7 @@ def unfreezes(run, module, optimizer, batch):
 
 def test_parameters_that_the_loop_has_unfrozen_stay_so(tmp_path, capfd):
     parts = assert_resumes(program(body=unfreezes, model=two_layers), tmp_path)
-    some = "⚙️ requires_grad is the checkpoint's, not the script's: model.0.weight, model.0.bias\n"
+    some = "⚙️ Changed: requires_grad in the script (it stays as saved).\n"
     assert some in capfd.readouterr().out and final(parts)["loop"]["frozen"] == []
 
 
@@ -427,7 +427,7 @@ def test_what_the_loop_unfreezes_trains_on_every_rank_or_is_refused(tmp_path, gr
 
     if not frozen_after:
         text = ranks(group, program(body=unfreezes, model=two_layers), tmp_path, code=2)
-        assert "stays so on many ranks; freeze it after" in text
+        assert "stays so on many ranks: freeze after" in text
         return
     train = program(begin=begin, body=unfreezes, model=open_layers)
     ranks(group, train, tmp_path / "whole")
@@ -544,7 +544,7 @@ def test_a_model_that_grows_in_the_loop_ends_the_run_with_a_line(tmp_path, capfd
     said = capfd.readouterr()
     assert (
         said.err
-        == "error: a kept optimizer has parameters that no run.model(...) had at the start\n"
+        == "error: a kept optimizer has parameters that no run.model(...) had at first\n"
     )
     assert "Newest whole checkpoint" in said.out and tg.latest_checkpoint(tmp_path)
 
@@ -716,8 +716,7 @@ def test_what_cannot_be_saved_ends_the_run_at_the_first_save_that_meets_it(tmp_p
     said = capfd.readouterr()
     where = "error: ['state_dicts']['notes']['items'][7]['a'] cannot be saved: it is a "
     assert (
-        said.err.startswith(where + "builtins.object; dense tensors")
-        and said.err.count("\n") == 1
+        said.err.startswith(where + "builtins.object; dense tensors") and said.err.count("\n") == 1
     )
     assert said.err.endswith("(list(x), vars(x))\n") and f"Completed Steps: {step}\n" in said.out
     assert f"Newest whole checkpoint: {tmp_path / 'step_6.pt'}\n" in said.out

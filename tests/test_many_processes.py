@@ -514,7 +514,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_each(group, forty_windows, tmp
             ["--data", forty_windows, "--batch-size", 5, "--grad-accum", 1],
             "is no multiple of 2 processes",
         ),
-        (["--data", tmp_path / "none"], "no text there"),
+        (["--data", tmp_path / "none"], "No such file"),
         (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint there"),
         (["--batch-siez", 4], "batch-siez"),
     ]:

@@ -967,10 +967,7 @@ def test_what_cannot_be_saved_is_said_after_the_first_step(tmp_path, capfd):
 
     train = classification(kept=lambda run, module: run.keep(odd=Odd()))
     words = mistake(capfd, train, "--checkpoint-dir", tmp_path)
-    assert (
-        "error: ['state_dicts']['odd']['path'] cannot be saved: it is a builtins.object"
-        in words
-    )
+    assert "error: ['state_dicts']['odd']['path'] cannot be saved: it is a builtins.object" in words
 
 
 # ---- waiting for data
