@@ -234,10 +234,11 @@ def complain(text: str) -> None:
 
 
 def descriptor(stream: Any) -> int | None:
-    """None for a stream that was closed by the parent or is no file, as in a notebook."""
+    """None for a stream that was closed by the parent or is no plain file, as in a notebook."""
     try:
-        return stream.fileno()
-    except (AttributeError, OSError, ValueError):
+        # A notebook's own fileno() is that of its server's terminal.
+        return io.TextIOWrapper.fileno(stream)
+    except (OSError, TypeError, ValueError):
         return None
 
 
@@ -346,7 +347,7 @@ class ExitMonitor:
         self._interruptible = False
         # A guest ends no process but raises what was abandoned in the main thread.
         self.is_guest = False
-        self.abandoned: SystemExit | None = None
+        self.abandoned: BaseException | None = None
         self._terminal_settings: list | None = None
 
     @property
@@ -496,7 +497,8 @@ class ExitMonitor:
         """Ends the process here and now: the main thread may be inside a call of minutes."""
         self._screen.say(text)
         if self.is_guest:
-            self.abandoned = SystemExit(exit_code)
+            interrupt = {128 + SIGINT: KeyboardInterrupt()}
+            self.abandoned = interrupt.get(exit_code, SystemExit(exit_code))
             return signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
         self._restore_terminal()
         end_children(multiprocessing.active_children())

@@ -1,6 +1,7 @@
 """The program is a good guest: debuggers, print(), sweeps and notebooks work as they do without it."""
 
 import gc
+import io
 import multiprocessing
 import os
 import re
@@ -358,11 +359,35 @@ def test_stop_pressed_twice_ends_the_call_and_not_the_process(tmp_path, capfd):
         (before, "there is nothing to save"),
         (after, "Everything is saved already"),
     ):
-        with pytest.raises(SystemExit, match="130"):
+        with pytest.raises(KeyboardInterrupt):
             go(tmp_path, train)
         assert words in capfd.readouterr().out
         assert not (tmp_path / "emergency_exit").exists()
     assert go(tmp_path, program()).completed
+
+
+class Notebook(io.TextIOBase):
+    """A notebook's sys.stdout: text goes to the page, and fileno() is the server's terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def fileno(self) -> int:
+        return 1
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+
+def test_in_a_notebook_all_lines_are_in_the_notebook(tmp_path, capfd, monkeypatch):
+    page = Notebook()
+    monkeypatch.setattr(sys, "stdout", page)
+    monkeypatch.setattr(sys, "stdin", Notebook())
+    assert go(tmp_path, program()).completed
+    assert page.text.startswith("🧠 Sequential") and page.text.endswith("final.pt\n")
+    assert "step 8/8 | loss" in page.text and "\r" not in page.text
+    assert capfd.readouterr() == ("", "")
 
 
 # ---- rows, rates, checkpoints

@@ -543,8 +543,7 @@ def test_a_model_that_grows_in_the_loop_ends_the_run_with_a_line(tmp_path, capfd
     go(program(body=body), tmp_path, code=2, save_every=5)
     said = capfd.readouterr()
     assert (
-        said.err
-        == "error: a kept optimizer has parameters that no run.model(...) had at first\n"
+        said.err == "error: a kept optimizer has parameters that no run.model(...) had at first\n"
     )
     assert "Newest whole checkpoint" in said.out and tg.latest_checkpoint(tmp_path)
 
