@@ -267,10 +267,9 @@ class Screen:
     def _shared(self, pid: int, call: Callable, *text: str) -> Any:
         # In a forked child the lock may be another thread's.
         if os.getpid() == pid:
-            with self._lock:
-                self.write("")
-                if any(text):
-                    self._within_line = not text[0].endswith("\n")
+            self.write("")
+            if any(text):
+                self._within_line = not text[0].endswith("\n")
         return call(*text)
 
     def say(self, text: str) -> None:
@@ -279,9 +278,8 @@ class Screen:
 
     def status(self, text: Callable[[], str]) -> None:
         with contextlib.suppress(OSError):
-            rests = time.monotonic() - self._drawn < 0.1 or self._unwritten
-            free = not rests and not self._within_line
-            if self._fd is not None and free and in_foreground(self._fd):
+            waits = self._unwritten or self._within_line or time.monotonic() - self._drawn < 0.1
+            if self._fd is not None and not waits and in_foreground(self._fd):
                 self._drawn = time.monotonic()
                 # Columns stay free for what is typed and where a terminal would wrap.
                 line = text()[: max(1, (os.get_terminal_size(self._fd).columns or 80) - 6)]
@@ -779,18 +777,21 @@ def check_records(path: Path | str, tensors: bool) -> None:
         if any(record.compress_type or record.external_attr for record in records):
             raise ValueError("its records are not torch.save's")
 
-        def verify(record: zipfile.ZipInfo) -> None:
+        def verify(record: zipfile.ZipInfo) -> Iterator[None]:
             try:
                 with archive.open(record) as file:
+                    yield
                     while file.read(PIECE_BYTES):
                         pass
             except zipfile.BadZipFile as error:
                 name = record.filename.partition("/")[2]
                 raise CheckpointError(f"{path}: damaged checkpoint (record {name})") from error
 
+        opened = [verify(one) for one in records if tensors or "/data/" not in one.filename]
+        # First all: before Python 3.12.9 and 3.13.2 opening one moves the others' readers.
+        list(map(next, opened))
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            wanted = (one for one in records if tensors or "/data/" not in one.filename)
-            list(threads.map(verify, wanted))
+            list(threads.map(list, opened))
         pickles = (archive.read(one) for one in records if one.filename.endswith("/data.pkl"))
         for opcode, argument, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
             name = str(argument).replace(" ", ".")
@@ -1112,8 +1113,7 @@ class Batches(Dataset):
 
     def __post_init__(self) -> None:
         self.per_evaluation = -(-self.validated // self.batch_size)
-        roots = self.training, self.validation, self.collate, self.sampler
-        self.generators = generators_in(*roots)
+        self.generators = generators_in(self.training, self.validation, self.collate, self.sampler)
         # What the sampler has said of the epoch that is being loaded.
         self._epoch, self._order = -1, list[list[int]]()
         # A stream has no epochs of a known length.
@@ -1242,6 +1242,8 @@ class RunState:
         self._origin = resumed if self.resumed else weights
         self.step = operator.index(self._saved.get("step", 0))
         self.trains = False
+        # What has to be done in the end, whatever it is.
+        self.undo = contextlib.ExitStack()
         # {name: bare module}, {kind of state: {name: object}}.
         self._models: dict[str, nn.Module] = {}
         self._schedulers: dict[str, Any] = {}
@@ -1348,7 +1350,7 @@ class RunState:
                 self._restore()
         self._saved = {}
         self._origin = self._origin[0], {}
-        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self.undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._models.items():
@@ -1545,6 +1547,7 @@ class Run(RunState):
         # What is yielded, by a stream or by the loader, and the loader's workers.
         self._items: dict[bool, Iterator] = {}
         self._workers: list = []
+        self.undo.callback(self._close_loader)
         self._seed("start")
 
     def _seed(self, *what: object) -> None:
@@ -1740,10 +1743,12 @@ class Run(RunState):
             self.directory = RunDirectory(path, self.run_id, self._metrics["done_step"], *how)
         except OSError as error:
             raise UserError(f"--checkpoint-dir {path}: {error.strerror}") from error
+        # Of a process that ends the lock goes with it, and not before.
+        if self.monitor.is_guest:
+            self.undo.callback(self.directory.close)
 
     def _introduce(self) -> None:
         batches, say = self._batches, self.screen.say
-        # fully_shard has made a class of its own of it.
         kinds = (type(module).__name__.removeprefix("FSDP") for module in self._models.values())
         count = sum(map(Tensor.numel, self._names))
         where = f"{self.world_size} x {self.device}".removeprefix("1 x ")
@@ -2092,8 +2097,7 @@ class Run(RunState):
         if self.processes.many and hasattr(dist.group.WORLD, "abort"):
             # A device may be waiting for ranks that will not come.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
-        unknown = [name for name in self._others if name not in self._scalers]
-        unknown += self._outer
+        unknown = [*(one for one in self._others if one not in self._scalers), *self._outer]
         reason = None
         if self._in_body and unknown:
             reason = f"The batch may have changed what is kept ({', '.join(unknown)})"
@@ -2174,14 +2178,6 @@ class Run(RunState):
             lines.append(f"▶️ Resume with: {how}")
         return "\n".join(lines)
 
-    def close(self) -> None:
-        self._close_loader()
-        if hasattr(self, "_hook"):
-            self._hook.remove()
-        # Of a process that ends the lock goes with it, and not before.
-        if self.monitor.is_guest and hasattr(self, "directory"):
-            self.directory.close()
-
 
 # ---- Processes --------------------------------------------------------------------------------
 
@@ -2227,6 +2223,8 @@ class Processes:
             # Every child of an nn.ModuleList, then the root, with rank 0's weights.
             from torch.distributed.fsdp import fully_shard
 
+            if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+                raise UserError(f"--shard on CPUs needs a newer PyTorch than {torch.__version__}")
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
@@ -2366,7 +2364,7 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
         monitor.nothing_to_save = "Training has not begun: there is nothing to save."
         stack.enter_context(monitor)
         run = prepared(options, given, Processes(monitor), screen)
-        stack.callback(run.close)
+        stack.enter_context(run.undo)
         error: BaseException | None = None
         try:
             train(run)
