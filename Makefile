@@ -79,7 +79,7 @@ test: .venv/tests-installed ### run the tests (ARGS="-k sentence")
 test-cluster: .venv/tests-installed ### several machines and Slurm, made of Linux namespaces: as root, with iproute2, slurm-wlm and munge
 	$(VENV_PYTHON) -m pytest -m "cluster and not campaign" $(ARGS)
 
-test-integrations: .venv-peers/installed ### README's examples for transformers, lightning and accelerate, in an environment of their own
+test-integrations: .venv-peers/installed ### the examples for other trainers, W&B and TensorBoard, in an environment of their own
 	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
 
 campaign: .venv/tests-installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
@@ -127,9 +127,9 @@ install: .venv/tests-installed ## create .venv and install requirements.txt (PYT
 	.venv-lint/bin/python -m pip install --disable-pip-version-check ruff==0.17.6 mypy==2.4.1
 	@touch .venv-lint/installed
 
-.venv-peers/installed: requirements.txt
+.venv-peers/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate wandb tensorboard
 	@touch .venv-peers/installed
 
 clean: ## remove .venv and caches, never checkpoints
