@@ -1053,8 +1053,7 @@ def is_indexed(data: Any) -> bool:
     """Whether it is a map-style dataset. Raises UserError for a plain loader of one."""
     plain = isinstance(data, DataLoader) and not hasattr(data, "state_dict")
     if plain and is_indexed(data.dataset):
-        text = "give it the dataset of your DataLoader; collate= and sampler= go here too"
-        raise UserError(f"run.data: {text}")
+        raise UserError("run.data: give it the dataset of your DataLoader, with collate=, sampler=")
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return indexed and not isinstance(data, (IterableDataset, DataLoader))
 
@@ -1148,8 +1147,7 @@ class Batches(Dataset):
         except (RuntimeError, TypeError, ValueError) as error:
             if self.collate is not default_collate:
                 raise
-            text = "samples make no batch; run.data(collate=f) has f(samples) make one"
-            raise UserError(f"run.data: {text} ({one_line(error)})") from error
+            raise UserError(f"run.data(collate=...) is needed: {one_line(error)}") from error
 
     def _begin_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -1537,7 +1535,7 @@ class Run(RunState):
         # If set, called on rank 0 with each row of metrics.csv, {column: value}.
         self.on_row: Callable[[dict[str, Any]], object] | None = None
         # A batch is complete; all is saved, on leaving; the loop's body, or evaluate, is at work.
-        self.trained = self._left = self._in_body = False
+        self.trained = self.has_left = self._in_body = False
         self._batches: Any = None
         # In the place of training data: what yields batches, None for the number of the step.
         self._streams = False
@@ -1589,8 +1587,7 @@ class Run(RunState):
                 text = f"{type(data).__name__} has no __getitem__(index) and __len__()"
                 raise UserError(f"run.data: validation data is map-style, but {text}")
             if len(data) < count:
-                text = f"{len(data)} {split} samples, but at least {count} are needed"
-                raise UserError(f"run.data: {text}")
+                raise UserError(f"run.data: {len(data)} {split} samples, where {count} are needed")
             self._fingerprint[split] = [len(data), fingerprint(data)]
         if self._fingerprint != (there := self._saved.get("data_fingerprint", self._fingerprint)):
             text = f"the data is not what the run of {self.resumed} was trained on"
@@ -1956,8 +1953,7 @@ class Run(RunState):
             try:
                 found |= {name: float(value) for name, value in summary.items()}
             except (AttributeError, RuntimeError, TypeError, ValueError):
-                text = f"summarize returned {summary!s:.60}; it has to return"
-                raise UserError(f"{text} {{name: number}}") from None
+                raise UserError(f"summarize gave {summary!s:.60}, not {{name: number}}") from None
         if self._best_name not in found:
             raise UserError(f"evaluate has found {', '.join(found)}; best is {self._best_of!r}")
         self._evaluation = {"values": found, "step": self.step}
@@ -1993,8 +1989,7 @@ class Run(RunState):
         values = self._evaluate(batch)
         self._in_body = False
         if not isinstance(values, dict) or not values:
-            text = f"evaluate returned {values!s:.60}; it has to return"
-            raise UserError(f"{text} {{name: a value for each sample}}")
+            raise UserError(f"evaluate gave {values!s:.60}, not {{name: a value for each sample}}")
         checked = {}
         for name, value in values.items():
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
@@ -2035,7 +2030,7 @@ class Run(RunState):
         while self.monitor.exit_requested:
             reason, self.exit_code = self.monitor.reason or "", self.monitor.exit_code
             if self._save_last(reason) or reason != USER_REQUEST:
-                self._left = True
+                self.has_left = True
                 raise SystemExit(self.exit_code)
             self.monitor.withdraw()
 
@@ -2083,7 +2078,7 @@ class Run(RunState):
 
     def failed(self, error: BaseException) -> BaseException | None:
         """Saves the state before the batch, if it is certain. Returns None on leaving."""
-        if self._left:
+        if self.has_left:
             return None
         self.exit_code = 1
         if isinstance(error, UserError):
@@ -2130,12 +2125,12 @@ class Run(RunState):
         values |= self.rates()
         values["samples_per_second"] = round(samples / max(1e-9, now - self._row_time), 1)
         values["seconds"] = round(metrics["seconds"], 3)
-        metrics |= {"sums": {}, "counts": {}}
-        self._row_time, self._row_samples = now, self._samples
         if self.rank == 0:
             self.directory.add_row(values)
             if self.on_row is not None:
                 self.on_row(values)
+        metrics |= {"sums": {}, "counts": {}}
+        self._row_time, self._row_samples = now, self._samples
 
     def _status(self) -> str:
         elapsed = max(1e-9, time.monotonic() - self._start)
@@ -2321,10 +2316,16 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     if argv is not None:
         return trained(train, declared(options), argv)
     try:
-        code = trained(train, declared(options), None).exit_code
+        run = trained(train, declared(options), None)
     except UserError as error:
         complain(f"error: {one_line(error)}\n")
         sys.exit(2)
+    code = run.exit_code
+    if run.processes.many and (run.completed or run.has_left):
+        # Its models hold the group, whose threads would ask for an interpreter that has ended.
+        del run
+        gc.collect()
+        dist.destroy_process_group()
     begun = time.monotonic()
 
     def hurry(signum: int, frame: object) -> None:
@@ -2372,11 +2373,12 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
         except (Exception, KeyboardInterrupt, SystemExit) as failure:
             error = run.failed(failure)
         monitor.nothing_to_save = None
-        if error is None and run.processes.many:
-            dist.destroy_process_group()
         # A signal or a q that comes only now takes away neither the last words nor the exit code.
         last_words(run, error)
         if error is not None and monitor.is_guest:
+            if monitor.exit_requested:
+                # Who has asked to leave means the caller's sweep too.
+                error = SystemExit(monitor.exit_code)
             raise error
     return run
 
@@ -2499,9 +2501,7 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
             raise UserError(f"--data {error.filename}: {error.strerror}") from error
     rest = len(content) // 20
     if rest <= context:
-        raise UserError(
-            f"--data {' '.join(paths)}: {len(content):,} bytes: too few for --context {context}"
-        )
+        raise UserError(f"--data {' '.join(paths)}: {len(content):,} bytes are too few")
     text = torch.frombuffer(content, dtype=torch.uint8)
     return [part.unfold(0, context + 1, context) for part in (text[:-rest], text[-rest:])]
 

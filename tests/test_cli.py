@@ -83,7 +83,7 @@ def test_bad_data_is_named(mistake, tmp_path, corpus):
     for name, word in words.items():
         message = mistake("--data", tmp_path / name)
         assert str(tmp_path / name) in message and word in message
-    assert "at least 100000 are needed" in mistake("--data", corpus, "--batch-size", "100000")
+    assert "where 100000 are needed" in mistake("--data", corpus, "--batch-size", "100000")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")

@@ -243,8 +243,8 @@ class Endless(torch.utils.data.IterableDataset):
             ["validation data is map-style", "Endless", "__getitem__(index)"],
         ),
         ((Numbers(8), iter([1, 2])), ["validation data is map-style", "__len__()"]),
-        ((Numbers(3),), ["3 training samples, but at least 4 are needed"]),
-        ((Numbers(8), Numbers(0)), ["0 validation samples, but at least 1"]),
+        ((Numbers(3),), ["3 training samples, where 4 are needed"]),
+        ((Numbers(8), Numbers(0)), ["0 validation samples, where 1"]),
     ],
 )
 def test_data_without_an_index_or_too_short_is_refused(capfd, arguments, words):
@@ -386,5 +386,5 @@ def test_text_that_is_too_short_is_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_bytes(b"x" * 300)
     message = refused("--data", short, "--context", 16, "--checkpoint-dir", tmp_path / "ck")
-    assert message == f"--data {short}: 300 bytes: too few for --context 16"
+    assert message == f"--data {short}: 300 bytes are too few"
     assert not (tmp_path / "ck").exists()

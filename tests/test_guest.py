@@ -266,6 +266,16 @@ def test_an_exception_of_the_body_comes_through_once_its_state_is_safe(tmp_path,
     assert not (tmp_path / "other" / "emergency_exit").exists()
 
 
+def test_a_request_in_the_batch_that_raises_ends_the_sweep_too(tmp_path):
+    def body(run, loss):
+        if run.step == 3:
+            ask_to_leave(run)
+            raise Pruned
+
+    with pytest.raises(SystemExit, match="143"):
+        go(tmp_path, program(body))
+
+
 def test_a_mistake_is_raised(tmp_path):
     with pytest.raises(tg.UserError, match="--steps"):
         go(tmp_path, program(), "--steps", "x")
@@ -408,6 +418,25 @@ def test_each_row_is_given_to_on_row(tmp_path):
     assert rates == (0.1, 0.02, 0.3)
 
 
+def test_a_row_that_on_row_could_not_take_comes_again(tmp_path):
+    def train(run):
+        def fails(row):
+            rows.append(row)
+            if row["step"] == 3 and not run.resumed:
+                raise OSError("no network")
+
+        run.on_row = fails
+        program()(run)
+
+    rows: list[dict] = []
+    with pytest.raises(OSError, match="no network"):
+        go(tmp_path, train)
+    go(tmp_path, train, "--resume", "latest")
+    assert [row["step"] for row in rows] == [1, 2, 3, *range(3, 9)]
+    assert rows[2]["loss"] == rows[3]["loss"]
+    assert [row["loss"] for row in metrics_without_times(tmp_path)][2] == str(rows[2]["loss"])
+
+
 def test_emergency_checkpoints_are_kept_as_periodic_ones_are(tmp_path):
     """But for the one that was named last, which a person may want any day."""
 
@@ -484,7 +513,7 @@ def loader(**arguments):
     ("train", "line"),
     {
         "collate_fn": (given(collate_fn=list), "run.data(collate_fn=...): it has collate=, "),
-        "no collate": (lengths, "run.data: samples make no batch; run.data(collate=f) has f("),
+        "no collate": (lengths, "run.data(collate=...) is needed: stack expects"),
         "loader": (lambda run: run.data(loader()), "give it the dataset of your DataLoader"),
         "validation loader": (given(validation=loader()), "give it the dataset of your DataLoader"),
     }.values(),

@@ -1098,7 +1098,7 @@ WRONG = {
     "a number": (
         lambda values: 0.5,
         "max f1",
-        "summarize returned 0.5; it has to return {name: num",
+        "summarize gave 0.5, not {name: num",
     ),
     "two numbers": (lambda values: {"f1": torch.ones(2)}, "max f1", "summarize returned"),
     "a text": (lambda values: {"f1": "good"}, "max f1", "summarize returned"),

@@ -774,8 +774,8 @@ MISTAKES = {
     "validation data is map-style, but Stream has no __getitem__": lambda run: run.data(
         Points(), Stream()
     ),
-    "5 training samples, but at least 8 are needed": lambda run: run.data(Points(5)),
-    "0 validation samples, but at least 1 are needed": lambda run: run.data(Points(), []),
+    "5 training samples, where 8 are needed": lambda run: run.data(Points(5)),
+    "0 validation samples, where 1 are needed": lambda run: run.data(Points(), []),
     "there is no validation data": lambda run: (
         run.data(Points()),
         run.model(net()),
@@ -791,7 +791,7 @@ MISTAKES = {
     "run.log(step=...): metrics.csv has a column of that name": in_the_loop(
         lambda run, model, optimizer: [run.log(step=1) for batch in run.batches()]
     ),
-    "evaluate returned 0.5; it has to return {name: a value": evaluates(lambda batch: 0.5),
+    "evaluate gave 0.5, not {name: a value": evaluates(lambda batch: 0.5),
     "evaluate has found accuracy; best is 'min loss'": evaluates(
         lambda batch: {"accuracy": batch[1]}
     ),
