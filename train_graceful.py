@@ -407,7 +407,7 @@ class ExitMonitor:
                 raise Interrupted
             yield
         finally:
-            self._interruptible = False
+            self._interruptible &= self.abandoned is not None
 
     def request(self, reason: str, exit_code: int) -> None:
         """Asks for a graceful exit and says so on the screen; the same reason counts once."""
@@ -422,8 +422,6 @@ class ExitMonitor:
                 # Said before the main thread can know, whose next line must come after this one.
                 self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
             self.heard.append((reason, exit_code))
-        if self._interruptible:
-            signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
 
     def withdraw(self) -> None:
         """Takes the first request back, for a save that failed; one that came after it stays."""
@@ -448,9 +446,7 @@ class ExitMonitor:
             os.write(self._wakeup, bytes([signum]))
         if signum == self.WAKE and self._interruptible:
             self._interruptible = False
-            raise Interrupted
-        if signum == self.WAKE and self.abandoned is not None:
-            raise self.abandoned
+            raise self.abandoned or Interrupted
 
     def _watch(self) -> None:
         # In the background a read fails, then, and stops nobody.
@@ -458,6 +454,10 @@ class ExitMonitor:
         pause, signals = None, b""
         while 0 not in signals:
             keyboard = [self._stdin] if self._listening and pause is None else []
+            if self._interruptible and (self.heard or self.abandoned):
+                # Where it comes just before the main thread blocks, it wakes nobody: so again.
+                signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
+                pause = 0.1
             ready, _, _ = select.select([self._pipe, *keyboard], [], [], pause)
             pause = None
             signals = os.read(self._pipe, 4096) if self._pipe in ready else b""
@@ -497,7 +497,8 @@ class ExitMonitor:
         if self.is_guest:
             interrupt = {128 + SIGINT: KeyboardInterrupt()}
             self.abandoned = interrupt.get(exit_code, SystemExit(exit_code))
-            return signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
+            self._interruptible = True
+            return
         self._restore_terminal()
         end_children(multiprocessing.active_children())
         os._exit(exit_code)
@@ -1819,10 +1820,8 @@ class Run(RunState):
                 raise Interrupted from None
             raise
 
-        def on_device(value: Any) -> Any:
-            return value.to(self.device, non_blocking=True) if hasattr(value, "to") else value
-
-        return tree_map(on_device, batch), count
+        to = {"device": self.device, "non_blocking": True}
+        return tree_map(lambda x: x.to(**to) if hasattr(x, "to") else x, batch), count
 
     def _close_loader(self) -> None:
         end_children(self._workers)
@@ -2376,7 +2375,7 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
         # A signal or a q that comes only now takes away neither the last words nor the exit code.
         last_words(run, error)
         if error is not None and monitor.is_guest:
-            if monitor.exit_requested:
+            if monitor.exit_requested and isinstance(error, Exception):
                 # Who has asked to leave means the caller's sweep too.
                 error = SystemExit(monitor.exit_code)
             raise error

@@ -513,7 +513,7 @@ def loader(**arguments):
     ("train", "line"),
     {
         "collate_fn": (given(collate_fn=list), "run.data(collate_fn=...): it has collate=, "),
-        "no collate": (lengths, "run.data(collate=...) is needed: stack expects"),
+        "no collate": (lengths, "run.data(collate=...) is needed: "),
         "loader": (lambda run: run.data(loader()), "give it the dataset of your DataLoader"),
         "validation loader": (given(validation=loader()), "give it the dataset of your DataLoader"),
     }.values(),
