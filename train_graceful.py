@@ -2375,7 +2375,7 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
         # A signal or a q that comes only now takes away neither the last words nor the exit code.
         last_words(run, error)
         if error is not None and monitor.is_guest:
-            if monitor.exit_requested and isinstance(error, Exception):
+            if monitor.exit_requested and not isinstance(error, (UserError, KeyboardInterrupt)):
                 # Who has asked to leave means the caller's sweep too.
                 error = SystemExit(monitor.exit_code)
             raise error
@@ -2435,7 +2435,7 @@ def last_words(run: Run, error: BaseException | None) -> None:
             run.screen.say(f"🎉 {done}")
         elif run.trains and run.exit_code != 1:
             run.screen.say("✨ Graceful exit completed!")
-    elif not run.monitor.is_guest:
+    elif not run.monitor.is_guest or run.monitor.exit_requested:
         if isinstance(error, UserError):
             complain(f"error: {one_line(error)}\n")
         elif not isinstance(error, SystemExit):

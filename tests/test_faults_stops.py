@@ -131,7 +131,7 @@ def phases(mode: str) -> dict[str, tuple[Moment, range]]:
         "last step": (Moment("forward_backward", STEPS), range(STEPS, STEPS + 1)),
         "final save": (saving("final.pt"), range(0)),
         "teardown": (
-            Moment("close", where=lambda frame: type(frame.f_locals["self"]).__name__ == "Run"),
+            Moment("_close_loader"),
             range(0),
         ),
         "last words": (Moment("summary"), range(0)),

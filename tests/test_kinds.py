@@ -1100,8 +1100,8 @@ WRONG = {
         "max f1",
         "summarize gave 0.5, not {name: num",
     ),
-    "two numbers": (lambda values: {"f1": torch.ones(2)}, "max f1", "summarize returned"),
-    "a text": (lambda values: {"f1": "good"}, "max f1", "summarize returned"),
+    "two numbers": (lambda values: {"f1": torch.ones(2)}, "max f1", "summarize gave"),
+    "a text": (lambda values: {"f1": "good"}, "max f1", "summarize gave"),
     "another name": (f1, "max f2", "evaluate has found loss, f1; best is 'max f2'"),
 }
 
