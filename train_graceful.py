@@ -2435,10 +2435,11 @@ def last_words(run: Run, error: BaseException | None) -> None:
             run.screen.say(f"🎉 {done}")
         elif run.trains and run.exit_code != 1:
             run.screen.say("✨ Graceful exit completed!")
-    elif not run.monitor.is_guest or run.monitor.exit_requested:
-        if isinstance(error, UserError):
-            complain(f"error: {one_line(error)}\n")
-        elif not isinstance(error, SystemExit):
+    elif isinstance(error, UserError) and not run.monitor.is_guest:
+        complain(f"error: {one_line(error)}\n")
+    elif not isinstance(error, (SystemExit, UserError)):
+        # The caller of a guest gets it, if nobody has asked to leave.
+        if not run.monitor.is_guest or run.monitor.exit_requested:
             complain("".join(traceback.format_exception(error)))
     if run.trains:
         summary = run.summary()
