@@ -75,7 +75,7 @@ def session(what: str, folder: Path, words: list, stop: int = -1, key: float | N
     warned.update(line.strip() for line in said if line.startswith("⚠️"))
     done = re.findall(r"Completed Steps: (\d+)", "".join(said))
     print(f"{done[-1] if done else 'no'} steps, {time.monotonic() - begun:.0f} s", flush=True)
-    if done and not list(folder.rglob("*.pt")):
+    if child.returncode == 0 and not list(folder.rglob("*.pt")):
         print("It saves elsewhere: this needs a script whose main() reads the command line.")
         sys.exit(2)
     if child.returncode not in (0, 128 + signal.SIGTERM) or not done:
