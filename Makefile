@@ -102,7 +102,7 @@ lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an 
 	.venv-lint/bin/ruff format --check
 	.venv-lint/bin/mypy --python-executable $(VENV_PYTHON) train_graceful.py
 	$(VENV_PYTHON) scripts/size.py 2900
-	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py
+	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py tests/campaigns/*.py
 
 install: .venv/tests-installed ## create .venv and install requirements.txt (PYTHON=python3)
 

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from campaign import Forked
-from conftest import ROOT, SCRIPT, TINY, processes_in_session, wait_until
+from helpers import ROOT, SCRIPT, TINY, Forked, processes_in_session, wait_until
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_resume

@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from campaign import Forked, Moment, forked
-from conftest import (
+from helpers import (
     ENDLESS,
     ROOT,
+    Forked,
+    Moment,
     assert_same,
     finish,
     flip_a_weight,
+    forked,
     metrics_without_times,
     refused,
     run,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT, as_in_a_shell, end_groups, finish, wait_until
+from helpers import ROOT, as_in_a_shell, end_groups, finish, wait_until
 from pexpect.fdpexpect import fdspawn
 
 LOOP = """

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import forked
-from conftest import MODES, ROOT, TINY, refused, run, session
+from helpers import MODES, ROOT, TINY, forked, refused, run, session
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, ask_to_leave, assert_same, assert_same_run, session
+from helpers import TINY, ask_to_leave, assert_same, assert_same_run, session
 from torch import nn
 
 import train_graceful as t

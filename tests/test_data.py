@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ask_to_leave, refused, session
+from helpers import ask_to_leave, refused, session
 
 import train_graceful as t
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from campaign import Child, batch_complete
-from conftest import ROOT, assert_same_run
+from helpers import ROOT, Child, assert_same_run, batch_complete
 
 import train_graceful as t
 

@@ -11,7 +11,7 @@ import xml.etree.ElementTree
 
 import pexpect
 import pytest
-from conftest import ROOT, TINY, finish, saved_path
+from helpers import ROOT, TINY, finish, saved_path
 
 import train_graceful as t
 

@@ -14,8 +14,7 @@ import threading
 
 import pytest
 import torch
-from conftest import SCRIPT, ask_to_leave, finish, metrics_without_times
-from ranks import finished
+from helpers import SCRIPT, ask_to_leave, finish, finished, metrics_without_times
 from torch import nn
 
 import train_graceful as tg

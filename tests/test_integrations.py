@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from campaign import batch_complete
-from conftest import assert_same_run, finish, wait_until
+from helpers import assert_same_run, batch_complete, finish, wait_until
 from test_examples import EXAMPLES, ended, left, program, rows
 
 import train_graceful as t

@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ask_to_leave, assert_same, assert_same_run, metrics_without_times, session
-from ranks import finished
+from helpers import (
+    ask_to_leave,
+    assert_same,
+    assert_same_run,
+    finished,
+    metrics_without_times,
+    session,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer, lr_scheduler

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ENDLESS,
     MODES,
     ROOT,

@@ -8,13 +8,13 @@ import time
 
 import pexpect
 import pytest
-from campaign import on_a_terminal
-from conftest import (
+from helpers import (
     ENDLESS,
     ROOT,
     SCRIPT,
     end_groups,
     finish,
+    on_a_terminal,
     processes_in_session,
     saved_path,
     wait_until,

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import Forked, forked
-from conftest import MODES, ROOT, TINY, run, session
+from helpers import MODES, ROOT, TINY, Forked, forked, run, session
 
 import train_graceful as t
 

@@ -11,30 +11,34 @@ import time
 
 import pytest
 import torch
-from campaign import Moment, fail
-from conftest import (
+from helpers import (
     ENDLESS,
     MODES,
+    OPTIONS,
     ROOT,
     SCRIPT,
     STATE_KEYS,
-    assert_same,
-    assert_same_run,
-    finish,
-    metrics_without_times,
-    saved_path,
-    wait_until,
-)
-from own_models import Images, Residual, classify, cnn, program, train_gan
-from ranks import (
-    OPTIONS,
     STEPS,
+    Images,
+    Moment,
+    Residual,
     alive,
     assert_close_run,
+    assert_same,
+    assert_same_run,
     by_script,
+    classify,
+    cnn,
+    fail,
     final,
+    finish,
     finished,
+    metrics_without_times,
+    program,
+    saved_path,
     torchrun,
+    train_gan,
+    wait_until,
     worker_pids,
 )
 from torch import nn

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ask_to_leave, assert_same, assert_same_run, metrics_without_times, session
+from helpers import ask_to_leave, assert_same, assert_same_run, metrics_without_times, session
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler

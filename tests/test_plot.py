@@ -6,7 +6,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import ROOT, TINY, ask_to_leave, session
+from helpers import ROOT, TINY, ask_to_leave, session
 
 import train_graceful as t
 

@@ -5,8 +5,7 @@ import re
 import subprocess
 import sys
 
-from campaign import forked
-from conftest import ROOT, finish, run
+from helpers import ROOT, finish, forked, run
 
 import train_graceful as t
 

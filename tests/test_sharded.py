@@ -9,28 +9,32 @@ import zipfile
 
 import pytest
 import torch
-from campaign import Moment, fail, whole_files
-from conftest import (
+from helpers import (
     ENDLESS,
     MODES,
-    SCRIPT,
-    assert_same_run,
-    finish,
-    flip_a_weight,
-    metrics_without_times,
-    refused,
-    saved_path,
-    wait_until,
-)
-from own_models import Residual, classify, cnn, program, train_gan
-from ranks import (
     OPTIONS,
+    SCRIPT,
     STEPS,
+    Moment,
+    Residual,
     alive,
     assert_close_run,
+    assert_same_run,
+    classify,
+    cnn,
+    fail,
     final,
+    finish,
     finished,
+    flip_a_weight,
+    metrics_without_times,
+    program,
+    refused,
+    saved_path,
     torchrun,
+    train_gan,
+    wait_until,
+    whole_files,
     worker_pids,
 )
 from torch import nn

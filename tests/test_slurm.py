@@ -8,7 +8,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import ROOT, assert_same_run, finish, wait_until
+from helpers import ROOT, assert_same_run, finish, wait_until
 
 import train_graceful as t
 

@@ -12,11 +12,11 @@ import termios
 import threading
 
 import pytest
-from campaign import Forked
-from conftest import (
+from helpers import (
     ENDLESS,
     ROOT,
     SCRIPT,
+    Forked,
     finish,
     processes_in_session,
     run,

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENDLESS, ROOT, SCRIPT, finish, wait_until
-from ranks import by_script
+from helpers import ENDLESS, ROOT, SCRIPT, by_script, finish, wait_until
 
 SCRIPTS = sorted({*(ROOT / "scripts").glob("*.sh")} - {ROOT / "scripts" / "common.sh"})
 WRAPPERS = [ROOT / "scripts" / name for name in ("train_tmux.sh", "train_nohup.sh", "stop.sh")]

@@ -15,9 +15,19 @@ import time
 from pathlib import Path
 
 import pytest
-from campaign import Campaign, Child, Moment, batch_complete, corpus_of, saving
-from conftest import MODES, ROOT, SCRIPT, assert_same_run, wait_until
-from test_faults_saves import SMALL
+from driver import SMALL, Campaign
+from helpers import (
+    MODES,
+    ROOT,
+    SCRIPT,
+    Child,
+    Moment,
+    assert_same_run,
+    batch_complete,
+    corpus_of,
+    saving,
+    wait_until,
+)
 
 import train_graceful as t
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import Campaign, Child, Moment
-from conftest import TINY, assert_same
-from test_faults_saves import SCHEDULE, SMALL
+from driver import SCHEDULE, SMALL, Campaign
+from helpers import TINY, Child, Moment, assert_same
 
 import train_graceful as t
 

@@ -9,25 +9,22 @@ import termios
 from pathlib import Path
 
 import pytest
-from campaign import (
+from driver import SMALL, Campaign
+from helpers import (
     AT_EXIT,
-    Campaign,
-    Child,
-    Moment,
-    ask_to_leave,
-    batch_complete,
-    corpus_of,
-    saving,
-)
-from conftest import (
     MODES,
     STATE_KEYS,
+    Child,
+    Moment,
     assert_same,
     assert_same_run,
+    batch_complete,
+    corpus_of,
+    frame_asks_to_leave,
     processes_in_session,
+    saving,
     wait_until,
 )
-from test_faults_saves import SMALL
 
 import train_graceful as t
 
@@ -308,7 +305,10 @@ def crashed_and_resumed(
 ) -> None:
     """The checkpoint is the state after the fourth batch; the resumed run is the run."""
     fourth = fork(
-        *options, "--checkpoint-dir", directory / "fourth", plan=[(batch_complete(4), ask_to_leave)]
+        *options,
+        "--checkpoint-dir",
+        directory / "fourth",
+        plan=[(batch_complete(4), frame_asks_to_leave)],
     )
     expected = t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", fourth.finish())[1])
     assert expected["step"] == 4 and expected["metrics"]["counts"] == {

@@ -11,48 +11,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from campaign import (
-    Campaign,
+from driver import SCHEDULE, SMALL, Campaign, needs_strace, trace
+from helpers import (
     Child,
     Moment,
-    ask_to_leave,
+    assert_same_run,
     batch_complete,
-    needs_strace,
-    trace,
+    frame_asks_to_leave,
+    metrics_without_times,
     whole_files,
 )
-from conftest import assert_same_run, metrics_without_times
 
 import train_graceful as t
 
-SMALL = [
-    "--context",
-    "8",
-    "--layers",
-    "1",
-    "--heads",
-    "1",
-    "--dim",
-    "8",
-    "--experts",
-    "1",
-    "--batch-size",
-    "2",
-    "--dropout",
-    "0.1",
-]
-SCHEDULE = [
-    "--steps",
-    "7",
-    "--save-every",
-    "2",
-    "--eval-every",
-    "3",
-    "--log-every",
-    "1",
-    "--keep",
-    "2",
-]
 MODES = ["standard", "geometric"]
 SAVES = {
     "periodic": ("step_6.pt", 1),
@@ -71,7 +42,7 @@ PROMISED = {
 def at(save: str) -> list:
     """The plan of a child that waits at the beginning of a save, and looks for /saved, for strace to show, at its end."""
     name, nth = SAVES[save]
-    leave = [(batch_complete(5), ask_to_leave)] if save == "emergency" else []
+    leave = [(batch_complete(5), frame_asks_to_leave)] if save == "emergency" else []
     return leave + [
         (Moment("_save", nth, where=lambda frame: Path(frame.f_locals["name"]).name == name), None),
         (Moment("_save", event="return"), lambda frame: os.path.exists("/saved")),
