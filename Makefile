@@ -63,9 +63,9 @@ show: .venv/installed ## what a checkpoint holds (CKPT=path, default latest)
 sample: .venv/installed ## text that a checkpoint's model writes (CKPT=path, default latest; ARGS="--prompt TEXT")
 	@$(VENV_PYTHON) scripts/checkpoints.py sample "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)" $(ARGS)
 
-plot: ## draw the runs of checkpoints/ as an SVG (ARGS="DIR_OR_CSV ... -o X.svg")
+plot: ## draw the runs of checkpoints/ as an SVG (DIR=checkpoints, ARGS="DIR_OR_CSV ... -o X.svg")
 	$(call need,$(PYTHON))
-	@$(PYTHON) scripts/plot.py $(ARGS)
+	@$(PYTHON) scripts/plot.py $(ARGS) $(if $(filter command,$(origin DIR)),"$(DIR)")
 
 check: .venv/installed ## stop and resume a script: does it go on bit for bit, and if not, why (SCRIPT=mine.py, ARGS="--lr 0.1")
 	@$(VENV_PYTHON) scripts/check_resume.py $(PROGRAM) $(TRAIN_ARGS)

@@ -31,6 +31,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -127,7 +128,6 @@ def interval(text: str) -> int | str:
     return text if text == "epoch" else int(text)
 
 
-DTYPES = "auto", "float32", "bfloat16"
 COMMON_OPTIONS = {
     "steps": option(None, "batches in the whole run, resumes included", None, False, 1, kind=int),
     "epochs": option(None, "passes over the data, if they end earlier", None, False, 1, kind=int),
@@ -135,7 +135,7 @@ COMMON_OPTIONS = {
     "workers": option(0, "processes that load the data", None, False, 0, 1025),
     "seed": option(0, "of the weights, the order of the data, augmentation, dropout", least=0),
     "device": option("auto", "where to train", ("auto", "cpu", "cuda", "mps"), False),
-    "dtype": option("auto", "of autocast; auto: bfloat16 on CUDA, else float32", DTYPES, False),
+    "dtype": option("auto", "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"), False),
     "compile": option(False, "run the models through torch.compile", fixed=False),
     "shard": option(False, "share models out; to save, rank 0 holds all in memory", fixed=False),
     "eval_every": option(100, "batches, or epoch", None, False, 1, kind=interval),
@@ -149,8 +149,6 @@ COMMON_OPTIONS = {
     "keyboard": option(True, "listen to the keyboard"),
 }
 NOT_STORED = ("resume", "weights", "keyboard")
-# What is said of other options, and where a checkpoint does not fit.
-KEPT_AS_SAVED = "What is kept goes on as saved: learning rates, a cosine's length (then it rises)."
 NEW_RUN = "--weights in the place of --resume begins a new run from its weights"
 
 
@@ -163,6 +161,9 @@ def declared(own: dict[str, Any]) -> dict[str, option]:
     """The options of a program: the common ones, overlaid with main()'s keyword arguments."""
     options = dict(COMMON_OPTIONS)
     for name, value in own.items():
+        near = difflib.get_close_matches(name, COMMON_OPTIONS, cutoff=0.9)
+        if near and name not in near:
+            raise UserError(f"main({name}=...): {near[0]} is meant? Another one needs another name")
         common = COMMON_OPTIONS.get(name, option(None))
         options[name] = value if isinstance(value, option) else common._replace(default=value)
     return options
@@ -417,8 +418,8 @@ class ExitMonitor:
             # Of torchrun's processes one that ends with code 0 would be waited for by the others.
             alone = exit_code or not dist.is_torchelastic_launched()
             if self.nothing_to_save is not None and alone:
-                return self._abandon(f"🛑 Exit requested. {self.nothing_to_save}", exit_code)
-            if not self.heard:
+                self._abandon(f"🛑 Exit requested. {self.nothing_to_save}", exit_code)
+            elif not self.heard:
                 # Said before the main thread can know, whose next line must come after this one.
                 self._screen.say("🛑 Exit requested! Finishing current batch gracefully...")
             self.heard.append((reason, exit_code))
@@ -1030,12 +1031,13 @@ def seed_generators(*what: object, device: str = "cpu", own: Sequence = ()) -> N
             getattr(one, "manual_seed", one.seed)(number & 0xFFFFFFFF)
 
 
-def generators_in(*roots: object) -> list:
-    """The random generators that datasets, and what they consist of, have of their own."""
-    kinds = random.Random, np.random.RandomState, np.random.Generator, torch.Generator
+GENERATORS = random.Random, np.random.RandomState, np.random.Generator, torch.Generator
+
+
+def found_in(kinds: tuple, *roots: object) -> list:
+    """The objects of these kinds that roots consist of or refer to, near ones first."""
     data = str, Tensor, np.ndarray, type, types.ModuleType
     found, seen, left = [], dict[int, object](), collections.deque(roots)
-    # What is near comes first; collections without end are data.
     while left and len(seen) < 100_000:
         value = left.popleft()
         if id(value) in seen or isinstance(value, data):
@@ -1113,8 +1115,7 @@ class Batches(Dataset):
 
     def __post_init__(self) -> None:
         self.per_evaluation = -(-self.validated // self.batch_size)
-        self.generators = generators_in(self.training, self.validation, self.collate, self.sampler)
-        # What the sampler has said of the epoch that is being loaded.
+        self.generators = found_in(GENERATORS, *vars(self).values())
         self._epoch, self._order = -1, list[list[int]]()
         # A stream has no epochs of a known length.
         self.per_epoch: Any = len(self.training) // self.batch_size or math.inf
@@ -1156,7 +1157,6 @@ class Batches(Dataset):
         seed_generators(self.seed, "epoch", epoch, own=self.generators)
         getattr(self.training, "set_epoch", lambda epoch: None)(epoch)
         if self.sampler is not None:
-            # A sampler of torch is no function.
             order = list(self.sampler(epoch) if callable(self.sampler) else self.sampler)
             if order and not np.ndim(order[0]):
                 whole_batches = range(0, len(order) + 1 - self.batch_size, self.batch_size)
@@ -1253,15 +1253,13 @@ class RunState:
             "state_dicts": self._others,
             "optimizer_state_dicts": self._optimizers,
         }
-        # Kept optimizers that have others in them, and those that are not kept otherwise.
+        # Kept optimizers that have others in them.
         self._outer: set[str] = set()
-        self._inner: set[str] = set()
         # The parameters of all models, with their names; those that this batch has updated.
         self._names: dict[Tensor, str] = {}
         self._updated: dict[Tensor, Any] = {}
         self._wrapped: list[nn.Module] = []
         self._not_reduced: list[Tensor] = []
-        # Whether the script would have other parameters trained than the checkpoint.
         self._other_flags = False
         self._first_seen = weakref.WeakKeyDictionary[Optimizer, int]()
 
@@ -1325,6 +1323,8 @@ class RunState:
             self._names |= {one: f"{name}.{key}" for key, one in module.named_parameters()}
         modules = {name: x for name, x in self._others.items() if isinstance(x, nn.Module)}
         self._roots = {**self._models, **modules}
+        # An object of another kind may save those that it has.
+        self._held = found_in((Optimizer, LRScheduler, ReduceLROnPlateau), *self._others.values())
         optimizers = list(self._optimizers.items())
         for name, optimizer in optimizers:
             if not self._names.keys() >= set(parameters_of(optimizer)):
@@ -1333,15 +1333,14 @@ class RunState:
                     " has. Call run.model first, and give the optimizer its parameters"
                 )
             scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-            if scheduled and not self._schedulers and not self._others:
+            if scheduled and not self._schedulers and not self._held:
                 raise UserError(f"{name} has a scheduler that is not kept: run.keep(scheduler=...)")
             for key, value in (vars(optimizer) | {"state": None}).items():
                 for one in (one for one in tree_leaves(value) if isinstance(one, Optimizer)):
                     self._outer.add(name)
                     if one not in self._optimizers.values():
-                        inner = f"{name}.{key}.{len(self._inner)}"
+                        inner = f"{name}.{key}.{len(self._optimizers)}"
                         self._optimizers[inner] = one
-                        self._inner.add(inner)
                         optimizers.append((inner, one))
         self._first_buffers = {key: one.clone() for key, one in self._other_buffers().items()}
         if self.resumed is not None:
@@ -1373,10 +1372,9 @@ class RunState:
         # One that lives for a batch leaves nothing to keep; another object may save one.
         lasts = self._first_seen.setdefault(optimizer, self.step) != self.step
         kept = optimizer in self._optimizers.values()
-        if not kept and not self._others and (parameters or lasts):
-            word = type(optimizer).__name__
-            hint = f"run.keep(name={word}(...)), and its module is for run.model"
-            raise UserError(f"{word} steps in the loop but is not kept: {hint}")
+        if not kept and optimizer not in self._held and (parameters or lasts):
+            hint = "run.keep(name=...), and run.model(...) for its module"
+            raise UserError(f"{type(optimizer).__name__} steps in the loop but is not kept: {hint}")
         if kept and len(parameters) < sum(1 for _ in parameters_of(optimizer)):
             raise UserError("a kept optimizer has parameters that no run.model(...) had at first")
         if any(one.requires_grad for one in self._not_reduced):
@@ -1384,6 +1382,7 @@ class RunState:
 
     def _restore(self) -> None:
         """Restores what is kept, the optimizers last: a scheduler's constructor changes them."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
         for kind, parts in self._kept.items():
             saved = self._saved[kind]
             models = self._models.keys() - {"model"} if kind == "state_dicts" else set()
@@ -1396,7 +1395,10 @@ class RunState:
             for name, part in parts.items():
                 with fitting(self.resumed, name):
                     if isinstance(part, Optimizer):
-                        self._add_groups(part, saved[name])
+                        groups = zip(saved[name]["param_groups"], saved[name]["param_names"])
+                        for added, names in list(groups)[len(part.param_groups) :]:
+                            added = {**added, "params": [parameters[one] for one in names]}
+                            part.add_param_group(added)
                     own = self._state_of(part)
                     # PyTorch takes the state of any scheduler, and optimizer of as many parameters.
                     for key in ("class", "total_steps", "param_names"):
@@ -1410,13 +1412,6 @@ class RunState:
                         part.load_state_dict(own_part(saved[name], own))
         with fitting(self.resumed, "what the loop has changed"):
             self._restore_loop(self._saved["loop"])
-
-    def _add_groups(self, optimizer: Optimizer, saved: dict) -> None:
-        """Those that the loop has added."""
-        parameters = {name: parameter for parameter, name in self._names.items()}
-        added = slice(len(optimizer.param_groups), None)
-        for group, names in zip(saved["param_groups"][added], saved["param_names"][added]):
-            optimizer.add_param_group({**group, "params": [parameters[one] for one in names]})
 
     def _restore_loop(self, saved: dict) -> None:
         for name, buffers in saved["buffers"].items():
@@ -1528,6 +1523,10 @@ class Run(RunState):
         self._metrics: dict = saved.get("metrics", {**start, "sessions": 0, "done_step": 0})
         self._logged: dict[str, tuple[float, int]] = {}
         self._config: dict = saved.get("config", {})
+        # What the bits depend on beside the configuration, now and then.
+        self._made_by = f"{torch.get_num_threads()} threads, {self.world_size} processes"
+        before = str(saved.get("made_by", self._made_by))
+        self._made_otherwise = [f"{self._made_by} (was {before})"] * (before != self._made_by)
         self.completed = saved.get("exit_reason") == "completed"
         self.exit_code = 0
         # The file that was saved or named last, and what it is called.
@@ -1637,10 +1636,9 @@ class Run(RunState):
         return norm
 
     def rates(self) -> dict[str, float]:
-        optimizers = [one for one in self._optimizers.items() if one[0] not in self._inner]
         return {
             f"lr_{name}.{number}".removesuffix(".0"): float(group["lr"])
-            for name, optimizer in optimizers
+            for name, optimizer in self._optimizers.items()
             for number, group in enumerate(optimizer.param_groups)
         }
 
@@ -1668,8 +1666,8 @@ class Run(RunState):
             self.data(None)
         other = self.best is not None and best != self._best_of
         problems = {
-            f'best="{best}": "min" or "max", and a name': not re.match("(min|max) .", best),
-            "there is one loop in a run. Put both into one": self.trains,
+            f'best="{best}": write "min NAME" or "max NAME"': not re.match("(min|max) .", best),
+            "one loop goes through all epochs, and is all that a run has": self.trains,
             "call run.model(module) before the loop": not self._models,
             "there is no validation data": evaluate and not self._batches.validated,
             "--eval-every epoch: there are none": self.options.eval_every == "epoch"
@@ -1687,6 +1685,7 @@ class Run(RunState):
     def _loop(self) -> Iterator:
         self._begin()
         if self.completed:
+            self.saved = self.resumed
             self.screen.say(f"✅ Nothing left to do: step {self.step} of {self.total_steps}.")
             return
         while True:
@@ -1760,20 +1759,20 @@ class Run(RunState):
         )
         for name, one in self._others.items():
             if isinstance(one, nn.Module) and not (one.state_dict() or list(one.buffers())):
-                text = "is empty, nothing of it is saved (of a metric: call its persistent(True))"
-                say(f"⚠️ run.keep({name}=...): its state_dict() {text}.")
+                say(f"⚠️ run.keep({name}=...): its state is empty (a metric: persistent(True)).")
         if self._source is not None and not self._has_state():
-            name = type(self._source).__name__
-            say(f"⚠️ {name} has no state_dict and load_state_dict: a resumed run begins it anew.")
+            say("⚠️ The stream has no state_dict and load_state_dict: resumed it begins anew.")
         if self.resumed is not None:
             say(f"📂 Resumed at step {self.step} of {self.total_steps} from {self.resumed}")
             then, now = self._config, vars(self.options)
             names = [one for one in then if then[one] != now[one] and one != "checkpoint_dir"]
             changed = [f"{flag(one)} {now[one]} (was {then[one]})" for one in names]
+            changed += self._made_otherwise
             changed += ["requires_grad in the script (it stays as saved)"] * self._other_flags
             if changed:
                 own = {*names} - (COMMON_OPTIONS.keys() - {"steps", "epochs"})
-                say(f"⚙️ Changed: {', '.join(changed)}. {KEPT_AS_SAVED * bool(own)}".strip())
+                text = " Learning rates and schedules that are kept go on as saved." * bool(own)
+                say(f"⚙️ Changed: {', '.join(changed)}.{text}")
         elif self._origin[0] is not None:
             say(f"📂 A new run, with the weights of {self._origin[0]}")
         how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
@@ -1835,7 +1834,7 @@ class Run(RunState):
         source = self._source
         while True:
             what = "stream", self.rank, "epoch", epoch
-            seed_generators(self.options.seed, *what, own=generators_in(source))
+            seed_generators(self.options.seed, *what, own=found_in(GENERATORS, source))
             for one in (source, getattr(source, "dataset", None)):
                 getattr(one, "set_epoch", lambda epoch: None)(epoch)
             if state:
@@ -2015,6 +2014,7 @@ class Run(RunState):
             "data_fingerprint": self._fingerprint,
             "stream": self._places,
             "exit_reason": exit_reason,
+            "made_by": self._made_by,
             "torch_version": str(torch.__version__),
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
@@ -2086,7 +2086,7 @@ class Run(RunState):
                 raise error
         if isinstance(error, SystemExit):
             self.exit_code = error.code if isinstance(error.code, int) else error.code is not None
-        if self.completed or not self.trains or self.monitor.abandoned is not None:
+        if self.completed or not self.trains:
             return error
         if self.processes.many and hasattr(dist.group.WORLD, "abort"):
             # A device may be waiting for ranks that will not come.
@@ -2099,8 +2099,8 @@ class Run(RunState):
             reason = "The exception came after a step of an optimizer, or what is like one"
         if self.processes.sharded:
             reason = "The other ranks' parts of the state are out of reach"
-        if not self.trained:
-            reason = "Nothing has been trained yet"
+        if not self.trained or self.monitor.abandoned is not None:
+            reason = "Nothing has been trained, or nobody wants to wait"
         if reason is None:
             for put_back, before in self._before:
                 put_back(before)
@@ -2312,8 +2312,8 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
     in a notebook or a sweep, it returns the run instead, with `exit_code`, `completed`, `best` and
     `saved`, raises what train has raised, once the state is safe, and UserError for a mistake.
     """
-    if argv is not None:
-        return trained(train, declared(options), argv)
+    if argv is not None or hasattr(sys, "ps1"):
+        return trained(train, declared(options), argv or [])
     try:
         run = trained(train, declared(options), None)
     except UserError as error:
@@ -2356,8 +2356,14 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
     os.close(fd)
     given = {name: options[name].default for name in NOT_STORED} | given
     is_first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-    keyboard, screen = given.pop("keyboard") and is_first, Screen(shown=is_first)
+    screen = Screen(shown=is_first)
+    # What is typed in an interactive interpreter is its own.
+    keyboard = given.pop("keyboard") and is_first and not hasattr(sys, "ps1")
     with contextlib.ExitStack() as stack:
+        # A caller's random search goes on.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
         screen.share(stack)
         monitor = ExitMonitor(screen, keyboard)
         monitor.is_guest = argv is not None
@@ -2478,7 +2484,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-# ---- The built-in program: text ---------------------------------------------------------------
+# ---- The built-in program: text and model -----------------------------------------------------
 
 
 def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Tensor]:
@@ -2505,8 +2511,6 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
     text = torch.frombuffer(content, dtype=torch.uint8)
     return [part.unfold(0, context + 1, context) for part in (text[:-rest], text[-rest:])]
 
-
-# ---- The built-in program: model --------------------------------------------------------------
 
 MAX_ANGLE = math.pi / 4
 
@@ -2612,7 +2616,7 @@ class ByteLM(nn.Module):
         return self.head(self.norm(x))
 
 
-# ---- The built-in program: controllers --------------------------------------------------------
+# ---- The built-in program: controllers and loops ----------------------------------------------
 
 
 def orthogonality_loss(angles: Tensor) -> Tensor:
@@ -2816,9 +2820,6 @@ class GeometricTrainingController(StandardTrainingController):
         return total / max(1, len(experts))
 
 
-# ---- The built-in program: loops --------------------------------------------------------------
-
-
 def standard_training_loop(
     run: Run, optimizer: Optimizer, scheduler: LRScheduler, loss: Callable, evaluate: Callable
 ) -> None:
@@ -2874,9 +2875,8 @@ def train(run: Run) -> None:
         standard_training_loop(run, optimizer, scheduler, loss, evaluate)
 
 
-MODES = ("standard", "geometric")
 OPTIONS = {
-    "mode": option("standard", "one AdamW, or rotated experts and three optimizers", MODES),
+    "mode": option("standard", "one AdamW, or rotated experts", ("standard", "geometric")),
     "loop": option(None, "for --mode standard (default standard)", ("standard", "controller")),
     "data": option((), "text (default Python's own source)", fixed=False, kind=os.path.abspath),
     "steps": option(2000, "optimizer steps in the whole run, resumes included", None, False, 1),

@@ -49,6 +49,7 @@ KEYS = {
     "config",
     "data_fingerprint",
     "stream",
+    "made_by",
     "loop",
     "exit_reason",
     "torch_version",

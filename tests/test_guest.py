@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import SCRIPT, ask_to_leave, finish, finished, metrics_without_times
@@ -273,6 +275,60 @@ def test_a_request_in_the_batch_that_raises_ends_the_sweep_too(tmp_path):
 
     with pytest.raises(SystemExit, match="143"):
         go(tmp_path, program(body))
+
+
+def test_a_random_search_goes_on_between_its_runs(tmp_path):
+    """The seed of a run is for what is in it."""
+    drawn = set()
+    for number in range(4):
+        drawn |= {random.random(), np.random.rand(), torch.rand(1).item()}
+        go(tmp_path / str(number), program())
+    assert len(drawn) == 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_is_swallowed_before_the_loop_is_heard_in_it(tmp_path, capfd):
+    """Python swallows what is raised in __del__."""
+
+    class Waits:
+        def __del__(self) -> None:
+            ask_to_leave(run_of.pop())
+            threading.Event().wait(1)
+
+    run_of: list[tg.Run] = []
+
+    def train(run):
+        run_of.append(run)
+        Waits()
+        program()(run)
+
+    run = go(tmp_path, train)
+    assert run.exit_code == 143 and run.step == 0
+    assert capfd.readouterr().out.count("Exit requested") == 1
+
+
+def test_a_finished_run_that_is_resumed_still_says_where_it_is(tmp_path):
+    first = go(tmp_path, program())
+    again = go(tmp_path, program(), "--resume", "latest")
+    assert again.completed and again.saved == first.saved and again.best == first.best
+
+
+def test_what_is_typed_at_an_interpreter_is_its_own(tmp_path):
+    """Without argv too, for sys.argv is not the cell's; nothing of it is lost, and nothing ends."""
+    lines = ["import torch, train_graceful as tg", "from test_guest import program", "number = 40"]
+    words = "checkpoint_dir=tg.option('ck', fixed=False), batch_size=4, steps=2000"
+    lines += [f"run = tg.main(program(), {words})", "q = 'mine'", "q", "print(run.step, number)"]
+    paths = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, "-i", "-c", "import sys; sys.ps1 = sys.ps2 = ''"],
+        input="\n".join(lines) + "\n",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "'mine'\n2000 40\n" in result.stdout, result
+    assert "Send it SIGTERM to exit" in result.stdout
 
 
 def test_a_mistake_is_raised(tmp_path):
@@ -554,6 +610,48 @@ def test_an_exception_before_anything_is_trained_saves_nothing(tmp_path, capfd):
         go(tmp_path, trains, "--resume", "latest")
     assert list(tmp_path.rglob("*.pt")) == [left.saved]
     assert f"Newest whole checkpoint: {left.saved}\n" in capfd.readouterr().out
+
+
+def test_a_misspelt_option_of_main_is_not_another_one(tmp_path):
+    with pytest.raises(tg.UserError, match=r"main\(batchsize=...\): batch_size is meant"):
+        tg.main(program(), argv=[], batchsize=4)
+
+
+def test_another_number_of_threads_is_said(tmp_path, capfd):
+    def leaves(run, loss):
+        if run.step == 3:
+            ask_to_leave(run)
+
+    threads = torch.get_num_threads()
+    go(tmp_path, program(leaves))
+    try:
+        torch.set_num_threads(threads + 1)
+        go(tmp_path, program(), "--resume", "latest")
+    finally:
+        torch.set_num_threads(threads)
+    now, then = f"{threads + 1} threads, 1 processes", f"{threads} threads, 1 processes"
+    assert f"⚙️ Changed: {now} (was {then}).\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "scheduler"])
+def test_what_is_not_kept_is_named_though_something_else_is(tmp_path, forgotten):
+    """An average of the weights, say, which has no optimizer of anybody's."""
+
+    def train(run):
+        run.data(torch.randn(32, 4))
+        model = run.model(nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        parts = {"optimizer": optimizer, "scheduler": scheduler}
+        del parts[forgotten]
+        run.keep(ema=torch.optim.swa_utils.AveragedModel(run.module), **parts)
+        for batch in run.batches():
+            model(batch).square().mean().backward()
+            optimizer.step()
+
+    with pytest.raises(tg.UserError, match="not kept"):
+        go(tmp_path, train)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_help_says_each_default_once(capsys):

@@ -287,7 +287,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, capfd, name, stop):
 def test_a_stream_that_knows_no_place_begins_anew(tmp_path, capfd):
     train = streamed(lambda run: DataLoader(Numbers(), batch_size=None))
     go(train, tmp_path, "--stop", 7, code=143)
-    line = "⚠️ DataLoader has no state_dict and load_state_dict: a resumed run begins it anew"
+    line = "⚠️ The stream has no state_dict and load_state_dict: resumed it begins anew"
     assert line in capfd.readouterr().out
     resume(train, tmp_path)
     assert column(tmp_path, "index") == [*EPOCHS[:7], *EPOCHS[5:10]]
@@ -758,7 +758,7 @@ def test_a_kept_module_of_which_nothing_is_saved_is_named(tmp_path, capfd, persi
 
     begin = lambda run, module: (run.keep(metric=Metric()), sgd(run, module))[1]
     go(program(begin=begin), tmp_path)
-    line = "⚠️ run.keep(metric=...): its state_dict() is empty, nothing of it is saved (of a metric"
+    line = "⚠️ run.keep(metric=...): its state is empty (a metric: persistent(True))."
     assert (line in capfd.readouterr().out) is not persistent
 
 
@@ -850,7 +850,7 @@ def test_an_optimizer_around_another_one(tmp_path, name, kept, scheduled):
     parts = assert_resumes(wrapped(name, kept, scheduled), tmp_path, **FAILS)
     rates = list(dict.fromkeys(column(parts, "lr_outer")))
     assert rates == pytest.approx([0.05 * 0.8**n for n in range(7 if scheduled else 1)])
-    label = "inner" if "inner" in kept else f"outer.{WRAPPERS[name][1]}.0"
+    label = "inner" if "inner" in kept else f"outer.{WRAPPERS[name][1]}.1"
     assert "momentum_buffer" in final(parts)["optimizer_state_dicts"][label]["state"][0]
 
 
@@ -965,8 +965,8 @@ def test_what_another_length_and_other_options_mean_is_said(tmp_path, capfd, nam
     go(train, tmp_path, "--stop", stop, code=143 if stop else 0)
     resume(train, tmp_path, "--steps", 20, "--lr", "1e-05")
     said = capfd.readouterr().out
-    assert "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05). What is kept goes on" in said
-    assert "goes on as saved: learning rates, a cosine's length (then it rises).\n" in said
+    changed = "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05)."
+    assert f"{changed} Learning rates and schedules that are kept go on as saved.\n" in said
     assert final(tmp_path)["step"] == 20 and max(column(tmp_path, "lr_optimizer")[13:]) > 1e-4
 
 

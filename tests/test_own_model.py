@@ -781,7 +781,7 @@ MISTAKES = {
         run.model(net()),
         list(run.batches(lambda batch: {})),
     ),
-    "there is one loop in a run": in_the_loop(loops_twice),
+    "one loop goes through all epochs": in_the_loop(loops_twice),
     "Adam steps in the loop but is not kept: run.keep(": in_the_loop(steps_with_another),
     "SGD steps in the loop but is not kept": in_the_loop(steps_another_network),
     "has parameters that no run.model(...) has": made_before,
