@@ -1523,7 +1523,6 @@ class Run(RunState):
         self._metrics: dict = saved.get("metrics", {**start, "sessions": 0, "done_step": 0})
         self._logged: dict[str, tuple[float, int]] = {}
         self._config: dict = saved.get("config", {})
-        # What the bits depend on beside the configuration, now and then.
         self._made_by = f"{torch.get_num_threads()} threads, {self.world_size} processes"
         before = str(saved.get("made_by", self._made_by))
         self._made_otherwise = [f"{self._made_by} (was {before})"] * (before != self._made_by)
@@ -2321,7 +2320,8 @@ def main(train: Callable[[Run], None], argv: Sequence[str] | None = None, **opti
         sys.exit(2)
     code = run.exit_code
     if run.processes.many and (run.completed or run.has_left):
-        # Its models hold the group, whose threads would ask for an interpreter that has ended.
+        # Its models hold the group, whose threads may yet ask for the interpreter; nothing tells.
+        time.sleep(0.1)
         del run
         gc.collect()
         dist.destroy_process_group()

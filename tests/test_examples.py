@@ -93,7 +93,7 @@ def comes_to_a_second_epoch(straight: Path, parts: Path) -> None:
 
 def keeps_the_inner_optimizer(straight: Path, parts: Path) -> None:
     state = t.load_checkpoint(parts / "final.pt")
-    assert len(state["optimizer_state_dicts"]["optimizer.inner.0"]["state"]) == 4
+    assert len(state["optimizer_state_dicts"]["optimizer.inner.1"]["state"]) == 4
 
 
 # Where it is stopped: by q, then by SIGTERM.

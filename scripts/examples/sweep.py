@@ -69,6 +69,9 @@ def sweep(trials: int = 40, folder: str = "sweep") -> int:
         if not run.completed:
             # q or a signal: it is meant for all of them.
             return run.exit_code
+        if run.best is None:
+            # No evaluation has found a number.
+            continue
         ended.append((run.best, f"trial {number}, lr {lr:.1e}, width {width}"))
     print(f"🏁 {len(ended)} of {trials} trials to the end. The best:", *min(ended, default=()))
     return 0
