@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations campaign bench ablation bench-peers lint install clean
+.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations test-versions campaign bench ablation bench-peers lint install clean
 
 ARGS =
 MODE =
@@ -82,6 +82,9 @@ test-cluster: .venv/tests-installed ### several machines and Slurm, made of Linu
 test-integrations: .venv-peers/installed ### the examples for other trainers, W&B and TensorBoard, in an environment of their own
 	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
 
+test-versions: ### the tests that matter on the oldest and newest PyTorch and Python, in environments of their own (VERSIONS, ARGS)
+	@scripts/test_versions.sh $(ARGS)
+
 campaign: .venv/tests-installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
@@ -133,4 +136,4 @@ install: .venv/tests-installed ## create .venv and install requirements.txt (PYT
 	@touch .venv-peers/installed
 
 clean: ## remove .venv and caches, never checkpoints
-	rm -rf .venv .venv-lint .venv-peers .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__
+	rm -rf .venv .venv-lint .venv-peers .venv-versions .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__
