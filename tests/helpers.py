@@ -1,4 +1,4 @@
-"""What the tests share: the program as a fork of the test process, ranks, models, and how two runs are compared."""
+"""What the tests share: the program as a fork of the test process, ranks, models, comparisons."""
 
 import atexit
 import contextlib
@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pexpect
@@ -44,116 +44,119 @@ from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from torch.nn import functional as F
 
-# Whatever the tests are started by (nohup, a script's background, a closed standard input): their children begin as in a shell.
-IGNORED = [
-    signum
-    for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ}
-    if signal.getsignal(signum) is signal.SIG_IGN
-]
+# Whatever the tests are started by (nohup, a script's background, a closed standard input): their
+# children begin as in a shell.
+CATCHABLE = {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ}
+IGNORED = [signum for signum in CATCHABLE if signal.getsignal(signum) is signal.SIG_IGN]
 for signum in IGNORED:
     signal.signal(signum, lambda *args: None)  # no program inherits that
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
-for fd in range(3):
-    try:
-        os.fstat(fd)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)
+while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass
+os.close(fd)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_graceful.py"
 sys.path.insert(0, str(ROOT))
 import train_graceful as t
 
-TINY = [
-    "--context",
-    "16",
-    "--layers",
-    "2",
-    "--heads",
-    "2",
-    "--dim",
-    "16",
-    "--experts",
-    "2",
-    "--batch-size",
-    "4",
-    "--dropout",
-    "0.1",
-]
-ENDLESS = ["--steps", "1000000", "--save-every", "1000000", "--eval-every", "1000000"]
+TINY = "--context 16 --layers 2 --heads 2 --dim 16 --experts 2 --batch-size 4 --dropout 0.1".split()
+ENDLESS = "--steps 1000000 --save-every 1000000 --eval-every 1000000".split()
 MODES = {
     "standard": ["--mode", "standard"],
     "controller": ["--mode", "standard", "--loop", "controller"],
     "geometric": ["--mode", "geometric"],
 }
+# Campaign, cases, failures: printed when all tests have run.
+TABLE: list[tuple[str, int, int]] = []
 
 
 def as_in_a_shell(signals=IGNORED) -> None:
     """For forks of this process, which inherit what programs do not."""
     for signum in signals:
-        signal.signal(
-            signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-        )
-
-
-# Campaign, cases, failures: printed when all tests have run.
-TABLE: list[tuple[str, int, int]] = []
-
-# ---- forks that become the program
+        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, default)
 
 
 @functools.cache
 def warm(script: str = str(SCRIPT)) -> types.CodeType:
-    """Imports what torch only imports for its first optimizer, so that no fork has to; the script, compiled once."""
+    """The script, compiled once; torch imports some things only for its first optimizer."""
     torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
     return compile(Path(script).read_bytes(), script, "exec")
 
 
+# ---- where a child can be stopped
+
+
+class Seam(NamedTuple):
+    function: str
+    meanwhile: str
+    file: str = SCRIPT.name
+
+
+# What a child does there when the function is called. Whoever renames one has one line to change.
+SEAMS = {
+    "any call": Seam("", "anything, in its main thread"),
+    "start": Seam("main", "nothing is parsed, opened or said yet, and no signal is heard"),
+    "train": Seam("train", "signals are heard; the person's function is called, nothing is open"),
+    "load": Seam("load_checkpoint", "a checkpoint is read; on return its `state` is known"),
+    "lock": Seam("RunDirectory.__init__", "the checkpoint directory is about to be locked"),
+    "samples": Seam("Batches.__getitem__", "the samples of the batch `key` are put together"),
+    "loss": Seam("loss", "a forward pass, --grad-accum of them in each batch; no weight moves"),
+    "backward": Seam("Tensor.backward", "gradients are added up, as often", "_tensor.py"),
+    "clip": Seam("Run.clip_gradients", "a batch's gradients are there, no optimizer has stepped"),
+    "Adam": Seam("Adam.step", "the first optimizer in geometric mode steps", "optim/adam"),
+    "Muon": Seam("BatchedMuon.step", "the second one in geometric mode steps"),
+    "AdamW": Seam("AdamW.step", "the last one in geometric mode, the only one else", "optim/adam"),
+    "schedule": Seam("LambdaLR.step", "a schedule steps; when it is made, too", "lr_scheduler.py"),
+    "log": Seam("Run.log", "the last line of the loop's body"),
+    # The loop's body, which comes back, calls nothing that is public.
+    "complete": Seam("Run._complete", "the body has come back; on return the batch is counted"),
+    "evaluate": Seam("evaluate", "a batch of validation data is looked at"),
+    "copy": Seam("to_host", "what is to be saved is copied to the host's memory"),
+    # What is public (save_checkpoint) begins after the rows, and ends before the deletion.
+    "save": Seam("RunDirectory._save", "rows are flushed, then a file comes, then old ones go"),
+    "write": Seam("save_checkpoint", "the file of a checkpoint is written"),
+    "gather": Seam("DTensor.full_tensor", "ranks put a tensor of theirs together", "_api.py"),
+    "summary": Seam("Run.summary", "training has ended, and how is about to be said"),
+    "end": Seam("ExitMonitor.__exit__", "all is said; the terminal is about to be given back"),
+}
+
+
 class Moment:
-    """The nth time that a function is called, or returns, in any thread of the child; `where` looks at its frame.
+    """The nth time that any thread of a child comes to a seam, or (event="return") has been there.
 
-    Without a name, it is the nth call of any function in the main thread.
-
-    Moments are found with sys.setprofile, so the program under test stays as it is.
+    where(frame of the function) says which times count. Moments are found with sys.setprofile, so
+    the program under test stays as it is.
     """
 
-    def __init__(
-        self,
-        function: str,
-        nth: int = 1,
-        file: str = SCRIPT.name,
-        event: str = "call",
-        where=lambda frame: True,
-    ) -> None:
-        self.function, self.left, self.file, self.event, self.where = (
-            function,
-            nth,
-            file,
-            event,
-            where,
-        )
+    def __init__(self, seam: str, nth: int = 1, event: str = "call", where=lambda frame: True):
+        self.seam, self.left, self.event, self.where = seam, nth, event, where
+        self.kind, _, self.function = SEAMS[seam].function.rpartition(".")
+        self.file = SEAMS[seam].file
 
     def has_come(self, frame: types.FrameType, event: str) -> bool:
-        code = frame.f_code
-        if self.function:
-            if (
-                event != self.event
-                or code.co_name != self.function
-                or not code.co_filename.endswith(self.file)
-                or not self.where(frame)
-            ):
-                return False
-        elif event != "call" or threading.current_thread() is not threading.main_thread():
+        if event != self.event or not self._is_there(frame):
             return False
         self.left -= 1
         return self.left == 0
 
+    def _is_there(self, frame: types.FrameType) -> bool:
+        if not self.function:
+            return threading.current_thread() is threading.main_thread()
+        code = frame.f_code
+        if code.co_name != self.function or self.file not in code.co_filename:
+            return False
+        if self.kind not in ("", type(frame.f_locals.get("self")).__name__):
+            return False
+        return self.where(frame)
 
-AT_EXIT = Moment("")  # when all else that a process does at its end is done
+
+AT_EXIT = Moment("any call")  # when all else that a process does at its end is done
 
 
 def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
-    """Does what is planned for each moment, one after the other; an exception that it raises is raised there."""
+    """Does what is planned for each moment, in turn. An exception in it is raised there."""
 
     def profile(frame, event, arg) -> None:
         if not plan:
@@ -167,12 +170,12 @@ def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
 
 def batch_complete(nth: int) -> Moment:
     """The body of the loop has come back for the next batch."""
-    return Moment("_complete", nth)
+    return Moment("complete", nth)
 
 
 def saving(name: str) -> Moment:
-    """A checkpoint of this name is about to be written."""
-    return Moment("save_checkpoint", where=lambda frame: Path(frame.f_locals["path"]).name == name)
+    """A checkpoint whose name begins like this is about to be written."""
+    return Moment("write", where=lambda frame: Path(frame.f_locals["path"]).name.startswith(name))
 
 
 def frame_asks_to_leave(frame: types.FrameType) -> None:
@@ -182,21 +185,21 @@ def frame_asks_to_leave(frame: types.FrameType) -> None:
         pass
 
 
-def corpus_of(path: Path, windows: int, context: int) -> Path:
-    """Text of which so many windows are training data."""
-    text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
-    path.write_bytes(text[: int(windows * context / 0.95) + 20])
-    return path
+def fail(frame) -> None:
+    raise RuntimeError("injected")
+
+
+# ---- forks that become the program
 
 
 def become(
     argv: list[str],
     program: types.CodeType | Callable,
-    kept=frozenset(),
-    prepare: Callable = lambda: None,
+    kept=(),
+    prepare=lambda: None,
     reset=IGNORED,
 ) -> NoReturn:
-    """In a fork: leaves nothing of the test process that the script could notice, and is the script to its end."""
+    """In a fork: leaves nothing of the test process that the script could notice, and is it."""
     try:
         as_in_a_shell(reset)
         gc.freeze()  # no finalizer of a test's object may run here
@@ -207,28 +210,26 @@ def become(
                     os.close(fd)
         # pytest's writes to a descriptor that is closed now.
         faulthandler.enable(sys.__stderr__)
-        ctypes.CDLL(None).prctl(
-            0x59616D61, ctypes.c_ulong(-1), 0, 0, 0
-        )  # PR_SET_PTRACER: strace may attach
+        # PR_SET_PTRACER: strace may attach.
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+        # pytest's hides them.
         warnings.showwarning = lambda *args: print(
             warnings.formatwarning(*args[:4]), file=sys.stderr
-        )  # pytest's hides them
+        )
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
         tempfile.tempdir = None  # read from the environment again
         sys.argv = argv
         # A fork of this fork will have its own in their place.
-        streams = (("r", -1), ("w", -1), ("w", 1))
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in enumerate(streams)
-        )
+        streams = enumerate((("r", -1), ("w", -1), ("w", 1)))
+        files = (open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in streams)
+        sys.stdin, sys.stdout, sys.stderr = files
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         main.__file__ = argv[0]
         prepare()
-        atexit.register(
-            multiprocessing.util._exit_function
-        )  # importing it would have; here it is imported already
+        # Importing it would have; here it is imported already.
+        atexit.register(multiprocessing.util._exit_function)
         exec(program, main.__dict__) if isinstance(program, types.CodeType) else program()
         code = 0
     except SystemExit as leaving:
@@ -246,14 +247,13 @@ def become(
     os._exit(code)
 
 
-def set_environment(environment: dict[str, str] | None) -> None:
-    if environment is not None:
-        os.environ.clear()
-        os.environ.update(environment)
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def program_of(command: list, cwd: str | Path | None) -> tuple[list[str], types.CodeType, Callable]:
-    """Of [python, script, ...] or [python, "-c", source, ...]: its sys.argv, its code, and what a fork does before it runs."""
+    """Of [python, script, ...] or [python, "-c", source, ...]: sys.argv, code, what a fork does."""
     argv = [os.fspath(word) for word in command[1:] if word != "-u"]
     source = argv.pop(1) if argv[0] == "-c" else None
     # Where the fork will be.
@@ -267,49 +267,30 @@ def program_of(command: list, cwd: str | Path | None) -> tuple[list[str], types.
 
 
 class Forked(subprocess.Popen):
-    """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork that becomes it."""
+    """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork.
 
-    def _execute_child(
-        self,
-        args,
-        executable,
-        preexec_fn,
-        close_fds,
-        pass_fds,
-        cwd,
-        env,
-        startupinfo,
-        creationflags,
-        shell,
-        *others,
-    ) -> None:
-        pipes, new_session = others[:6], others[10]
-        theirs = pipes[0], pipes[3], pipes[5]
+    It leads a session of its own.
+    """
+
+    def _execute_child(self, args, *how) -> None:
+        cwd, environment, pipes = *how[4:6], how[9:15]
         argv, program, prepare = program_of(args, cwd)
         self.pid = os.fork()
         self._child_created = True
         if self.pid:
             return self._close_pipe_fds(*pipes)
-        for fd, stream in enumerate(theirs):
+        for fd, stream in enumerate((pipes[0], pipes[3], pipes[5])):
             if stream != -1:
                 os.dup2(stream, fd)
-        if new_session:
-            os.setsid()
+        os.setsid()
+        if environment is not None:
+            set_environment(environment)
         # As for a program: what is ignored stays so, and no handler of its parent's is called.
-        handled = [
-            signum for signum in signal.valid_signals() if callable(signal.getsignal(signum))
-        ]
-        set_environment(env)
-        become(argv, program, prepare=prepare, reset={*handled, *(() if new_session else IGNORED)})
+        handled = [one for one in signal.valid_signals() if callable(signal.getsignal(one))]
+        become(argv, program, prepare=prepare, reset=handled)
 
 
-def forked(
-    command: list,
-    capture_output: bool = False,
-    input: str | None = None,
-    timeout: float = 120,
-    **kwargs,
-) -> subprocess.CompletedProcess:
+def forked(command: list, capture_output=False, input=None, timeout: float = 120, **kwargs):
     """subprocess.run with a fork that becomes the program."""
     if capture_output:
         kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -319,14 +300,9 @@ def forked(
 
 
 def on_a_terminal(
-    argv: list[str],
-    program: types.CodeType | Callable,
-    prepare: Callable = lambda: None,
-    rows: int = 0,
-    columns: int = 0,
-    kept=frozenset(),
+    argv: list[str], program, prepare=lambda: None, rows: int = 0, columns: int = 0, kept=()
 ) -> tuple[int, int]:
-    """Pid and terminal of a fork that becomes the program, in a session and on a terminal of its own."""
+    """Pid and terminal of a fork that becomes the program, in a session of its own."""
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -335,31 +311,24 @@ def on_a_terminal(
 
 
 class Fork(pexpect.spawn):
-    """A program as a fork of this process, which has imported torch already, in a session and on a terminal of its own."""
+    """pexpect's child, but a fork of this process, which has imported torch already."""
 
-    def __init__(
-        self,
-        command: str,
-        args: list[str],
-        program: types.CodeType | Callable,
-        prepare: Callable = lambda: None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, command, args: list[str], program, prepare=lambda: None, **kwargs) -> None:
         self._program, self._prepare = program, prepare
         super().__init__(command, args, **kwargs)
 
     def _spawnpty(self, args, dimensions, **kwargs) -> ptyprocess.PtyProcess:
         argv = [os.fsdecode(arg) for arg in args[1:]]
-        return ptyprocess.PtyProcess(
-            *on_a_terminal(argv, self._program, self._prepare, *dimensions)
-        )
+        child = on_a_terminal(argv, self._program, self._prepare, *dimensions)
+        return ptyprocess.PtyProcess(*child)
 
 
 class Child:
-    """The real script, run as __main__ by a fork of this process, in a session and on a terminal of its own.
+    """The real script, run as __main__ by a fork of this process, in a session and on a terminal.
 
-    It is a process like any other: only the seconds that importing torch takes are saved. `plan` says at which moments
-    it does what; None is to wait for go(). `program` is what a script of somebody's own would do: call train_graceful.main.
+    It is a process like any other: only the seconds that importing torch takes are saved. `plan`
+    says at which moments it does what; None is to wait for go(). `program` is what a script of
+    somebody's own would do: call train_graceful.main.
     """
 
     def __init__(
@@ -387,9 +356,8 @@ class Child:
             if moments:
                 watch(moments)
 
-        self.pid, terminal = on_a_terminal(
-            [str(SCRIPT), *map(str, args)], program or code, prepare, kept={notify, wait}
-        )
+        argv = [str(SCRIPT), *map(str, args)]
+        self.pid, terminal = on_a_terminal(argv, program or code, prepare, kept={notify, wait})
         os.close(notify)
         os.close(wait)
         self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
@@ -409,7 +377,10 @@ class Child:
         os.kill(self.pid, signum)
 
     def finish(self, settings: list | None = None) -> str:
-        """Waits for the end; what was printed since the last match. Exit code (minus the signal): exitcode; peak memory, KiB: peak."""
+        """Waits for the end; what was printed since the last match.
+
+        Then the exit code (minus the signal) is in exitcode, the peak memory in KiB in peak.
+        """
         self.terminal.expect(pexpect.EOF)
         assert settings is None or termios.tcgetattr(self.terminal.fileno()) == settings
         self.wait()
@@ -427,22 +398,12 @@ class Child:
     def close(self) -> None:
         if self.exitcode is None:
             os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.exitcode = -9
+            self.wait()
         if self._go is not None:
             os.close(self._go)
             os.close(self._paused)
             self._go = None
             self.terminal.close()
-
-
-def fail(frame) -> None:
-    raise RuntimeError("injected")
-
-
-def whole_files(directory) -> dict[str, int]:
-    """The step of every checkpoint under its final name, each of which passes its check."""
-    return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
 
 
 # ---- ranks
@@ -454,10 +415,17 @@ OPTIONS = [
     *["--batch-size", 4, "--grad-accum", 2, "--warmup-steps", 3, "--steps", STEPS],
     *["--log-every", 1, "--eval-every", 4, "--save-every", 3],
 ]
+FROM_TORCHRUN = dict(
+    line.split("=")
+    for line in (
+        "MASTER_ADDR=127.0.0.1 TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RUN_ID=test "
+        "TORCHELASTIC_MAX_RESTARTS=0 TORCHELASTIC_RESTART_COUNT=0 GROUP_WORLD_SIZE=1"
+    ).split()
+)
 
 
 class Group:
-    """Ranks that are forks of this process, each with a terminal of its own, and torchrun's store."""
+    """Ranks that are forks of this process, each with a terminal of its own; torchrun's store."""
 
     def __init__(self, fork) -> None:
         self._fork = fork
@@ -466,27 +434,14 @@ class Group:
     def __call__(self, size: int, *options: object, plans: dict | None = None, **settings) -> list:
         """Starts so many ranks; plans are {rank: its plan}, the rest is for all (see Child)."""
         listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        settings |= {**FROM_TORCHRUN, "MASTER_PORT": str(listener.getsockname()[1])}
+        settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
         self._stores.append(serve_store(listener))
-        return [
-            self._fork(
-                *options,
-                plan=(plans or {}).get(rank, ()),
-                **settings,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(size),
-                LOCAL_WORLD_SIZE=str(size),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                TORCHELASTIC_USE_AGENT_STORE="True",
-                TORCHELASTIC_RUN_ID="test",
-                TORCHELASTIC_MAX_RESTARTS="0",
-                TORCHELASTIC_RESTART_COUNT="0",
-                GROUP_WORLD_SIZE="1",
-            )
-            for rank in range(size)
-        ]
+        ranks = []
+        for rank in range(size):
+            settings |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            ranks.append(self._fork(*options, plan=(plans or {}).get(rank, ()), **settings))
+        return ranks
 
     def close(self) -> None:
         for pid in self._stores:
@@ -504,13 +459,9 @@ def serve_store(listener: socket.socket) -> int:
         try:
             os.closerange(3, listener.fileno())
             os.closerange(listener.fileno() + 1, 1000)
-            _store = torch.distributed.TCPStore(
-                "127.0.0.1",
-                listener.getsockname()[1],
-                is_master=True,
-                wait_for_workers=False,
-                master_listen_fd=listener.fileno(),
-            )
+            how = {"is_master": True, "wait_for_workers": False}
+            how["master_listen_fd"] = listener.fileno()
+            _store = torch.distributed.TCPStore(*listener.getsockname(), **how)
             signal.pause()
         finally:
             os._exit(1)
@@ -520,26 +471,7 @@ def serve_store(listener: socket.socket) -> int:
 
 def finished(ranks: list) -> tuple[list[str], list[int]]:
     """What each rank has printed since the last match, and its exit code, when all have ended."""
-    texts = [rank.finish() for rank in ranks]
-    return texts, [rank.exitcode for rank in ranks]
-
-
-def final(directory) -> dict:
-    return t.load_checkpoint(directory / "final.pt")
-
-
-def assert_close_run(left, right) -> None:
-    """Two directories hold runs of the same batches, added up in another order."""
-    a, b = final(left), final(right)
-    assert a["step"] == b["step"] and a["model_state_dict"].keys() == b["model_state_dict"].keys()
-    for name, weight in a["model_state_dict"].items():
-        expected = b["model_state_dict"][name]
-        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-4, msg=name)
-    for row, other in zip(metrics_without_times(left), metrics_without_times(right), strict=True):
-        assert row.keys() == other.keys()
-        for key, value in row.items():
-            assert bool(value) == bool(other[key]), key
-            assert not value or float(value) == pytest.approx(float(other[key]), abs=1e-4), key
+    return [rank.finish() for rank in ranks], [rank.exitcode for rank in ranks]
 
 
 # ---- torchrun itself
@@ -553,14 +485,7 @@ def plain_torchrun() -> None:
         sys.exit(1)
 
 
-def torchrun(
-    spawn,
-    *words: object,
-    size: int = 2,
-    environment: dict | None = None,
-    enter=lambda: None,
-    script: Path | None = None,
-):
+def torchrun(spawn, *words: object, size=2, environment=None, enter=lambda: None, script=None):
     """torchrun, or this project's script for it, as a fork; its workers are forks of it.
 
     Where enter() leads, in the namespaces of a host say, is where they live.
@@ -579,11 +504,9 @@ def torchrun(
 
     if script is None:
         words = "--standalone", f"--nproc-per-node={size}", *words
-    return spawn(
-        command=[sys.executable, str(script or torch_run.__file__), *map(str, words)],
-        program=warm(str(script)) if script else plain_torchrun,
-        prepare=prepare,
-    )
+    command = [sys.executable, str(script or torch_run.__file__), *map(str, words)]
+    program = warm(str(script)) if script else plain_torchrun
+    return spawn(command=command, program=program, prepare=prepare)
 
 
 @functools.cache
@@ -596,27 +519,17 @@ def show() -> str:
     return str(path)
 
 
-def by_script(
-    spawn, *words: object, enter=lambda: None, cwd: Path | None = None, **environment: object
-):
+def by_script(spawn, *words: object, enter=lambda: None, cwd=None, **environment: object):
     """scripts/train_torchrun.sh, and then what it starts as forks."""
     command = [ROOT / "scripts" / "train_torchrun.sh", *map(str, words)]
     given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    told = subprocess.run(
-        command,
-        env={**given, "PYTHON": show()},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    number, *rest = told.split("\0")[:-1]
+    how = {"env": {**given, "PYTHON": show()}, "cwd": cwd, "stdout": subprocess.PIPE}
+    number, *rest = subprocess.run(command, text=True, check=True, **how).stdout.split("\0")[:-1]
     arguments, variables = rest[: int(number)], rest[int(number) :]
     started = dict(variable.split("=", 1) for variable in variables)
     started["PYTHON"] = sys.executable
-    return torchrun(
-        spawn, *arguments[1:], environment=started, enter=enter, script=Path(arguments[0])
-    )
+    script = Path(arguments[0])
+    return torchrun(spawn, *arguments[1:], environment=started, enter=enter, script=script)
 
 
 def alive(pid: int) -> bool:
@@ -641,7 +554,7 @@ def program(train, **options):
 
 
 class Images(torch.utils.data.Dataset):
-    """Images of four classes in a noise of their own, augmented at random by every generator there is."""
+    """Images of four classes in a noise of their own, augmented by every generator there is."""
 
     def __init__(self, count: int, augmented: bool) -> None:
         generator = torch.Generator().manual_seed(count)
@@ -664,19 +577,13 @@ class Images(torch.utils.data.Dataset):
 def cnn(dropout: float = 0.3) -> nn.Module:
     """A plain one, with BatchNorm; 10 rows of weights cannot be shared out equally among four.
 
-    No bias comes before a BatchNorm: its gradient would be rounding errors, and Adam's step as long as any.
+    No bias comes before a BatchNorm: its gradient would be rounding errors, and Adam's step as long
+    as any.
     """
-    return nn.Sequential(
-        nn.Conv2d(3, 10, 3, padding=1, bias=False),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Conv2d(10, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(8 * 36, 4),
-    )
+    first = [nn.Conv2d(3, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU()]
+    second = [nn.Conv2d(10, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    last = [nn.Flatten(), nn.Dropout(dropout), nn.Linear(8 * 36, 4)]
+    return nn.Sequential(*first, *second, *last)
 
 
 class Residual(nn.Module):
@@ -695,12 +602,12 @@ class Residual(nn.Module):
         return self.last(x)
 
 
-def classify(make, training: int = 43, validation: int = 13, augmented: bool = True):
+def classify(make):
     """A train(run) for images with the model that make() returns."""
 
     def train(run: t.Run) -> None:
         o = run.options
-        run.data(Images(training, augmented), Images(validation, False))
+        run.data(Images(43, True), Images(13, False))
         model = run.model(make())
         optimizer = run.keep(optimizer=torch.optim.AdamW(model.parameters(), o.lr))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=run.total_steps)
@@ -725,7 +632,7 @@ def classify(make, training: int = 43, validation: int = 13, augmented: bool = T
 
 
 class Gan(nn.Module):
-    """Two networks in one module: each of its two losses leaves parameters without a gradient."""
+    """Two networks in one module: each of its losses leaves parameters without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -744,12 +651,9 @@ class Gan(nn.Module):
 
 def train_gan(run: t.Run) -> None:
     run.data(Images(43, False), Images(13, False))
-    model = run.model(Gan())
-    adam = torch.optim.Adam
-    generator = run.keep(generator=adam(run.module.generator.parameters(), run.options.lr))
-    discriminator = run.keep(
-        discriminator=adam(run.module.discriminator.parameters(), run.options.lr)
-    )
+    model, adam = run.model(Gan()), functools.partial(torch.optim.Adam, lr=run.options.lr)
+    generator = run.keep(generator=adam(run.module.generator.parameters()))
+    discriminator = run.keep(discriminator=adam(run.module.discriminator.parameters()))
 
     def noise_for(images: torch.Tensor) -> torch.Tensor:
         """A function of the images: the same on any number of ranks."""
@@ -771,37 +675,28 @@ def train_gan(run: t.Run) -> None:
         run.log(loss=loss, generator_loss=generator_loss)
 
 
-# ---- what is looked at
+# ---- what is started, and what is looked at
 
 
-def end_groups(children) -> None:
-    """Kills and reaps forks that lead a group of their own, as far as they are still there."""
-    for child in children:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        child.close()
-
-
-def finish(child) -> str:
-    """Waits for the child's end and returns what it printed since the last match; exit code in child.exitstatus."""
-    child.expect(pexpect.EOF)
-    child.wait()
-    return child.before
+def corpus_of(path: Path, windows: int, context: int) -> Path:
+    """Text of which so many windows are training data."""
+    text = b"".join(b"%d squared is %d; " % (n, n * n) for n in range(2000))
+    path.write_bytes(text[: int(windows * context / 0.95) + 20])
+    return path
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
     """The script without a terminal, to its end."""
     kwargs.setdefault("stdin", subprocess.DEVNULL)
-    return forked(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kwargs
-    )
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return forked(command, capture_output=True, text=True, **kwargs)
 
 
 def refused(*args) -> str:
-    """The message of the UserError that a command line ends with, in this process (main makes it a line and exit code 2)."""
+    """The message of the UserError that a command line ends with, in this process.
+
+    main makes it a line, and exit code 2.
+    """
     with pytest.raises(t.UserError) as error:
         t.trained(t.train, t.declared(t.OPTIONS), [*map(str, args), "--no-keyboard"])
     assert "\n" not in str(error.value)
@@ -833,6 +728,66 @@ def ask_to_leave(run) -> None:
     wait_until(lambda: run.monitor.heard)
 
 
+def finish(child) -> str:
+    """Waits for the child's end (exit code: exitstatus); what it printed since the last match."""
+    child.expect(pexpect.EOF)
+    child.wait()
+    return child.before
+
+
+def end_groups(children) -> None:
+    """Kills and reaps forks that lead a group of their own, as far as they are still there."""
+    for child in children:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.killpg(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        child.close()
+
+
+def wait_until(condition, process=None, timeout=60) -> None:
+    """Waits for what nothing announces; fails after timeout seconds or when process has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.02)
+
+
+def processes_in_session(session: int) -> list[str]:
+    """Pids and states of all processes, zombies too, in a session (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                found.append(f"{entry.name} {fields[0]}")
+    return found
+
+
+def saved_path(output: str) -> Path:
+    return Path(re.search(r"checkpoint saved: (\S+\.pt)", output)[1])
+
+
+def final(directory) -> dict:
+    return t.load_checkpoint(directory / "final.pt")
+
+
+def whole_files(directory) -> dict[str, int]:
+    """The step of every checkpoint under its final name, each of which passes its check."""
+    return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
+
+
+def flip_a_weight(path: Path, into: Path) -> None:
+    """One bit of the largest tensor in a checkpoint; torch.load does not notice."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        record = max(tensors, key=lambda info: info.file_size)
+    data[record.header_offset + 2000] ^= 1
+    into.write_bytes(data)
+    torch.load(into, weights_only=True)
+
+
 def assert_same(left, right, where="checkpoint") -> None:
     """Nested dicts, lists and tuples of tensors and plain values are the same, bit for bit."""
     assert type(left) is type(right), where
@@ -851,72 +806,36 @@ def assert_same(left, right, where="checkpoint") -> None:
 
 
 STATE_KEYS = (
-    "model_state_dict",
-    "optimizer_state_dicts",
-    "scheduler_state_dicts",
-    "state_dicts",
-    "loop",
-    "step",
-    "best",
-    "evaluation",
-    "data_fingerprint",
+    *("model_state_dict", "optimizer_state_dicts", "scheduler_state_dicts", "state_dicts"),
+    *("loop", "step", "best", "evaluation", "data_fingerprint"),
 )
 
 
 def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
     """The rows of metrics.csv, without what no two runs have in common."""
     with open(directory / name) as file:
-        return [
-            {
-                key: value
-                for key, value in row.items()
-                if key not in ("samples_per_second", "seconds", "run")
-            }
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    own = ("samples_per_second", "seconds", "run")
+    return [{key: value for key, value in row.items() if key not in own} for row in rows]
 
 
 def assert_same_run(left: Path, right: Path) -> None:
-    """Two directories hold the same finished run: weights, optimizers, schedulers, what else was kept, and metrics."""
-    a, b = t.load_checkpoint(left / "final.pt"), t.load_checkpoint(right / "final.pt")
+    """Two directories hold the same finished run: all that was kept, and metrics."""
+    a, b = final(left), final(right)
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
     assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     assert metrics_without_times(left) == metrics_without_times(right)
 
 
-def flip_a_weight(path: Path, into: Path) -> None:
-    """One bit of the largest tensor in a checkpoint; torch.load does not notice."""
-    data = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
-        record = max(tensors, key=lambda info: info.file_size)
-    data[record.header_offset + 2000] ^= 1
-    into.write_bytes(data)
-    torch.load(into, weights_only=True)
-
-
-def processes_in_session(session: int) -> list[str]:
-    """Command lines of all processes, zombies too, in a session (Linux)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(fields[3]) == session:
-                found.append(f"{entry.name} {fields[0]}")
-    return found
-
-
-def saved_path(output: str) -> Path:
-    return Path(re.search(r"checkpoint saved: (\S+\.pt)", output)[1])
-
-
-def wait_until(condition, process=None, timeout=60) -> None:
-    """Waits for an event that nothing announces; fails after timeout seconds or when process has ended without it."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        assert process is None or process.poll() is None, "the process has ended"
-        time.sleep(0.02)
+def assert_close_run(left, right) -> None:
+    """Two directories hold runs of the same batches, added up in another order."""
+    a, b = final(left), final(right)
+    assert a["step"] == b["step"] and a["model_state_dict"].keys() == b["model_state_dict"].keys()
+    for name, weight in a["model_state_dict"].items():
+        expected = b["model_state_dict"][name]
+        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-4, msg=name)
+    for row, other in zip(metrics_without_times(left), metrics_without_times(right), strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            assert bool(value) == bool(other[key]), key
+            assert not value or float(value) == pytest.approx(float(other[key]), abs=1e-4), key
