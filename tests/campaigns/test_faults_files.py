@@ -1,7 +1,6 @@
-"""Campaigns: damaged checkpoints and hostile ones are refused in one line, or load as what they were."""
+"""Campaigns: damaged and hostile checkpoints are refused in one line, or load as what they were."""
 
 import collections
-import functools
 import io
 import math
 import pickle
@@ -9,158 +8,110 @@ import random
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from driver import SCHEDULE, SMALL, Campaign
-from helpers import TINY, Child, Moment, assert_same
+from driver import SCHEDULE, Campaign, undisturbed
+from helpers import Moment, assert_same
 
 import train_graceful as t
+
+LARGE = "--context 16 --layers 4 --heads 2 --dim 128 --experts 2 --batch-size 4".split()
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """checkpoints(name): one of a finished run, made once: small ones by mode, and a larger one, which takes memory worth measuring."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "corpus.txt").write_bytes(
-        b"".join(b"%d squared is %d; " % (n, n * n) for n in range(300))
-    )
-
-    @functools.cache
-    def get(name: str) -> Path:
-        mode, size = (
-            ("standard", [*TINY, "--dim", "128", "--layers", "4"])
-            if name == "large"
-            else (name, SMALL)
-        )
-        child = Child(
-            "--data",
-            folder / "corpus.txt",
-            *size,
-            *SCHEDULE,
-            "--mode",
-            mode,
-            "--checkpoint-dir",
-            folder / name,
-        )
-        child.finish()
-        assert child.exitcode == 0
-        return folder / name / "final.pt"
-
-    return get
+    """checkpoints(mode, *options): one of a finished run; a LARGE one takes memory to measure."""
+    get = undisturbed(tmp_path_factory.mktemp("files"), *SCHEDULE, windows=300, context=16)
+    return lambda mode, *options: get(mode, *options)[1] / "final.pt"
 
 
-def resume(fork, path, original=None) -> tuple[int, str, int]:
-    """(exit code, output, peak memory in KiB) of resuming a finished run, whose state has to be the original's."""
+def resume(fork, path: Path, original: dict | None = None) -> tuple[int, str, int]:
+    """(exit code, output, peak memory in KiB) of resuming a finished run, that of the original."""
 
     def compare(frame) -> None:
         state = frame.f_locals.get("state")
         if original is not None and isinstance(state, dict):
             assert_same(state, original)
 
-    child = fork(
-        "--resume",
-        path,
-        "--checkpoint-dir",
-        path.parent,
-        plan=[(Moment("prepared", event="return"), compare)],
-    )
+    plan = [(Moment("load", event="return"), compare)]
+    child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=plan)
     output = child.finish()
     return child.exitcode, output, child.peak
+
+
+def memory_of_loading_nothing(fork, path: Path) -> int:
+    """A fork's starts with that of this process, which grows: to be measured again at times."""
+    return resume(fork, path.with_name("missing.pt"))[2]
 
 
 def assert_refused(code: int, output: str) -> None:
     assert code == 2, output[-3000:]
     # PyTorch's own, before the error, of a tensor that stands where an optimizer's state belongs.
-    output = re.sub(
-        r"[^\r\n]*UserWarning: Using a non-tuple sequence[^\r\n]*\r\n  [^\r\n]*\r\n\r\n", "", output
-    )
+    warning = r"[^\r\n]*UserWarning: Using a non-tuple sequence[^\r\n]*\r\n  [^\r\n]*\r\n\r\n"
+    output = re.sub(warning, "", output)
     output = output.rstrip().rpartition("\r")[2]  # of a slow one, the status line has been erased
     assert output.startswith("error: ") and "\n" not in output, output[-3000:]
 
 
-def damaged_versions(data: bytes, count: int, rng: random.Random):
-    """(name, bytes) of about count damaged versions."""
-    directory = data.rindex(
-        b"PK\1\2", 0, data.index(b"PK\1\2") + 4
-    )  # where the zip file's own directory begins
-    for i in range(count * 5 // 10):  # spread evenly over the file
-        yield flipped(data, int((i + rng.random()) * len(data) * 8 / (count * 5 // 10)))
-    for _ in range(count * 2 // 10):  # every bit of the directory carries something
-        yield flipped(data, rng.randrange(directory * 8, len(data) * 8))
-    for _ in range(count // 20):
-        position = rng.randrange(len(data))
-        yield (
-            f"byte {position} replaced",
-            data[:position] + bytes([rng.randrange(256)]) + data[position + 1 :],
-        )
-    sizes = {
-        0,
-        1,
-        2,
-        3,
-        4,
-        21,
-        22,
-        30,
-        100,
-        len(data) - 1,
-        len(data) - 2,
-        len(data) - 22,
-        directory,
-        directory - 1,
-    }
-    sizes |= {2**k for k in range(len(data).bit_length())} | {
-        rng.randrange(len(data)) for _ in range(count // 20)
-    }
-    for size in sorted(size for size in sizes if size < len(data)):
-        yield f"cut to {size}", data[:size]
-    for _ in range(count // 20):
-        size = rng.choice([16, 64, 512, 4096])
-        first, second = (rng.randrange(len(data) // size) * size for _ in range(2))
-        swapped = bytearray(data)
-        swapped[first : first + size], swapped[second : second + size] = (
-            data[second : second + size],
-            data[first : first + size],
-        )
-        if len(swapped) == len(data):
-            yield f"{size} bytes swapped at {first} and {second}", bytes(swapped)
-    for i in range(count // 20):
-        size = rng.choice([1, 22, 64, 512, 4096, len(data) // 2, len(data)])
-        yield f"last {size} bytes zero ({i})", data[:-size] + bytes(size)
-        start = rng.randrange(len(data))
-        yield (
-            f"{size} bytes zero at {start}",
-            (data[:start] + bytes(size) + data[start + size :])[: len(data)],
-        )
-    for size in (1, 22, 1000, 70_000):
-        yield f"{size} random bytes", rng.randbytes(size)
-        yield f"{size} random bytes behind", data + rng.randbytes(size)
-        yield f"{size} random bytes before", rng.randbytes(size) + data
-    yield "twice", data + data
-    yield "nothing but zeros", bytes(len(data))
-    yield "another pickle", pickle.dumps({"step": 1})
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        stream = io.BytesIO()
-        with zipfile.ZipFile(stream, "w", compression) as archive:
-            archive.writestr("word/document.xml", "<hello/>" * 1000)
-        yield f"another zip file ({compression})", stream.getvalue()
-    stream = io.BytesIO()
-    torch.save(torch.ones(3), stream)
-    yield "another program's torch.save", stream.getvalue()
-    yield "an empty zip file", b"PK\5\6" + bytes(18)
+# ---- damage
 
 
-def flipped(data: bytes, bit: int) -> tuple[str, bytes]:
+def flipped(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
-    return f"bit {bit} flipped", bytes(changed)
+    return bytes(changed)
 
 
-def peak_of_loading_nothing(fork, path: Path) -> int:
-    """A fork's memory starts with that of this process, which grows: to be measured again from time to time."""
-    return resume(fork, path.with_name("missing.pt"))[2]
+def another_archive(compression: int) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("word/document.xml", "<hello/>" * 1000)
+    return stream.getvalue()
+
+
+def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of about count damaged versions."""
+    size = len(data)
+    # Where the zip file's own directory begins: every bit of that carries something.
+    directory = data.rindex(b"PK\1\2", 0, data.index(b"PK\1\2") + 4)
+    evenly = count * 5 // 10
+    bits = [int((i + rng.random()) * size * 8 / evenly) for i in range(evenly)]
+    bits += [rng.randrange(directory * 8, size * 8) for _ in range(count * 2 // 10)]
+    for bit in bits:
+        yield f"bit {bit} flipped", flipped(data, bit)
+    cuts = {0, 3, 21, 22, 30, 100, size - 1, size - 2, size - 22, directory, directory - 1}
+    cuts |= {2**k for k in range(size.bit_length())}
+    cuts |= {rng.randrange(size) for _ in range(count // 20)}
+    for cut in sorted(cuts):
+        yield f"cut to {cut}", data[:cut]
+    for i in range(count // 20):
+        at = rng.randrange(size)
+        byte = bytes([rng.randrange(256)])
+        yield f"byte {at} replaced", data[:at] + byte + data[at + 1 :]
+        length = rng.choice([16, 64, 512, 4096])
+        one, two = sorted(rng.randrange(size // length) * length for _ in range(2))
+        first, second = data[one : one + length], data[two : two + length]
+        swapped = data[:one] + second + data[one + length : two] + first + data[two + length :]
+        if one < two:
+            yield f"{length} bytes swapped at {one} and {two}", swapped
+        length = rng.choice([1, 22, 64, 512, 4096, size // 2, size])
+        yield f"last {length} bytes zero ({i})", data[:-length] + bytes(length)
+        zeros = data[:at] + bytes(length) + data[at + length :]
+        yield f"{length} bytes zero at {at}", zeros[:size]
+    for length in (1, 22, 1000, 70_000):
+        yield f"{length} random bytes", rng.randbytes(length)
+        yield f"{length} random bytes behind", data + rng.randbytes(length)
+        yield f"{length} random bytes before", rng.randbytes(length) + data
+    yield "twice", data + data
+    yield "nothing but zeros", bytes(size)
+    yield "another pickle", pickle.dumps({"step": 1})
+    yield "another zip file", another_archive(zipfile.ZIP_STORED)
+    yield "another zip file, compressed", another_archive(zipfile.ZIP_DEFLATED)
+    yield "another program's torch.save", saved(torch.ones(3))
+    yield "an empty zip file", b"PK\5\6" + bytes(18)
 
 
 def refused_or_the_same(fork, path: Path, data: bytes, original: dict, allowed: int) -> None:
@@ -174,50 +125,45 @@ def refused_or_the_same(fork, path: Path, data: bytes, original: dict, allowed: 
 
 
 def test_rotten_bits(fork, checkpoints, tmp_path, whole):
-    """Twice the memory of a good load is what a damaged one may take, beyond what a child takes that loads nothing."""
-    with Campaign(
-        "damaged checkpoints (flipped bits, cuts, swaps, zeros, other files) resumed"
-    ) as campaign:
-        for name, count in (
-            {"standard": 1300, "geometric": 1300, "large": 300}.items()
-            if whole
-            else {"geometric": 30}.items()
-        ):
-            original, data = t.load_checkpoint(checkpoints(name)), checkpoints(name).read_bytes()
-            path = tmp_path / "damaged.pt"
-            code, output, good = resume(fork, checkpoints(name), original)
+    """Damage may take twice the memory of a good load, beyond what loading nothing takes."""
+    runs = [(30, "geometric")]
+    if whole:
+        runs = [(1300, "standard"), (1300, "geometric"), (300, "standard", *LARGE)]
+    what = "damaged checkpoints (flipped bits, cuts, swaps, zeros, other files) resumed"
+    with Campaign(what) as campaign:
+        for count, *run in runs:
+            source, path = checkpoints(*run), tmp_path / "damaged.pt"
+            original, data = t.load_checkpoint(source), source.read_bytes()
+            code, output, good = resume(fork, source, original)
             assert code == 0, output
-            good = max(good - peak_of_loading_nothing(fork, path), 4096)
-            for number, (kind, damaged) in enumerate(
-                damaged_versions(data, count, random.Random(name))
-            ):
+            good = max(good - memory_of_loading_nothing(fork, path), 4096)
+            versions = damaged_versions(data, count, random.Random(count))
+            for number, (name, damaged) in enumerate(versions):
                 if number % 50 == 0:
-                    allowed = peak_of_loading_nothing(fork, path) + 2 * good
-                campaign.case(
-                    f"{name}: {kind}", refused_or_the_same, fork, path, damaged, original, allowed
-                )
+                    allowed = memory_of_loading_nothing(fork, path) + 2 * good
+                how = path, damaged, original, allowed
+                campaign.case(f"{run}: {name}", refused_or_the_same, fork, *how)
 
 
 def structure_bits(path: Path) -> list[int]:
     """All bits of the file that are not in a tensor: headers, padding, pickle, directory."""
-    data = path.read_bytes()
-    tensors = set()
+    data, tensors = path.read_bytes(), set()
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if "/data/" in record.filename:
-                name, extra = struct.unpack(
-                    "<HH", data[record.header_offset + 26 : record.header_offset + 30]
-                )
-                start = record.header_offset + 30 + name + extra
+                start = record.header_offset + 30
+                start += sum(struct.unpack("<HH", data[start - 4 : start]))
                 tensors |= set(range(start, start + record.file_size))
     return [8 * byte + bit for byte in range(len(data)) if byte not in tensors for bit in range(8)]
 
 
 def test_bits_of_the_structure(checkpoints, tmp_path, whole):
-    """A zip file says some things twice; zipfile and torch may believe different ones. In this process, for there are many."""
+    """A zip file says some things twice; zipfile and torch may believe different ones."""
+    source, path = checkpoints("standard"), tmp_path / "damaged.pt"
+    original, data = t.load_checkpoint(source), source.read_bytes()
 
     def check(bit: int) -> None:
-        path.write_bytes(flipped(data, bit)[1])
+        path.write_bytes(flipped(data, bit))
         try:
             state = t.load_checkpoint(path)
         except t.CheckpointError as error:
@@ -226,25 +172,26 @@ def test_bits_of_the_structure(checkpoints, tmp_path, whole):
             assert_same(state, original)
 
     with Campaign("bits all over a checkpoint outside its tensors flipped, loaded") as campaign:
-        source, path = checkpoints("standard"), tmp_path / "damaged.pt"
-        original, data = t.load_checkpoint(source), source.read_bytes()
         for bit in structure_bits(source)[:: 7 if whole else 251]:
             campaign.case(f"bit {bit}", check, bit)
 
 
+# ---- malice
+
+
 class Calls:
-    """Pickles as a call of any function, which unpickling would make."""
+    """Pickles as a call of any function ("module:name"), which unpickling would make."""
 
-    def __init__(self, module: str, name: str, *arguments) -> None:
-        self.module, self.name, self.arguments = module, name, arguments
+    def __init__(self, function: str, *arguments) -> None:
+        self.function, self.arguments = function, arguments
 
 
-class Pickler(
-    pickle._Pickler
-):  # the one in Python, which can be taught to write a GLOBAL of anything
+class Pickler(pickle._Pickler):
+    """The one in Python, which can be taught to write a GLOBAL of anything."""
+
     def save(self, value, save_persistent_id=True) -> None:
         if isinstance(value, Calls):
-            self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+            self.write(pickle.GLOBAL + value.function.replace(":", "\n").encode() + b"\n")
             super().save(value.arguments)
             self.write(pickle.REDUCE)
         else:
@@ -257,273 +204,72 @@ def pickled(value: object) -> bytes:
     return stream.getvalue()
 
 
-def with_pickle(source: Path, content: bytes) -> bytes:
-    """A whole checkpoint file whose pickle is another, checksums right."""
-    return zipped(
-        source, lambda name, old: [(name, content if name.endswith("/data.pkl") else old)]
-    )
-
-
-def zipped(source: Path, change, compression=zipfile.ZIP_STORED, attributes=0) -> bytes:
-    """A whole checkpoint file with other records, checksums right; torch.save's have no attributes, and with some it is refused for them."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(stream, "w", compression) as new:
-        for record in old.infolist():
-            for name, content in change(record.filename, old.read(record)):
-                new.writestr(name, content)
-        for record in new.infolist():
-            record.external_attr = attributes
-    return stream.getvalue()
-
-
-def saved(state: dict) -> bytes:
+def saved(state: object) -> bytes:
     stream = io.BytesIO()
     torch.save(state, stream)
     return stream.getvalue()
 
 
-def pickles_that_run_code(marker: Path):
-    touch = f"touch {marker}"
-    code = f"open({str(marker)!r}, 'w')"
-    yield from [
-        Calls("os", "system", touch),
-        Calls("posix", "system", touch),
-        Calls("builtins", "eval", code),
-        Calls("builtins", "exec", code),
-        Calls("__builtin__", "eval", code),
-        Calls("subprocess", "Popen", ("touch", str(marker))),
-        Calls("subprocess", "check_output", ("touch", str(marker))),
-        Calls("pty", "spawn", ("touch", str(marker))),
-        Calls("builtins", "open", str(marker), "w"),
-        Calls("runpy", "run_path", str(marker)),
-        Calls("shutil", "rmtree", str(marker.parent)),
-        Calls("pathlib", "Path.touch", str(marker)),
-        Calls("importlib", "import_module", "antigravity"),
-        Calls("functools", "partial", Calls("os", "system", touch)),
-        Calls("builtins", "map", Calls("os", "system", touch)),
-        Calls("builtins", "getattr", Calls("importlib", "import_module", "os"), "system"),
-        Calls("torch", "load", str(marker)),
-        Calls("torch.hub", "load", "a/b", "c"),
-        Calls("torch.serialization", "load", str(marker)),
-        Calls("torch._utils", "_import_dotted_name", "os.system"),
-        Calls("operator", "methodcaller", "system", touch),
-        Calls("codeop", "compile_command", code),
-        Calls("types", "FunctionType", 1),
-        Calls("torch", "compile", code),
-        Calls("torch.jit", "load", str(marker)),
-        Calls("numpy.core.multiarray", "_reconstruct", 1),
-        Calls("collections", "OrderedDict", Calls("os", "system", touch)),
+def zipped(
+    source: Path, change: dict, compression=zipfile.ZIP_STORED, attributes=0, folder="", more=0
+) -> bytes:
+    """The file with other records, checksums right: {how its name ends: its content, or None}.
+
+    torch.save's records have no attributes: with some, a file is refused for them.
+    """
+    stream = io.BytesIO()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(stream, "w", compression) as new:
+        for record in old.infolist():
+            name, content = record.filename, old.read(record)
+            for end in change:
+                content = change[end] if name.endswith(end) else content
+            if content is not None:
+                new.writestr(folder + name.partition("/")[2] if folder else name, content)
+        for i in range(more):
+            new.writestr(f"{name}{i}", b"")
+        for record in new.infolist():
+            record.external_attr = attributes
+    return stream.getvalue()
+
+
+def pickles_that_run_code(marker: Path) -> list[Calls]:
+    touch, code, path = f"touch {marker}", f"open({str(marker)!r}, 'w')", str(marker)
+    system = Calls("os:system", touch)
+    return [
+        *(Calls(one, touch) for one in "os:system posix:system subprocess:getoutput".split()),
+        *(Calls(f"builtins:{one}", code) for one in ("eval", "exec", "compile")),
+        *(Calls(one, code) for one in "__builtin__:eval codeop:compile_command".split()),
+        *(Calls(f"torch{one}:load", path) for one in ("", ".serialization", ".jit", ".hub")),
+        *(Calls(one, path) for one in "runpy:run_path pathlib:Path.touch".split()),
+        *(Calls(f"subprocess:{one}", ("touch", path)) for one in ("Popen", "check_output")),
+        Calls("pty:spawn", ("touch", path)),
+        Calls("builtins:open", path, "w"),
+        Calls("shutil:rmtree", str(marker.parent)),
+        Calls("importlib:import_module", "antigravity"),
+        Calls("functools:partial", system),
+        Calls("builtins:map", system),
+        Calls("builtins:getattr", Calls("importlib:import_module", "os"), "system"),
+        Calls("torch._utils:_import_dotted_name", "os.system"),
+        Calls("operator:methodcaller", "system", touch),
+        Calls("numpy.core.multiarray:_reconstruct", 1),
+        Calls("collections:OrderedDict", system),
     ]
 
 
-def objects_of_any_size():
-    yield from [
-        Calls("builtins", "bytearray", 4 * 10**9),
-        Calls("torch", "Tensor", 2 * 10**8),
-        Calls("torch", "FloatStorage", 10**10),
-        Calls("torch", "UntypedStorage", 10**10),
-        Calls("torch.nn.parameter", "Parameter", Calls("torch", "Tensor", 10**10)),
-        Calls("builtins", "set", [1]),
-        Calls("collections", "Counter", [1]),
-        Calls("builtins", "bytes", 10**10),
-        Calls("builtins", "range", 10**10),
-        Calls("torch", "zeros", 10**10),
-        Calls("torch._utils", "_rebuild_meta_tensor_no_storage", 1),
-        Calls("itertools", "repeat", 1),
-        Calls("_codecs", "encode", Calls("_codecs", "encode", b"x" * 1000, "hex"), "hex"),
-        Calls("torch", "Size", (10**18, 10**18)),
+def objects_of_any_size() -> list[Calls]:
+    large, encode = 10**10, "_codecs:encode"
+    return [
+        Calls("builtins:bytearray", 4 * 10**9),
+        Calls("torch:Tensor", 2 * 10**8),
+        *(Calls(f"builtins:{one}", large) for one in ("bytes", "range")),
+        *(Calls(f"torch:{one}", large) for one in ("FloatStorage", "UntypedStorage", "zeros")),
+        Calls("torch.nn.parameter:Parameter", Calls("torch:Tensor", large)),
+        Calls("builtins:set", [1]),
+        Calls("collections:Counter", [1]),
+        Calls("torch._utils:_rebuild_meta_tensor_no_storage", 1),
+        Calls(encode, Calls(encode, b"x" * 1000, "hex"), "hex"),
+        Calls("torch:Size", (10**18, 10**18)),
     ]
-
-
-def in_places(state: dict, value: object):
-    """(name, state with value at one of the places where it might be looked at)."""
-
-    def put(*keys):
-        changed = pickle_copy(state)
-        place = changed
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-        return "/".join(map(str, keys)), changed
-
-    optimizer = next(iter(state["optimizer_state_dicts"]))
-    yield put("saved_at")
-    yield put("optimizer_state_dicts", optimizer, "state", 0, "exp_avg")
-    yield put("optimizer_state_dicts", optimizer, "param_groups", 0, "lr")
-    yield put("config", "data")
-    yield put("model_state_dict", "head.weight")
-    yield put("scheduler_state_dicts", optimizer, "lr_lambdas", 0)
-    yield put("best", "value")
-
-
-def pickle_copy(state):
-    """The nested containers anew; tensors become their names, since what is refused for its pickle needs none."""
-    if isinstance(state, dict):
-        return {key: pickle_copy(item) for key, item in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(map(pickle_copy, state))
-    return repr(state) if isinstance(state, torch.Tensor) else state
-
-
-def claims(numel: int, offset: int, size: tuple, stride: tuple) -> bytes:
-    """The pickle of a tensor on record 0 that claims to be this large."""
-    storage = (
-        b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu"
-        + pickle.dumps(numel, 2)[2:-1]
-        + b"tQ"
-    )
-    plain = b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, size, stride))
-    return (
-        b"\x80\2}X\5\0\0\0stepsctorch._utils\n_rebuild_tensor_v2\n("
-        + storage
-        + plain
-        + b"\x89ccollections\nOrderedDict\n)RtRs."
-    )
-
-
-def absurd_files(source: Path, state: dict, bomb: int, records: int):
-    """(name, bytes): sizes, strides, zip bombs that hold `bomb` bytes, so many records, names."""
-    data = source.read_bytes()
-    for numel, offset, size, stride in [
-        (10**9, 0, (10**9,), (1,)),
-        (2**62, 0, (2**62,), (1,)),
-        (64, 0, (10**9,), (1,)),
-        (64, 10**9, (1,), (1,)),
-        (64, 0, (2, 2), (10**9, 1)),
-        (-1, 0, (1,), (1,)),
-        (64, -64, (1,), (1,)),
-        (64, 0, (-1,), (1,)),
-        (64, 0, (2**32, 2**32), (1, 1)),
-        (64, 0, (8,), (-1,)),
-        (0, 0, (1,), (1,)),
-        (10**30, 0, (1,), (1,)),
-        (64, 0, (1,) * 100, (1,) * 100),
-        (64, 0, ("x",), (1,)),
-        (64, 0, (10**12,), (0,)),
-    ]:
-        yield (
-            f"a tensor of {numel} at {offset}, {str(size)[:30]}, {str(stride)[:30]}",
-            with_pickle(source, claims(numel, offset, size, stride)),
-        )
-    for keys, shape in [
-        (("model_state_dict", "head.weight"), (10**6, 10**6)),
-        (("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"), (10**12,)),
-    ]:
-        for dtype in (torch.float32, torch.float64, torch.uint8):
-            yield (
-                f"{keys[-1]} expanded to {shape} of {dtype}",
-                saved(replaced(state, keys, torch.zeros(1, dtype=dtype).expand(shape))),
-            )
-    for config in [
-        {"experts": 32, "dim": 8},
-        {"context": 10**9},
-        {"layers": 2**70},
-        {"workers": 10**6},
-        {"batch_size": 10**15},
-        {"grad_accum": 10**15},
-        {"steps": 0},
-        {"steps": -5},
-        {"dropout": 2.0},
-        {"lr": math.nan},
-        {"lr": math.inf},
-        {"seed": -1},
-        {"data": ("x", "--help")},
-        {"device": "meta"},
-        {"heads": 3},
-        {"keep": 0},
-        {"log_every": 0},
-        {"save_every": 0},
-        {"eval_every": 0},
-        {"new": 1},
-    ]:
-        yield f"config {config}", saved({**state, "config": {**state["config"], **config}})
-
-    for version in (2, 4):
-        yield f"format {version}", saved({**state, "format_version": version})
-
-    def append(name: str, content: bytes = b"x") -> bytes:
-        first = data[data.index(b"PK\3\4") + 30 :].split(b"/")[0].decode()
-        stream = io.BytesIO(data)
-        with zipfile.ZipFile(stream, "a") as archive:
-            archive.writestr(name.replace("FOLDER", first), content)
-            archive.infolist()[-1].external_attr = 0
-        return stream.getvalue()
-
-    yield (
-        "compressed records",
-        zipped(source, lambda name, content: [(name, content)], zipfile.ZIP_DEFLATED),
-    )
-    yield (
-        "records with attributes",
-        zipped(source, lambda name, content: [(name, content)], attributes=0o600 << 16),
-    )
-    yield (
-        "a zip bomb",
-        zipped(
-            source,
-            lambda name, content: [(name, content if "/data/0" not in name else bytes(bomb))],
-            zipfile.ZIP_DEFLATED,
-        ),
-    )
-    yield (
-        "a zip bomb of a pickle",
-        zipped(
-            source,
-            lambda name, content: [(name, content if "data.pkl" not in name else bytes(bomb))],
-            zipfile.ZIP_DEFLATED,
-        ),
-    )
-    yield "a pickle of lists", with_pickle(source, b"\x80\2" + b"]" * 10**6 + b".")
-    yield (
-        "a deep pickle",
-        with_pickle(source, b"\x80\2" + b"(" * 10**5 + b"]" + b"t" * 10**5 + b"."),
-    )
-    yield (
-        "a record that claims to be huge",
-        data.replace(struct.pack("<II", 256, 256), struct.pack("<II", 2**32 - 2, 2**32 - 2)),
-    )
-    yield (
-        f"{records} records",
-        zipped(
-            source,
-            lambda name, content: (
-                [(name, content)]
-                + (
-                    [(f"{name}{i}", b"") for i in range(records)]
-                    if name.endswith("/version")
-                    else []
-                )
-            ),
-        ),
-    )
-    for name in [
-        "../../outside",
-        "/etc/passwd",
-        "FOLDER/../../outside",
-        "C:\\outside",
-        "FOLDER/data.pkl",
-        "FOLDER/DATA.PKL",
-        "FOLDER/data/0",
-        "other/data.pkl",
-        "/",
-        "FOLDER",
-    ]:
-        yield f"a record named {name!r}", append(name)
-    yield "names with a NUL", data.replace(b"/version", b"/vers\0on")
-    yield (
-        "no pickle",
-        zipped(
-            source, lambda name, content: [] if name.endswith("data.pkl") else [(name, content)]
-        ),
-    )
-    yield (
-        "a missing tensor",
-        zipped(source, lambda name, content: [] if name.endswith("data/3") else [(name, content)]),
-    )
-    yield (
-        "a folder named ..",
-        zipped(source, lambda name, content: [("../" + name.partition("/")[2], content)]),
-    )
 
 
 def replaced(state, keys: tuple, value: object):
@@ -535,23 +281,113 @@ def replaced(state, keys: tuple, value: object):
     return tuple(changed) if isinstance(state, tuple) else changed
 
 
-def every_place(state, keys=()):
-    """The keys of everything in nested state, containers too."""
-    for key in state if isinstance(state, dict) else range(len(state)):
-        yield (*keys, key)
-        if isinstance(state[key], (dict, list, tuple)):
-            yield from every_place(state[key], (*keys, key))
+def without_tensors(state):
+    """What is refused for its pickle needs none."""
+    if isinstance(state, dict):
+        return {key: without_tensors(item) for key, item in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(without_tensors, state))
+    return repr(state) if isinstance(state, torch.Tensor) else state
 
 
-def at(state, keys):
-    for key in keys:
-        state = state[key]
-    return state
+# Places in a checkpoint where a value might be looked at.
+PLACES = (
+    "saved_at config/data best/value model_state_dict/head.weight "
+    "optimizer_state_dicts/adamw/state/0/exp_avg optimizer_state_dicts/adamw/param_groups/0/lr "
+    "scheduler_state_dicts/adamw/lr_lambdas/0"
+).split()
 
 
-def refused_unharmed(
-    fork, path: Path, data: bytes, marker: Path, allowed: int, original=None
-) -> None:
+def keys_of(place: str) -> tuple:
+    return tuple(int(key) if key.isdigit() else key for key in place.split("/"))
+
+
+def claims(numel: int, offset: int, size: tuple, stride: tuple) -> bytes:
+    """The pickle of a tensor on record 0 that claims to be this large."""
+    number, *rest = (pickle.dumps(part, 2)[2:-1] for part in (numel, offset, size, stride))
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu" + number + b"tQ"
+    begin = b"\x80\2}X\5\0\0\0stepsctorch._utils\n_rebuild_tensor_v2\n("
+    return begin + storage + b"".join(rest) + b"\x89ccollections\nOrderedDict\n)RtRs."
+
+
+CLAIMS = [
+    (10**9, 0, (10**9,), (1,)),
+    (2**62, 0, (2**62,), (1,)),
+    (64, 0, (10**9,), (1,)),
+    (64, 10**9, (1,), (1,)),
+    (64, 0, (2, 2), (10**9, 1)),
+    (-1, 0, (1,), (1,)),
+    (64, -64, (1,), (1,)),
+    (64, 0, (-1,), (1,)),
+    (64, 0, (2**32, 2**32), (1, 1)),
+    (64, 0, (8,), (-1,)),
+    (0, 0, (1,), (1,)),
+    (10**30, 0, (1,), (1,)),
+    (64, 0, (1,) * 100, (1,) * 100),
+    (64, 0, ("x",), (1,)),
+    (64, 0, (10**12,), (0,)),
+]
+CONFIGURATIONS = [
+    {"experts": 32, "dim": 8},
+    *({"steps": steps} for steps in (0, -5)),
+    *({"lr": lr} for lr in (math.nan, math.inf)),
+    *({name: 10**9} for name in ("context", "workers", "batch_size", "grad_accum")),
+    *({name: 0} for name in ("keep", "log_every", "save_every", "eval_every")),
+    *({"dropout": 2.0}, {"seed": -1}, {"data": ("x", "--help")}, {"device": "meta"}),
+    *({"heads": 3}, {"new": 1}, {"layers": 2**70}),
+]
+NAMES = (
+    r"../../outside /etc/passwd FOLDER/../../outside C:\outside FOLDER/data.pkl FOLDER/DATA.PKL "
+    "FOLDER/data/0 other/data.pkl / FOLDER"
+).split()
+
+
+def with_a_record(data: bytes, name: str) -> bytes:
+    folder = data[data.index(b"PK\3\4") + 30 :].split(b"/")[0].decode()
+    stream = io.BytesIO(data)
+    with zipfile.ZipFile(stream, "a") as archive:
+        archive.writestr(name.replace("FOLDER", folder), b"x")
+        archive.infolist()[-1].external_attr = 0
+    return stream.getvalue()
+
+
+def absurd_files(source: Path, state: dict, bomb: int) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes): sizes, strides, zip bombs that hold `bomb` bytes, names."""
+    data, deflated, large = source.read_bytes(), zipfile.ZIP_DEFLATED, struct.pack("<I", 2**32 - 2)
+    for number, claim in enumerate(CLAIMS):
+        yield f"claim {number}", zipped(source, {"data.pkl": claims(*claim)})
+    for place, shape in ((PLACES[3], (10**6, 10**6)), (PLACES[4], (10**12,))):
+        for dtype in (torch.float32, torch.float64, torch.uint8):
+            tensor = torch.zeros(1, dtype=dtype).expand(shape)
+            yield f"{place} of {shape}, {dtype}", saved(replaced(state, keys_of(place), tensor))
+    for one in CONFIGURATIONS:
+        yield f"config {one}", saved({**state, "config": {**state["config"], **one}})
+    for version in (2, 4):
+        yield f"format {version}", saved({**state, "format_version": version})
+    yield "compressed records", zipped(source, {}, deflated)
+    yield "records with attributes", zipped(source, {}, attributes=0o600 << 16)
+    yield "a zip bomb", zipped(source, {"/data/0": bytes(bomb)}, deflated)
+    yield "a zip bomb of a pickle", zipped(source, {"data.pkl": bytes(bomb)}, deflated)
+    for name, content in (
+        ("of lists", b"]" * 10**6),
+        ("that is deep", b"(" * 10**5 + b"]" + b"t" * 10**5),
+    ):
+        yield f"a pickle {name}", zipped(source, {"data.pkl": b"\x80\2" + content + b"."})
+    yield "a huge record", data.replace(struct.pack("<II", 256, 256), large * 2)
+    yield "no pickle", zipped(source, {"data.pkl": None})
+    yield "a missing tensor", zipped(source, {"/data/3": None})
+    yield "names with a NUL", data.replace(b"/version", b"/vers\0on")
+
+
+def harmless_files(source: Path, records: int) -> Iterator[tuple[str, bytes]]:
+    """Records more, that nobody reads, may do no harm, nor a name that is nowhere a path."""
+    for name in NAMES:
+        yield f"a record named {name!r}", with_a_record(source.read_bytes(), name)
+    yield f"{records} records", zipped(source, {}, more=records)
+    yield "a folder named ..", zipped(source, {}, folder="../")
+
+
+def refused_unharmed(fork, path, data: bytes, marker: Path, allowed: int, original=None) -> None:
     path.write_bytes(data)
     code, output, peak = resume(fork, path, original)
     if original is None or code:
@@ -560,112 +396,80 @@ def refused_unharmed(
     assert peak <= allowed, f"{peak} KiB"
 
 
-def refused_or_of_its_type(fork, path: Path, data: bytes, same_type: bool) -> None:
-    path.write_bytes(data)
-    code, output, _ = resume(fork, path)
-    if not (same_type and code == 0):
-        assert_refused(code, output)
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # that is the trick
 def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
     source = checkpoints("standard")
     state, path, marker = t.load_checkpoint(source), tmp_path / "hostile.pt", tmp_path / "executed"
-    allowed = (
-        peak_of_loading_nothing(fork, path) + 300_000
-    )  # KiB: a hundred thousand records and as many lists take some; no bomb goes off
+    light = without_tensors(state)
+    # KiB: many records and as many lists take some; no bomb goes off.
+    allowed = memory_of_loading_nothing(fork, path) + 300_000
+    calls = [*pickles_that_run_code(marker), *objects_of_any_size()]
+    shown = dict(zip("os:system builtins:eval builtins:bytearray torch:Tensor".split(), PLACES))
+    harmless = ["collections:Counter", "torch:Size"]
+    what = "hostile checkpoints (code in pickles, absurd sizes, zip bombs, names) resumed"
+    with Campaign(what) as campaign:
 
-    with Campaign(
-        "hostile checkpoints (code in pickles, absurd sizes, zip bombs, names) resumed"
-    ) as campaign:
-        calls = [*pickles_that_run_code(marker), *objects_of_any_size()]
-        shown = {"system", "eval", "bytearray", "Tensor"}
-        first = [
-            ("saved_at", "system"),
-            ("config/data", "eval"),
-            ("best/value", "bytearray"),
-            ("model_state_dict/head.weight", "Tensor"),
-        ]
-        for number, call in enumerate(calls):
-            if not whole and number % 6 and call.name not in shown:
-                continue
-            campaign.case(
-                f"{call.module}.{call.name}",
-                refused_unharmed,
-                fork,
-                path,
-                with_pickle(source, pickled(call)),
-                marker,
-                allowed,
-            )
-            for place, changed in in_places(state, call):
-                if place == "config/data" and call.name in ("Counter", "Size"):
-                    continue  # harmless, and no stranger's gain: see below
-                if whole or (place, call.name) in first:
-                    campaign.case(
-                        f"{call.module}.{call.name} in {place}",
-                        refused_unharmed,
-                        fork,
-                        path,
-                        with_pickle(source, pickled(changed)),
-                        marker,
-                        allowed,
-                    )
-        for name, data in absurd_files(
-            source, state, bomb=2**30 if whole else 2**26, records=10**5 if whole else 10**4
-        ):
-            # A record more, that nobody reads, may do no harm, nor a name that is nowhere a path.
-            original = (
-                state if name.startswith(("a record named", "a folder named", "10000")) else None
-            )
+        def case(name: str, data: bytes, original: dict | None = None) -> None:
             campaign.case(name, refused_unharmed, fork, path, data, marker, allowed, original)
 
+        for number, call in enumerate(calls):
+            name = call.function
+            places = PLACES if whole else [shown[name]] if name in shown else []
+            if whole or number % 6 == 0 or places:
+                case(name, zipped(source, {"data.pkl": pickled(call)}))
+            for place in places:
+                if place != "config/data" or name not in harmless:
+                    content = pickled(replaced(light, keys_of(place), call))
+                    case(f"{name} in {place}", zipped(source, {"data.pkl": content}))
+        for name, data in absurd_files(source, state, bomb=2**30 if whole else 2**26):
+            case(name, data)
+        for name, data in harmless_files(source, records=10**5 if whole else 10**4):
+            case(name, data, state)
+
+
+WRONG = [
+    *(None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]]),
+    {1: {"a": 2}},
+    collections.OrderedDict(b=3),
+]
+# What is inside of these is this program's own: no stranger gains by it.
+OWN = {"config", "best", "evaluation", "metrics", "data_fingerprint", "loop", "stream"}
+# And what a finished run does not need may be anything.
+UNUSED = {"exit_reason", "torch_version", "saved_at", "evaluation", "metrics"}
+
+
+def every_place(state, keys=()) -> Iterator[tuple[tuple, object]]:
+    """(keys, item) of everything in nested state, containers too."""
+    for key in state if isinstance(state, dict) else range(len(state)):
+        yield (*keys, key), state[key]
+        if isinstance(state[key], (dict, list, tuple)):
+            yield from every_place(state[key], (*keys, key))
+
+
+def may_be(keys: tuple, right: object, wrong: object) -> bool:
+    """Whether it may be taken as it is."""
+    if keys[0] in UNUSED or type(wrong) is type(right) or wrong is True and type(right) is int:
+        return True
+    # What optimizers and schedulers hold is for their own load_state_dict.
+    if keys[0] in ("optimizer_state_dicts", "scheduler_state_dicts") and len(keys) > 2:
+        return True
+    return isinstance(wrong, dict) and isinstance(right, dict)
+
+
+def test_wrong_values(fork, checkpoints, tmp_path, whole):
+    source, path = checkpoints("standard"), tmp_path / "wrong.pt"
+    state = t.load_checkpoint(source)
+
+    def refused_or_taken(keys: tuple, right: object, wrong: object) -> None:
+        path.write_bytes(saved(replaced(state, keys, wrong)))
+        code, output, _ = resume(fork, path)
+        if code or not may_be(keys, right, wrong):
+            assert_refused(code, output)
+
     with Campaign("wrong values under every key of a checkpoint, resumed") as campaign:
-        wrong = [
-            None,
-            "x",
-            "",
-            -1,
-            10**30,
-            1.5,
-            math.nan,
-            True,
-            [],
-            {},
-            (),
-            torch.ones(3),
-            [[[1]]],
-            {1: {"a": 2}},
-            collections.OrderedDict(b=3),
+        places = [
+            (keys, one) for keys, one in every_place(state) if keys[0] not in OWN or not keys[1:]
         ]
-        # What is inside config, best, evaluation, metrics, loop and stream is this program's own: no stranger gains by it.
-        inside = {"config", "best", "evaluation", "metrics", "data_fingerprint", "loop", "stream"}
-        places = [keys for keys in every_place(state) if len(keys) == 1 or keys[0] not in inside]
-        for i, (keys, value) in enumerate((keys, value) for keys in places for value in wrong):
-            if whole or i % 167 == 0:
-                same_type = (
-                    type(at(state, keys)) is type(value)
-                    or isinstance(value, dict)
-                    and isinstance(at(state, keys), dict)
-                )
-                # What optimizers and schedulers hold is for their own load_state_dict: it is refused, or taken as it is.
-                same_type |= value is True and type(at(state, keys)) is int
-                same_type |= (
-                    keys[0] in ("optimizer_state_dicts", "scheduler_state_dicts") and len(keys) > 2
-                )
-                # And what a finished run does not need may be anything.
-                same_type |= keys[0] in (
-                    "exit_reason",
-                    "torch_version",
-                    "saved_at",
-                    "evaluation",
-                    "metrics",
-                )
-                campaign.case(
-                    f"{keys} = {value!r}",
-                    refused_or_of_its_type,
-                    fork,
-                    path,
-                    saved(replaced(state, keys, value)),
-                    same_type,
-                )
+        cases = [(keys, right, wrong) for keys, right in places for wrong in WRONG]
+        for keys, right, wrong in cases if whole else cases[::167]:
+            campaign.case(f"{keys} = {wrong!r}", refused_or_taken, keys, right, wrong)
