@@ -1,4 +1,4 @@
-"""Campaigns: stopped at every phase, a hundred times, by exceptions, and by a thousand q's. The run is always the same run."""
+"""Campaigns: whatever stops a run, and wherever, what goes on is the same run, bit for bit."""
 
 import os
 import random
@@ -9,7 +9,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from driver import SMALL, Campaign
+from driver import Campaign, comes_to_the_same_end, ended, undisturbed
 from helpers import (
     AT_EXIT,
     MODES,
@@ -19,32 +19,24 @@ from helpers import (
     assert_same,
     assert_same_run,
     batch_complete,
-    corpus_of,
+    fail,
     frame_asks_to_leave,
     processes_in_session,
+    saved_path,
     saving,
     wait_until,
+    worker_pids,
 )
 
 import train_graceful as t
 
 STEPS = 12
 ACCUM = 3
-# 5 batches an epoch, 2 in an evaluation; every step is logged, so that no row may be lost or come twice
-SCHEDULE = [
-    "--steps",
-    STEPS,
-    "--save-every",
-    2,
-    "--eval-every",
-    4,
-    "--log-every",
-    1,
-    "--keep",
-    2,
-    "--warmup-steps",
-    3,
-]
+# 5 batches an epoch; every step is logged, so that no row may be lost or come twice.
+SCHEDULE = (
+    f"--grad-accum {ACCUM} --steps {STEPS} --save-every 2 --eval-every 4 --log-every 1 --keep 2 "
+    "--warmup-steps 3"
+).split()
 MEANS = {
     "q": (0, "user_requested_graceful_exit"),
     "SIGINT": (130, "signal_SIGINT"),
@@ -52,33 +44,49 @@ MEANS = {
     "SIGHUP": (129, "signal_SIGHUP"),
     "SIGUSR1": (138, "signal_SIGUSR1"),
 }
+START_UP = {"start-up before the monitor": "start", "start-up after it": "train"}
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """(options, directory of the uninterrupted run) by mode."""
     folder = tmp_path_factory.mktemp("stops")
-    corpus = corpus_of(folder / "corpus.txt", windows=5 * 2 * ACCUM + 2, context=16)
-    made = {}
-    for mode in MODES:
-        made[mode] = (
-            [
-                "--data",
-                corpus,
-                *SMALL,
-                "--context",
-                16,
-                "--grad-accum",
-                ACCUM,
-                *SCHEDULE,
-                *MODES[mode],
-            ],
-            folder / mode,
-        )
-        child = Child(*made[mode][0], "--checkpoint-dir", folder / mode)
-        output = child.finish()
-        assert child.exitcode == 0 and "5 batches of 6 an epoch" in output and "Epoch: 2" in output
-    return made
+    return undisturbed(folder, *SCHEDULE, windows=5 * 2 * ACCUM + 2, context=16)
+
+
+def optimizers(mode: str) -> list[str]:
+    """The seams of a batch where an optimizer steps, in turn; each has a schedule."""
+    return ["Adam", "Muon", "AdamW"] if mode == "geometric" else ["AdamW"]
+
+
+def loading(number: int, split: str = "training") -> Moment:
+    """The batch after so many is being made."""
+    return Moment("samples", where=lambda frame: frame.f_locals.get("key") == (split, number))
+
+
+def within_the_fifth(mode: str) -> dict[str, Moment]:
+    return {
+        "forward": Moment("loss", 4 * ACCUM + 3),
+        "backward": Moment("backward", 4 * ACCUM + 3),
+        **{f"optimizer {seam}": Moment(seam, 5) for seam in optimizers(mode)},
+        # Each takes a step when it is made.
+        "schedule": Moment("schedule", 5 * len(optimizers(mode)) + 1),
+    }
+
+
+def phases(mode: str) -> dict[str, tuple[Moment, range]]:
+    """{phase: (its moment, the steps that the emergency checkpoint may have)}; no steps: all."""
+    return {
+        "first batch": (Moment("loss"), range(1, 2)),
+        **{phase: (moment, range(5, 6)) for phase, moment in within_the_fifth(mode).items()},
+        "evaluation": (Moment("evaluate"), range(4, 5)),
+        "loading validation data": (loading(0, "validation"), range(4, 5)),
+        "periodic save in flight": (saving("step_4.pt"), range(4, 7)),
+        "epoch boundary": (loading(5), range(5, 6)),
+        "last step": (Moment("loss", ACCUM * (STEPS - 1) + 1), range(STEPS, STEPS + 1)),
+        "final save": (saving("final.pt"), range(0)),
+        "last words": (Moment("summary"), range(0)),
+        "teardown": (Moment("end"), range(0)),
+    }
 
 
 def stop(child: Child, means: str) -> None:
@@ -88,105 +96,49 @@ def stop(child: Child, means: str) -> None:
         child.kill(signal.Signals[means])
 
 
-def muon_step(nth: int) -> Moment:
-    return Moment(
-        "step", nth, where=lambda frame: type(frame.f_locals["self"]).__name__ == "BatchedMuon"
-    )
-
-
-def loading(number: int, split: str = "training", nth: int = 1) -> Moment:
-    """The batch after so many is being made."""
-    return Moment(
-        "__getitem__", nth, where=lambda frame: frame.f_locals.get("key") == (split, number)
-    )
-
-
-START_UP = {"start-up before the monitor": "parse_options", "start-up after it": "fingerprint"}
-
-
-def phases(mode: str) -> dict[str, tuple[Moment, range]]:
-    """{phase: (its moment, the steps that the emergency checkpoint may have)}; no steps: the run is complete."""
-    schedulers = 3 if mode == "geometric" else 1
-    optimizers = {"optimizer": Moment("step", 5, file="adam.py")}
-    if mode == "geometric":
-        optimizers = {
-            "rotation optimizer": Moment("step", 9, file="adam.py"),
-            "expert optimizer": muon_step(5),
-            "embedding optimizer": Moment("step", 10, file="adam.py"),
-        }
-    return {
-        "first batch": (Moment("forward_backward"), range(1, 2)),
-        "forward": (Moment("loss", 4 * ACCUM + 3), range(5, 6)),
-        "backward": (Moment("backward", 4 * ACCUM + 3, file="_tensor.py"), range(5, 6)),
-        **{name: (moment, range(5, 6)) for name, moment in optimizers.items()},
-        # each scheduler takes a step when it is made
-        "scheduler": (Moment("step", 5 * schedulers + 1, file="lr_scheduler.py"), range(5, 6)),
-        "evaluation": (Moment("evaluate"), range(4, 5)),
-        "loading validation data": (loading(0, "validation"), range(4, 5)),
-        "periodic save in flight": (saving("step_4.pt"), range(4, 7)),
-        "epoch boundary": (loading(5), range(5, 6)),
-        "last step": (Moment("forward_backward", STEPS), range(STEPS, STEPS + 1)),
-        "final save": (saving("final.pt"), range(0)),
-        "teardown": (
-            Moment("_close_loader"),
-            range(0),
-        ),
-        "last words": (Moment("summary"), range(0)),
-    }
-
-
-def stopped_and_resumed(
-    fork, options, reference, directory, moment: Moment, steps: range, means: str
-) -> None:
+def stopped_and_resumed(fork, options, reference, directory, moment, steps, means) -> None:
     child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, None)])
     child.paused()
     settings = termios.tcgetattr(child.terminal.fileno())
     stop(child, means)
     child.terminal.expect("Exit requested!")
-    output = child.terminal.before or ""
+    output = child.terminal.before
     child.go()
-    output += child.finish(settings)
     code, reason = MEANS[means] if steps else (0, "completed")
-    assert child.exitcode == code, output
-    saved = t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", output)[1])
+    saved = t.load_checkpoint(saved_path(output + ended(child, code, settings)))
     assert saved["exit_reason"] == reason
-    if steps:
-        # It may be heard a moment after it has been acknowledged: after this batch, or the next.
-        assert saved["step"] in steps or saved["step"] == steps.stop < STEPS
-        child = fork("--resume", "latest", "--checkpoint-dir", directory)
-        output = child.finish()
-        assert child.exitcode == 0 and f"Resumed at step {saved['step']} of" in output, output
-    assert_same_run(directory, reference)
+    if not steps:
+        return assert_same_run(directory, reference)
+    # It may be heard a moment after it has been acknowledged: after this batch, or the next.
+    assert saved["step"] in steps or saved["step"] == steps.stop < STEPS
+    output = comes_to_the_same_end(fork, directory, reference)
+    assert f"Resumed at step {saved['step']} of" in output
 
 
-def stopped_before_training(
-    fork, options, reference, directory, moment: Moment, means: str
-) -> None:
-    """It ends at once, and says so once it listens; there is nothing to save, and the same command starts the run."""
+def stopped_before_training(fork, options, reference, directory, moment, means) -> None:
+    """It ends at once; there is nothing to save, and the same command starts the run."""
     child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, None)])
     child.paused()
     settings = termios.tcgetattr(child.terminal.fileno())
     stop(child, means)
-    if moment.function == "parse_options":
+    heard = moment.seam == "train"
+    if not heard:
         child.go()
     output = child.finish(settings)
-    if "Exit requested" in output:
+    if heard or means == "q":
         assert "🛑 Exit requested. Training has not begun: there is nothing to save." in output
         assert child.exitcode == MEANS[means][0], output
     else:
-        assert moment.function == "parse_options" and child.exitcode == -signal.Signals[means], (
-            output
-        )
+        assert child.exitcode == -signal.Signals[means], output
     assert "Traceback" not in output and not list(directory.rglob("*"))
-    child = fork(*options, "--checkpoint-dir", directory)
-    child.finish()
-    assert child.exitcode == 0
+    ended(fork(*options, "--checkpoint-dir", directory))
     assert_same_run(directory, reference)
 
 
 def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
+    kinds = "q, SIGINT, SIGTERM, SIGHUP, SIGUSR1"
     with Campaign(
-        "stopped by q, SIGINT, SIGTERM, SIGHUP, SIGUSR1 at every phase of the three loops, then resumed"
+        f"stopped by {kinds} at every phase of the three loops, then resumed"
     ) as campaign:
         cases = [
             (mode, phase, means)
@@ -198,325 +150,187 @@ def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
             # Every phase once; every means and every mode come up.
             random.Random(0).shuffle(cases)
             cases = list({phase: (mode, phase, means) for mode, phase, means in cases}.values())
-            assert {mode for mode, _, _ in cases} == {*MODES} and {
-                means for _, _, means in cases
-            } == {*MEANS}
+            modes, _, means = map(set, zip(*cases))
+            assert modes == {*MODES} and means == {*MEANS}
         for mode, phase, means in cases:
-            options, reference = short_run[mode]
             directory = tmp_path / f"{mode}-{phase}-{means}".replace(" ", "-")
             if phase in START_UP:
                 check, planned = stopped_before_training, (Moment(START_UP[phase]),)
             else:
                 check, planned = stopped_and_resumed, phases(mode)[phase]
-            campaign.case(
-                directory.name, check, fork, options, reference, directory, *planned, means
-            )
+            campaign.case(directory.name, check, fork, *short_run(mode), directory, *planned, means)
 
 
 def stopped_often(fork, options, reference, directory, stops: int, seed: int) -> None:
     rng = random.Random(seed)
-    made = 0
-    while made < stops:
+    for number in range(stops):
         means = rng.choice([*MEANS, "SIGKILL"])
-        # in the start-up, or within the first six steps or so
-        begin = (
-            [(Moment("_introduce", event="return"), lambda frame: None)]
-            if rng.random() < 0.75
-            else []
-        )
-        moment = Moment("", rng.randrange(10, 12_000 if begin else 8000))
-        begun = list(directory.rglob("[!.]*.pt"))
-        child = fork(
-            *(["--resume", "latest"] if begun else options),
-            "--checkpoint-dir",
-            directory,
-            plan=[*begin, (moment, None)],
-        )
+        # In the start-up, or within the first six steps or so.
+        trains = rng.random() < 0.75
+        plan = [(Moment("samples"), lambda frame: None)] if trains else []
+        plan += [(Moment("any call", rng.randrange(10, 12_000 if trains else 8000)), None)]
+        words = ["--resume", "latest"] if list(directory.rglob("[!.]*.pt")) else options
+        child = fork(*words, "--checkpoint-dir", directory, plan=plan)
         child.paused()
         stop(child, means)
         child.go()
         output = child.finish()
-        codes = [MEANS[means][0]] if means in MEANS else [-9]
-        if means != "q" and "Exit requested" not in output and not begin:  # nobody listens yet
-            codes = [-signal.Signals[means]]
-        assert child.exitcode in codes and "Traceback" not in output, (
-            f"seed {seed}, stop {made}, {means}: {output}"
-        )
-        made += 1
-        assert not (directory / "final.pt").exists(), f"seed {seed}: done after {made} stops"
-    child = fork("--resume", "latest", "--checkpoint-dir", directory)
-    child.finish()
-    assert child.exitcode == 0
-    assert_same_run(directory, reference)
+        code = MEANS[means][0] if means in MEANS else -9
+        if means != "q" and "Exit requested" not in output and not trains:  # nobody listens yet
+            code = -signal.Signals[means]
+        where = f"seed {seed}, stop {number}, {means}: {output}"
+        assert child.exitcode == code and "Traceback" not in output, where
+        assert not (directory / "final.pt").exists(), where
+    comes_to_the_same_end(fork, directory, reference)
 
 
 def test_stopped_a_hundred_times(fork, short_run, tmp_path, whole):
-    """Moments are counted in calls of Python functions, not in seconds: the same seed stops at the same ones again."""
-    with Campaign(
-        "stops of three runs, 100 each, at random moments by random means, SIGKILL included"
-    ) as campaign:
+    """Moments are counted in calls of functions, not in seconds: a seed stops at the same again."""
+    what = "stops of three runs, 100 each, at random moments by random means, SIGKILL included"
+    with Campaign(what) as campaign:
+        steps, stops = (600, 100) if whole else (60, 10)
         for seed, mode in enumerate(MODES if whole else ["geometric"]):
-            options, stops = (
-                [*short_run[mode][0], "--steps", 600 if whole else 60, "--save-every", 3],
-                100 if whole else 10,
-            )
-            child = fork(*options, "--checkpoint-dir", tmp_path / f"{mode}-reference")
-            child.finish()
-            assert child.exitcode == 0
-            campaign.case(
-                f"{mode}, seed {seed}",
-                stopped_often,
-                fork,
-                options,
-                tmp_path / f"{mode}-reference",
-                tmp_path / mode,
-                stops,
-                seed,
-            )
+            run = short_run(mode, "--steps", steps, "--save-every", 3)
+            name = f"{mode}, seed {seed}"
+            campaign.case(name, stopped_often, fork, *run, tmp_path / mode, stops, seed)
             campaign.cases += stops - 1
-
-
-def fail(frame) -> None:
-    raise RuntimeError("injected")
 
 
 def poison(frame) -> None:
     frame.f_locals["self"].module.head.weight.grad.fill_(float("nan"))
 
 
-def crashes(mode: str) -> dict[str, tuple[Moment, object, str]]:
-    """{what: (moment, act, the exception)}; all in the fifth step, where none of its halves has been applied yet."""
+def crashes(mode: str) -> dict[str, tuple[Moment, object]]:
+    """All in the fifth step, where none of its halves has been applied yet."""
+    fifth = within_the_fifth(mode)
     return {
-        "the data loader": (loading(4), fail, "RuntimeError"),
-        "forward": (Moment("loss", 4 * ACCUM + 3), fail, "RuntimeError"),
-        "backward": (Moment("backward", 4 * ACCUM + 3, file="_tensor.py"), fail, "RuntimeError"),
-        "a NaN": (Moment("clip_gradients", 5), poison, "FloatingPointError"),
-        "the first optimizer, before its step": (
-            Moment("wrapper", 4 * (3 if mode == "geometric" else 1) + 1, file="optim/optimizer.py"),
-            fail,
-            "RuntimeError",
-        ),
-        "evaluation": (Moment("evaluate"), fail, "RuntimeError"),
+        "the data loader": (loading(4), fail),
+        "forward": (fifth["forward"], fail),
+        "backward": (fifth["backward"], fail),
+        "a NaN": (Moment("clip", 5), poison),
+        "before the first optimizer's step": (Moment("clip", 5, event="return"), fail),
+        "evaluation": (Moment("evaluate"), fail),
     }
 
 
-def crashed_and_resumed(
-    fork, options, reference, directory, moment: Moment, act, exception: str
-) -> None:
+def crashed_and_resumed(fork, options, reference, directory, moment, act) -> None:
     """The checkpoint is the state after the fourth batch; the resumed run is the run."""
-    fourth = fork(
-        *options,
-        "--checkpoint-dir",
-        directory / "fourth",
-        plan=[(batch_complete(4), frame_asks_to_leave)],
-    )
-    expected = t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", fourth.finish())[1])
-    assert expected["step"] == 4 and expected["metrics"]["counts"] == {
-        "loss": 1
-    }  # its evaluation is still to come
-    child = fork(
-        *options,
-        "--checkpoint-dir",
-        directory / "ck",
-        plan=[(Moment("trained"), None), (moment, act)],
-    )
+    plan = [(batch_complete(4), frame_asks_to_leave)]
+    fourth = fork(*options, "--checkpoint-dir", directory / "fourth", plan=plan)
+    expected = t.load_checkpoint(saved_path(fourth.finish()))
+    # Its evaluation is still to come.
+    assert expected["step"] == 4 and expected["metrics"]["counts"] == {"loss": 1}
+    plan = [(Moment("start"), None), (moment, act)]
+    child = fork(*options, "--checkpoint-dir", directory / "ck", plan=plan)
     child.paused()
     settings = termios.tcgetattr(child.terminal.fileno())
     child.go()
-    output = child.finish(settings)
-    assert child.exitcode == 1
-    assert "Traceback (most recent call last)" in output and f"{exception}: " in output
-    assert "injected" in output or exception == "FloatingPointError"
-    saved = t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])
+    output = ended(child, 1, settings)
+    exception = "FloatingPointError" if act is poison else "RuntimeError"
+    text = f"{exception}: " + "injected" * (act is fail)
+    assert "Traceback (most recent call last)" in output and text in output
+    saved = t.load_checkpoint(saved_path(output))
     assert saved["exit_reason"] == f"exception_{exception}"
-    same = [
-        key for key in STATE_KEYS if key not in ("best", "evaluation")
-    ]  # the fourth step's, unless it failed
+    # Those two are the fourth step's, unless it failed.
+    same = [key for key in STATE_KEYS if key not in ("best", "evaluation")]
     assert_same({key: saved[key] for key in same}, {key: expected[key] for key in same})
-    child = fork("--resume", "latest", "--checkpoint-dir", directory / "ck")
-    child.finish()
-    assert child.exitcode == 0
-    assert_same_run(directory / "ck", reference)
+    comes_to_the_same_end(fork, directory / "ck", reference)
 
 
-def crashed_between_the_halves(fork, options, reference, directory, moment: Moment) -> None:
+def crashed_between_the_halves(fork, options, reference, directory, moment) -> None:
     """Nothing half-updated is saved; the newest whole checkpoint is named."""
     child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, fail)])
-    output = child.finish()
-    assert child.exitcode == 1 and "RuntimeError: injected" in output
-    assert (
-        f"Newest whole checkpoint: {directory}/step_4.pt" in output
-        and "nothing half-updated is saved" in output
-    )
+    output = ended(child, 1)
+    assert "RuntimeError: injected" in output and "nothing half-updated is saved" in output
+    assert f"Newest whole checkpoint: {directory}/step_4.pt" in output
     assert not (directory / "emergency_exit").exists()
-    child = fork("--resume", "latest", "--checkpoint-dir", directory)
-    assert "Resumed at step 4" in child.finish() and child.exitcode == 0
-    assert_same_run(directory, reference)
+    assert "Resumed at step 4" in comes_to_the_same_end(fork, directory, reference)
 
 
 def worker_killed(fork, options, reference, directory) -> None:
     """As the kernel does it where memory is short."""
     temporary = directory.with_name("tmp")  # short: workers have sockets there
     temporary.mkdir(parents=True, exist_ok=True)
-    child = fork(
-        *options,
-        "--checkpoint-dir",
-        directory,
-        "--workers",
-        1,
-        plan=[(Moment("forward_backward", 2), None)],
-        TMPDIR=str(temporary),
-    )
+    words = ["--checkpoint-dir", directory, "--workers", 1]
+    plan = [(Moment("loss", ACCUM + 1), None)]
+    child = fork(*options, *words, plan=plan, TMPDIR=str(temporary))
     child.paused()
-    worker = int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text())
-    os.kill(worker, signal.SIGKILL)
+    os.kill(worker_pids(child.pid)[0], signal.SIGKILL)
     child.go()
-    output = child.finish()
-    # PyTorch says "DataLoader worker ... is killed", or that the connection over which it sent a batch has gone.
-    assert (
-        child.exitcode == 1
-        and "Traceback (most recent call last)" in output
-        and "dataloader.py" in output
-    ), output
-    saved = t.load_checkpoint(re.search(r"Emergency checkpoint saved: (\S+)", output)[1])
-    assert saved["exit_reason"] in (
-        "exception_RuntimeError",
-        "exception_ConnectionResetError",
-        "exception_FileNotFoundError",
-        "exception_ConnectionRefusedError",
-        "exception_EOFError",
-    )
+    output = ended(child, 1)
+    # PyTorch says that a worker is killed, or that the connection to it has gone.
+    assert "Traceback (most recent call last)" in output and "dataloader.py" in output, output
+    kinds = "Runtime|ConnectionReset|FileNotFound|ConnectionRefused|EOF"
+    reason = t.load_checkpoint(saved_path(output))["exit_reason"]
+    assert re.fullmatch(f"exception_({kinds})Error", reason)
     assert processes_in_session(child.pid) == [] and not list(temporary.iterdir())
-    child = fork("--resume", "latest", "--checkpoint-dir", directory)
-    child.finish()
-    assert child.exitcode == 0
-    assert_same_run(directory, reference)
+    comes_to_the_same_end(fork, directory, reference)
 
 
 def test_crashes(fork, short_run, tmp_path, whole):
-    with Campaign(
-        "exceptions and NaN in every part of a step, killed workers; then resumed"
-    ) as campaign:
+    what = "exceptions and NaN in every part of a step, killed workers; then resumed"
+    with Campaign(what) as campaign:
         for mode in MODES if whole else ["geometric"]:
-            options, reference = short_run[mode]
-            for what in crashes(mode):
-                campaign.case(
-                    f"{mode}: {what}",
-                    crashed_and_resumed,
-                    fork,
-                    options,
-                    reference,
-                    tmp_path / mode / what.replace(" ", "-"),
-                    *crashes(mode)[what],
-                )
-            halves = [
-                Moment("step", 5, file="adam.py"),
-                Moment("step", (3 if mode == "geometric" else 1) * 5 + 1, file="lr_scheduler.py"),
-            ]
-            if mode == "geometric":
-                halves += [muon_step(5), Moment("step", 10, file="adam.py")]
-                halves[0] = Moment("step", 9, file="adam.py")
-            for number, moment in enumerate(halves):
-                campaign.case(
-                    f"{mode}: half {number}",
-                    crashed_between_the_halves,
-                    fork,
-                    options,
-                    reference,
-                    tmp_path / f"{mode}-{number}",
-                    moment,
-                )
-            campaign.case(
-                f"{mode}: worker",
-                worker_killed,
-                fork,
-                options,
-                reference,
-                tmp_path / f"{mode}-worker",
-            )
+            run, folder = short_run(mode), tmp_path / mode
+            for number, (what, how) in enumerate(crashes(mode).items()):
+                name = f"{mode}: {what}"
+                campaign.case(name, crashed_and_resumed, fork, *run, folder / f"{number}", *how)
+            for what, moment in list(within_the_fifth(mode).items())[2:]:
+                directory = folder / what.replace(" ", "-")
+                name = f"{mode}: half, {what}"
+                campaign.case(name, crashed_between_the_halves, fork, *run, directory, moment)
+            campaign.case(f"{mode}: worker", worker_killed, fork, *run, folder / "worker")
 
 
 def typed_q(fork, options, directory, temporary, number: int) -> None:
     workers = 2 if number % 10 == 1 else 0
-    child = fork(
-        *options,
-        "--steps",
-        10**6,
-        "--save-every",
-        5,
-        "--checkpoint-dir",
-        directory,
-        "--workers",
-        workers,
-        plan=[(AT_EXIT, None)],
-        TMPDIR=str(temporary),
-    )
+    words = ["--save-every", 5, "--checkpoint-dir", directory, "--workers", workers]
+    child = fork(*options, *words, plan=[(AT_EXIT, None)], TMPDIR=str(temporary))
     child.terminal.expect("step [0-9]+/")
     settings = termios.tcgetattr(child.terminal.fileno())
     child.terminal.send("q\n")
     child.paused()
-    # The kernel may take longer than join(). Of torch's loader a thread and some pipes for each worker end with the process.
-    wait_until(lambda: len(os.listdir(f"/proc/{child.pid}/task")) <= 1 + workers)
-    assert Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text() == "", (
-        "a process is left"
-    )
-    files = [
-        os.readlink(f"/proc/{child.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{child.pid}/fd")
-    ]
-    # the terminal, the lock, and this test's two pipes
+    # The kernel may take longer than join(). Of torch's loader a thread and some pipes for each
+    # worker end with the process.
+    proc = Path(f"/proc/{child.pid}")
+    wait_until(lambda: len(os.listdir(proc / "task")) <= 1 + workers)
+    assert worker_pids(child.pid) == [], "a process is left"
+    files = [os.readlink(fd) for fd in (proc / "fd").iterdir()]
+    # The terminal, the lock, and this test's two pipes.
     names = sorted(re.sub(r"pts/[0-9]+|[0-9]+", "N", Path(file).name) for file in files)
     assert workers or names == ["N"] * 3 + ["pipe:[N]"] * 2 + ["run.lock"], files
     child.go()
-    output = child.finish(settings)
-    assert child.exitcode == 0, output
-    assert (
-        t.load_checkpoint(re.search(r"checkpoint saved: (\S+)", output)[1])["exit_reason"]
-        == MEANS["q"][1]
-    )
+    saved = t.load_checkpoint(saved_path(ended(child, 0, settings)))
+    assert saved["exit_reason"] == MEANS["q"][1]
     assert processes_in_session(child.pid) == []
-    assert not list(directory.rglob(".*")) and not list(temporary.iterdir())
 
 
 def typed_q_early(fork, options, directory, temporary, number: int) -> None:
     """As early as can be: before training there is nothing to save."""
-    child = fork(
-        *options,
-        "--steps",
-        10**6,
-        "--checkpoint-dir",
-        directory,
-        "--workers",
-        number % 2,
-        TMPDIR=str(temporary),
-    )
+    words = ["--checkpoint-dir", directory, "--workers", number % 2]
+    child = fork(*options, *words, TMPDIR=str(temporary))
     settings = termios.tcgetattr(child.terminal.fileno())
     child.terminal.send("q\n")
-    output = child.finish(settings)
-    assert child.exitcode == 0 and (
-        "there is nothing to save" in output or "Graceful exit completed" in output
-    ), output
+    output = ended(child, 0, settings)
+    assert "there is nothing to save" in output or "Graceful exit completed" in output, output
     assert processes_in_session(child.pid) == []
-    assert not list(directory.rglob(".*")) and not list(temporary.iterdir())
 
 
 def test_q_a_thousand_times(fork, short_run, tmp_path, whole):
     """Every one ends within the minute that finish() waits."""
-    with Campaign(
-        "q typed; exit code 0, whole checkpoint, no thread, descriptor, process or file left"
-    ) as campaign:
-        temporary = tmp_path / "t"  # workers' sockets need a short path
-        temporary.mkdir()
+    what = "q typed; exit code 0, whole checkpoint, no thread, descriptor, process or file left"
+    # Workers' sockets need a short path.
+    directory, temporary = tmp_path / "ck", tmp_path / "t"
+
+    def typed(number: int) -> None:
+        options = [*short_run(list(MODES)[number % 3])[0], "--steps", 10**6]
+        check = typed_q if number % 5 else typed_q_early
+        check(fork, options, directory, temporary, number)
+        assert not list(directory.rglob(".*")) and not list(temporary.iterdir())
+
+    with Campaign(what) as campaign:
         for number in range(1000 if whole else 20):
-            mode = list(MODES)[number % 3]
-            campaign.case(
-                f"{mode} {number}",
-                typed_q if number % 5 else typed_q_early,
-                fork,
-                short_run[mode][0],
-                tmp_path / "ck",
-                temporary,
-                number,
-            )
-            shutil.rmtree(
-                tmp_path / "ck", ignore_errors=True
-            )  # a case that failed may have made none
+            temporary.mkdir()
+            campaign.case(number, typed, number)
+            for folder in (directory, temporary):
+                shutil.rmtree(folder, ignore_errors=True)
