@@ -4,11 +4,9 @@ from helpers import TABLE
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What the campaigns of this run found, as the table that README shows."""
     if TABLE:
         width = max(len(what) for what, _, _ in TABLE)
-        terminalreporter.write_line(
-            f"\n| {'campaign'.ljust(width)} | cases | failures |\n|{'-' * (width + 2)}|------:|---------:|"
-        )
+        terminalreporter.write_line(f"\n| {'campaign'.ljust(width)} | cases | failures |")
+        terminalreporter.write_line(f"|{'-' * (width + 2)}|------:|---------:|")
         for what, cases, failures in TABLE:
             terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")

@@ -1,45 +1,18 @@
-"""What the fault campaigns share: a count of cases and failures, strace, and the options of their runs."""
+"""What the fault campaigns share: cases that are counted, small runs, and how one goes on."""
 
-import shutil
-import subprocess
+import functools
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-import pytest
-from helpers import TABLE
+from helpers import MODES, TABLE, Child, assert_same_run, corpus_of
 
-SMALL = [
-    "--context",
-    "8",
-    "--layers",
-    "1",
-    "--heads",
-    "1",
-    "--dim",
-    "8",
-    "--experts",
-    "1",
-    "--batch-size",
-    "2",
-    "--dropout",
-    "0.1",
-]
-SCHEDULE = [
-    "--steps",
-    "7",
-    "--save-every",
-    "2",
-    "--eval-every",
-    "3",
-    "--log-every",
-    "1",
-    "--keep",
-    "2",
-]
+SMALL = "--context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 2 --dropout 0.1".split()
+SCHEDULE = "--steps 7 --save-every 2 --eval-every 3 --log-every 1 --keep 2".split()
 
 
 class Campaign:
-    """Counts cases and collects failures, so that one bad case does not hide the next; as a context manager it reports."""
+    """Counts cases, so that one that fails does not hide the next; reports at its end."""
 
     def __init__(self, what: str) -> None:
         self.what, self.cases, self.failures = what, 0, []
@@ -60,17 +33,29 @@ class Campaign:
             assert self.cases and not self.failures, "\n".join(self.failures[:5])
 
 
-needs_strace = pytest.mark.skipif(
-    shutil.which("strace") is None, reason="strace is missing: apt install strace"
-)
+def ended(child: Child, code: int = 0, settings: list | None = None) -> str:
+    """What it printed since the last match; its exit code and its terminal's settings are these."""
+    output = child.finish(settings)
+    assert child.exitcode == code, output
+    return output
 
 
-def trace(thread: int, log, *options: str) -> subprocess.Popen:
-    """strace on one thread; returns when it has taken hold."""
-    strace = subprocess.Popen(
-        ["strace", "-p", str(thread), "-o", str(log), "-e", "trace=%file,%desc", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert "attached" in strace.stderr.readline()
-    return strace
+def undisturbed(folder: Path, *options: object, windows: int = 70, context: int = 8) -> Callable:
+    """get(mode, *more options): all options, and the directory of the run with them, made once."""
+    corpus = corpus_of(folder / "corpus.txt", windows, context)
+
+    @functools.cache
+    def get(mode: str, *more: object) -> tuple[list, Path]:
+        every = ["--data", corpus, *SMALL, "--context", context, *options, *MODES[mode], *more]
+        directory = folder / f"{mode}-{len(more)}"
+        ended(Child(*every, "--checkpoint-dir", directory))
+        return every, directory
+
+    return get
+
+
+def comes_to_the_same_end(fork, directory: Path, reference: Path) -> str:
+    """Resumed, it is the run that nobody disturbed; what it printed."""
+    output = ended(fork("--resume", "latest", "--checkpoint-dir", directory))
+    assert_same_run(directory, reference)
+    return output
