@@ -42,9 +42,9 @@ def resume(fork, path: Path, original: dict | None = None) -> tuple[int, str, in
     return child.exitcode, output, child.peak
 
 
-def memory_of_loading_nothing(fork, path: Path) -> int:
+def memory_of_loading_nothing(fork, folder: Path) -> int:
     """A fork's starts with that of this process, which grows: to be measured again at times."""
-    return resume(fork, path.with_name("missing.pt"))[2]
+    return resume(fork, folder / "missing.pt")[2]
 
 
 def assert_refused(code: int, output: str) -> None:
@@ -63,13 +63,6 @@ def flipped(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
-
-
-def another_archive(compression: int) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive:
-        archive.writestr("word/document.xml", "<hello/>" * 1000)
-    return stream.getvalue()
 
 
 def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -108,10 +101,10 @@ def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tu
     yield "twice", data + data
     yield "nothing but zeros", bytes(size)
     yield "another pickle", pickle.dumps({"step": 1})
-    yield "another zip file", another_archive(zipfile.ZIP_STORED)
-    yield "another zip file, compressed", another_archive(zipfile.ZIP_DEFLATED)
     yield "another program's torch.save", saved(torch.ones(3))
-    yield "an empty zip file", b"PK\5\6" + bytes(18)
+    empty = b"PK\5\6" + bytes(18)
+    yield "an empty zip file", empty
+    yield "another zip file", with_a_record(empty, "word/document.xml")
 
 
 def refused_or_the_same(fork, path: Path, data: bytes, original: dict, allowed: int) -> None:
@@ -136,11 +129,11 @@ def test_rotten_bits(fork, checkpoints, tmp_path, whole):
             original, data = t.load_checkpoint(source), source.read_bytes()
             code, output, good = resume(fork, source, original)
             assert code == 0, output
-            good = max(good - memory_of_loading_nothing(fork, path), 4096)
+            good = max(good - memory_of_loading_nothing(fork, tmp_path), 4096)
             versions = damaged_versions(data, count, random.Random(count))
             for number, (name, damaged) in enumerate(versions):
                 if number % 50 == 0:
-                    allowed = memory_of_loading_nothing(fork, path) + 2 * good
+                    allowed = memory_of_loading_nothing(fork, tmp_path) + 2 * good
                 how = path, damaged, original, allowed
                 campaign.case(f"{run}: {name}", refused_or_the_same, fork, *how)
 
@@ -238,34 +231,26 @@ def pickles_that_run_code(marker: Path) -> list[Calls]:
     return [
         *(Calls(one, touch) for one in "os:system posix:system subprocess:getoutput".split()),
         *(Calls(f"builtins:{one}", code) for one in ("eval", "exec", "compile")),
-        *(Calls(one, code) for one in "__builtin__:eval codeop:compile_command".split()),
         *(Calls(f"torch{one}:load", path) for one in ("", ".serialization", ".jit", ".hub")),
-        *(Calls(one, path) for one in "runpy:run_path pathlib:Path.touch".split()),
-        *(Calls(f"subprocess:{one}", ("touch", path)) for one in ("Popen", "check_output")),
-        Calls("pty:spawn", ("touch", path)),
+        *(Calls(one, path) for one in "runpy:run_path pathlib:Path.touch shutil:rmtree".split()),
+        *(Calls(one, ("touch", path)) for one in "subprocess:Popen pty:spawn".split()),
+        *(Calls(one, system) for one in "builtins:map collections:OrderedDict".split()),
         Calls("builtins:open", path, "w"),
-        Calls("shutil:rmtree", str(marker.parent)),
-        Calls("importlib:import_module", "antigravity"),
-        Calls("functools:partial", system),
-        Calls("builtins:map", system),
         Calls("builtins:getattr", Calls("importlib:import_module", "os"), "system"),
         Calls("torch._utils:_import_dotted_name", "os.system"),
         Calls("operator:methodcaller", "system", touch),
         Calls("numpy.core.multiarray:_reconstruct", 1),
-        Calls("collections:OrderedDict", system),
     ]
 
 
 def objects_of_any_size() -> list[Calls]:
     large, encode = 10**10, "_codecs:encode"
     return [
-        Calls("builtins:bytearray", 4 * 10**9),
-        Calls("torch:Tensor", 2 * 10**8),
-        *(Calls(f"builtins:{one}", large) for one in ("bytes", "range")),
+        *(Calls(f"builtins:{one}", 4 * 10**9) for one in ("bytearray", "bytes", "range")),
         *(Calls(f"torch:{one}", large) for one in ("FloatStorage", "UntypedStorage", "zeros")),
+        *(Calls(one, [1]) for one in "builtins:set collections:Counter".split()),
+        Calls("torch:Tensor", 2 * 10**8),
         Calls("torch.nn.parameter:Parameter", Calls("torch:Tensor", large)),
-        Calls("builtins:set", [1]),
-        Calls("collections:Counter", [1]),
         Calls("torch._utils:_rebuild_meta_tensor_no_storage", 1),
         Calls(encode, Calls(encode, b"x" * 1000, "hex"), "hex"),
         Calls("torch:Size", (10**18, 10**18)),
@@ -279,15 +264,6 @@ def replaced(state, keys: tuple, value: object):
     changed = list(state) if isinstance(state, (list, tuple)) else dict(state)
     changed[keys[0]] = replaced(state[keys[0]], keys[1:], value)
     return tuple(changed) if isinstance(state, tuple) else changed
-
-
-def without_tensors(state):
-    """What is refused for its pickle needs none."""
-    if isinstance(state, dict):
-        return {key: without_tensors(item) for key, item in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(map(without_tensors, state))
-    return repr(state) if isinstance(state, torch.Tensor) else state
 
 
 # Places in a checkpoint where a value might be looked at.
@@ -312,16 +288,12 @@ def claims(numel: int, offset: int, size: tuple, stride: tuple) -> bytes:
 
 CLAIMS = [
     (10**9, 0, (10**9,), (1,)),
-    (2**62, 0, (2**62,), (1,)),
     (64, 0, (10**9,), (1,)),
     (64, 10**9, (1,), (1,)),
     (64, 0, (2, 2), (10**9, 1)),
     (-1, 0, (1,), (1,)),
-    (64, -64, (1,), (1,)),
     (64, 0, (-1,), (1,)),
     (64, 0, (2**32, 2**32), (1, 1)),
-    (64, 0, (8,), (-1,)),
-    (0, 0, (1,), (1,)),
     (10**30, 0, (1,), (1,)),
     (64, 0, (1,) * 100, (1,) * 100),
     (64, 0, ("x",), (1,)),
@@ -343,9 +315,9 @@ NAMES = (
 
 
 def with_a_record(data: bytes, name: str) -> bytes:
-    folder = data[data.index(b"PK\3\4") + 30 :].split(b"/")[0].decode()
     stream = io.BytesIO(data)
     with zipfile.ZipFile(stream, "a") as archive:
+        folder = "".join(archive.namelist()[:1]).partition("/")[0]
         archive.writestr(name.replace("FOLDER", folder), b"x")
         archive.infolist()[-1].external_attr = 0
     return stream.getvalue()
@@ -368,23 +340,15 @@ def absurd_files(source: Path, state: dict, bomb: int) -> Iterator[tuple[str, by
     yield "records with attributes", zipped(source, {}, attributes=0o600 << 16)
     yield "a zip bomb", zipped(source, {"/data/0": bytes(bomb)}, deflated)
     yield "a zip bomb of a pickle", zipped(source, {"data.pkl": bytes(bomb)}, deflated)
-    for name, content in (
-        ("of lists", b"]" * 10**6),
-        ("that is deep", b"(" * 10**5 + b"]" + b"t" * 10**5),
-    ):
-        yield f"a pickle {name}", zipped(source, {"data.pkl": b"\x80\2" + content + b"."})
+    for name, content in {
+        "lists": b"]" * 10**6,
+        "depth": b"(" * 10**5 + b"]" + b"t" * 10**5,
+    }.items():
+        yield f"a pickle of {name}", zipped(source, {"data.pkl": b"\x80\2" + content + b"."})
     yield "a huge record", data.replace(struct.pack("<II", 256, 256), large * 2)
     yield "no pickle", zipped(source, {"data.pkl": None})
     yield "a missing tensor", zipped(source, {"/data/3": None})
     yield "names with a NUL", data.replace(b"/version", b"/vers\0on")
-
-
-def harmless_files(source: Path, records: int) -> Iterator[tuple[str, bytes]]:
-    """Records more, that nobody reads, may do no harm, nor a name that is nowhere a path."""
-    for name in NAMES:
-        yield f"a record named {name!r}", with_a_record(source.read_bytes(), name)
-    yield f"{records} records", zipped(source, {}, more=records)
-    yield "a folder named ..", zipped(source, {}, folder="../")
 
 
 def refused_unharmed(fork, path, data: bytes, marker: Path, allowed: int, original=None) -> None:
@@ -400,9 +364,10 @@ def refused_unharmed(fork, path, data: bytes, marker: Path, allowed: int, origin
 def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
     source = checkpoints("standard")
     state, path, marker = t.load_checkpoint(source), tmp_path / "hostile.pt", tmp_path / "executed"
-    light = without_tensors(state)
+    # What is refused for its pickle needs no tensors.
+    light = t.mapped(state, lambda one: repr(one) if isinstance(one, torch.Tensor) else one, {})
     # KiB: many records and as many lists take some; no bomb goes off.
-    allowed = memory_of_loading_nothing(fork, path) + 300_000
+    allowed = memory_of_loading_nothing(fork, tmp_path) + 300_000
     calls = [*pickles_that_run_code(marker), *objects_of_any_size()]
     shown = dict(zip("os:system builtins:eval builtins:bytearray torch:Tensor".split(), PLACES))
     harmless = ["collections:Counter", "torch:Size"]
@@ -423,8 +388,11 @@ def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
                     case(f"{name} in {place}", zipped(source, {"data.pkl": content}))
         for name, data in absurd_files(source, state, bomb=2**30 if whole else 2**26):
             case(name, data)
-        for name, data in harmless_files(source, records=10**5 if whole else 10**4):
-            case(name, data, state)
+        # Records more, that nobody reads, may do no harm, nor a name that is nowhere a path.
+        for name in NAMES:
+            case(f"a record named {name!r}", with_a_record(source.read_bytes(), name), state)
+        case("many records", zipped(source, {}, more=10**5 if whole else 10**4), state)
+        case("a folder named ..", zipped(source, {}, folder="../"), state)
 
 
 WRONG = [

@@ -8,7 +8,6 @@ import os
 import random
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import pytest
 from driver import Campaign, ended, undisturbed
 from helpers import (
     MODES,
-    ROOT,
     SCRIPT,
     Child,
     Moment,
@@ -232,9 +230,10 @@ def test_terminal_and_output(fork, longer_run, tmp_path, whole):
             campaign.case(one, in_an_environment, *how)
 
 
-def all_at_once(start) -> None:
+def all_at_once(fork, options, directory) -> None:
     """Exactly one of them runs; the others name its pid, if it has come to write it down."""
-    children = [start([(Moment("lock"), None)]) for _ in range(10)]
+    words = ["--steps", 10**6, "--checkpoint-dir", directory]
+    children = [fork(*options, *words, plan=[(Moment("lock"), None)]) for _ in range(10)]
     for child in children:
         child.paused()
     for child in children:
@@ -262,45 +261,14 @@ def lock_of_a_killed_run(fork, options, directory) -> None:
     ended(fork(*options, "--checkpoint-dir", directory))
 
 
-def stranger_with_the_pid(start, directory, held: bool) -> None:
-    """The file names the pid of a process that has nothing to do with it, as after a reboot."""
-    with subprocess.Popen(["sleep", "600"]) as stranger:
-        try:
-            directory.mkdir()
-            if held:
-                child = start([])
-                child.terminal.expect("step [0-9]+/")
-            (directory / "run.lock").write_text(f"{stranger.pid} {socket.gethostname()}\n")
-            command = [ROOT / "scripts" / "stop.sh", directory]
-            how = {"capture_output": True, "text": True, "timeout": 60}
-            environment = {**os.environ, "PYTHON": sys.executable}
-            result = subprocess.run(command, env=environment, **how)
-            assert result.returncode == 2
-            assert ("stop it there" if held else "No run holds") in result.stderr
-            if held:
-                child.terminal.send("q\n")
-                assert "Graceful exit completed" in ended(child)
-            assert stranger.poll() is None
-        finally:
-            stranger.kill()
-
-
 def test_two_at_once(fork, longer_run, tmp_path, whole):
-    what = "ten starts at the same instant on one directory; locks of killed runs; reused pids"
     options, _ = longer_run("standard")
-
-    def endless(directory):
-        words = ["--steps", 10**6, "--checkpoint-dir", directory]
-        return lambda plan: fork(*options, *words, plan=plan)
-
-    with Campaign(what) as campaign:
+    with Campaign(
+        "ten starts at the same instant on one directory; locks of killed runs"
+    ) as campaign:
         for number in range(30 if whole else 3):
             name = f"ten at once, {number}"
-            campaign.case(name, all_at_once, endless(tmp_path / f"ten-{number}"))
+            campaign.case(name, all_at_once, fork, options, tmp_path / f"ten-{number}")
         for number in range(30 if whole else 1):
             directory = tmp_path / f"killed-{number}"
             campaign.case(directory.name, lock_of_a_killed_run, fork, options, directory)
-        for held in (True, False):
-            directory = tmp_path / f"stranger-{held}"
-            how = endless(directory), directory, held
-            campaign.case(directory.name, stranger_with_the_pid, *how)
