@@ -1,6 +1,7 @@
-"""Keys, signals, messages and exit codes: every way to stop, in a pseudo-terminal."""
+"""Requests to leave: what each saves and says, the exit code, and that nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,178 +17,298 @@ from helpers import (
     SCRIPT,
     finish,
     processes_in_session,
-    run,
     saved_path,
     wait_until,
 )
 
-from train_graceful import load_checkpoint
+from train_graceful import EXIT_SIGNALS, load_checkpoint
+
+SIGNALS = [signum.name for signum in EXIT_SIGNALS]
+
+# A script of somebody's own. What a test does in it goes to the places in capitals.
+OWN = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_graceful as tg
+
+LOADED = []
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4_000_000
+    def __getitem__(self, index):
+        LOADED.append(index)
+        SAMPLE
+        return torch.ones(1)
+
+def rest(where="resting"):
+    print("@" + where, flush=True)
+    threading.Event().wait()
+
+def train(run):
+    BEFORE
+    run.data(Data(), torch.ones(4, 1))
+    model = run.model(torch.nn.Linear(1, 1))
+    optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.01))
+    def evaluate(batch):
+        return {{"accuracy": torch.full((len(batch),), 0.75 - 0.01 * run.step)}}
+    for batch in run.batches(evaluate, best="max accuracy"):
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        BODY
+        optimizer.step()
+        run.log(loss=loss)
+    AFTER
+
+if __name__ == "__main__":
+    tg.main(train, steps=10**6, batch_size=4, save_every=10**6, eval_every=10**6)
+"""
+PLACES = ("SAMPLE", "BEFORE", "BODY", "AFTER")
 
 
-def assert_messages(output: str, path, checkpoint: dict) -> None:
-    lines = [line.strip("\r").rpartition("\r")[2].strip() for line in output.split("\n")]
-    lines = [line for line in lines if line]
-    start = lines.index("📝 Saving emergency checkpoint...")
-    best = checkpoint["best"]["value"]
-    assert lines[start:-1] == [
+@pytest.fixture
+def own(spawn, tmp_path):
+    """own(*argv, BODY="...") starts OWN with the places filled in, as a fork; it saves in ck."""
+    numbers = iter(range(100))
+
+    def start(*argv: object, real: bool = False, **places: str):
+        code = OWN
+        for place in PLACES:
+            code = code.replace(place, places.get(place, ""))
+        script = tmp_path / f"mine_{next(numbers)}.py"
+        script.write_text(code)
+        words = ["--checkpoint-dir", str(tmp_path / "ck"), *map(str, argv)]
+        if real:
+            return spawn(command=[sys.executable, str(script), *words])
+        return spawn(*words, script=script)
+
+    return start
+
+
+def ask(child, means: str) -> int:
+    """By q, by Ctrl-C typed or by a signal; the exit code that is due."""
+    if means == "q":
+        child.sendline("q")
+        return 0
+    if means == "Ctrl-C":
+        child.sendintr()
+        return 130
+    child.kill(signal.Signals[means])
+    return 128 + signal.Signals[means]
+
+
+def shown(output: str) -> list[str]:
+    """The lines that stand on the screen, without those that were redrawn."""
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in output.split("\n")]
+    return [line for line in lines if line]
+
+
+def assert_says_where_it_is(output: str, checkpoint: dict, best="Best Accuracy: none yet") -> None:
+    """From the save on, exactly the lines of the contract."""
+    lines, path = shown(output), saved_path(output)
+    assert lines[lines.index("📝 Saving emergency checkpoint...") : -1] == [
         "📝 Saving emergency checkpoint...",
         f"✅ Emergency checkpoint saved: {path}",
         "✨ Graceful exit completed!",
         "📊 Training Summary:",
-        f"Completed Steps: {checkpoint['step']}",
-        "Epoch: 0",
-        f"Best Loss: {'none yet' if best is None else format(best, '.4f')}",
-        f"Emergency checkpoint: {path}",
+        f"   Completed Steps: {checkpoint['step']}",
+        "   Epoch: 0",
+        f"   {best}",
+        f"   Emergency checkpoint: {path}",
     ]
-    assert f"--resume {path}" in lines[-1]
+    assert re.fullmatch(rf"▶️ Resume with: .+\.py --resume {path}", lines[-1])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_q_saves_prints_the_summary_and_restores_the_terminal(spawn, options, tmp_path, mode):
-    child = spawn(*options, *ENDLESS, *MODES[mode])
-    child.expect(
-        "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches of [0-9]+ an epoch; saves in .*/ck"
-    )
+# ---- in training
+
+
+@pytest.mark.parametrize("means", ["q", "Ctrl-C", *SIGNALS])
+def test_a_request_saves_says_where_and_sets_the_exit_code(own, tmp_path, means):
+    child = own()
     child.expect("🔄 Training started. Press 'q' \\+ Enter to exit gracefully...")
     before = termios.tcgetattr(child.child_fd)
     child.expect("step [0-9]+/1000000")
-    child.sendline("q")
+    code = ask(child, means)
     child.expect("🛑 Exit requested! Finishing current batch gracefully...")
     output = finish(child)
-    assert child.exitstatus == 0
-    assert termios.tcgetattr(child.child_fd) == before
+    assert child.exitstatus == code and termios.tcgetattr(child.child_fd) == before
     path = saved_path(output)
-    checkpoint = load_checkpoint(path)
-    assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{checkpoint['step']}.pt"
-    assert checkpoint["exit_reason"] == "user_requested_graceful_exit"
-    assert checkpoint["step"] > 0 and checkpoint["config"]["mode"] == (
-        "geometric" if mode == "geometric" else "standard"
+    state = load_checkpoint(path)
+    assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{state['step']}.pt"
+    reasons = {"q": "user_requested_graceful_exit", "Ctrl-C": "signal_SIGINT"}
+    assert state["exit_reason"] == reasons.get(means, f"signal_{means}") and state["step"] > 0
+    assert_says_where_it_is(output, state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_built_in_program_says_what_it_trains_and_saves_each_of_its_optimizers(
+    spawn, options, mode
+):
+    child = spawn(*options, *ENDLESS, *MODES[mode])
+    child.expect(
+        "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches of "
+        "[0-9]+ an epoch; saves in .*/ck"
     )
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    output = finish(child)
+    state = load_checkpoint(saved_path(output))
+    assert_says_where_it_is(output, state, "Best Loss: none yet")
+    assert state["config"]["mode"] == ("geometric" if mode == "geometric" else "standard")
     names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
-    assert (
-        list(checkpoint["optimizer_state_dicts"])
-        == list(checkpoint["scheduler_state_dicts"])
-        == names
-    )
-    assert_messages(output, path, checkpoint)
-
-
-def test_every_spelling_of_q_is_heard_and_a_failed_save_goes_on_training(spawn, options, tmp_path):
-    (tmp_path / "ck").mkdir()
-    blocker = tmp_path / "ck" / "emergency_exit"
-    blocker.write_text("a file where the directory should be")
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    for line in ("Q", "  q ", "quit", "EXIT", "q"):
-        child.sendline(line)
-        child.expect("Exit requested!")
-        child.expect("Emergency checkpoint not saved: .* Training goes on")
-        child.expect("step [0-9]+/")
-    blocker.unlink()
-    child.sendline("q")
-    child.expect("Exit requested!")
-    output = finish(child)
-    assert child.exitstatus == 0
-    load_checkpoint(saved_path(output))
-
-
-def test_other_lines_with_a_q_only_print_the_hint(spawn, options):
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    for line in ("xq", "query", "q q", "?", "", "é\x00q"):
-        child.sendline(line)
-        child.expect("Keys: q \\+ Enter")
-        child.expect("step [0-9]+/")
-        assert "Exit requested" not in child.before
-    child.sendline("q")
-    child.expect("Exit requested!")
-    finish(child)
+    assert list(state["optimizer_state_dicts"]) == list(state["scheduler_state_dicts"]) == names
     assert child.exitstatus == 0
 
 
-def test_s_saves_a_checkpoint_and_goes_on(spawn, options, tmp_path):
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    child.sendline("s")
-    child.expect("Checkpoint saved: (\\S+\\.pt)")
-    path = tmp_path / "ck" / f"step_{load_checkpoint(child.match[1])['step']}.pt"
-    assert (
-        child.match[1] == str(path)
-        and load_checkpoint(path)["exit_reason"] == "user_requested_save"
-    )
-    child.expect("step [0-9]+/")
+def test_the_summary_and_the_status_line_name_the_best_value(own):
+    child = own("--eval-every", 1, BODY="time.sleep(0.1)")
+    child.expect(r"val accuracy 0\.7300 \(best 0\.7400\)")
     child.sendline("q")
-    finish(child)
-    assert child.exitstatus == 0
+    output = finish(child)
+    assert_says_where_it_is(output, load_checkpoint(saved_path(output)), "Best Accuracy: 0.7400")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_sets_the_exit_code(spawn, options, name):
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    child.kill(signal.Signals[name])
+def test_an_exception_in_the_body_saves_what_was_before_the_batch_and_exits_with_1(own):
+    child = own(BODY="if run.step == 3: raise ValueError('of mine')")
+    output = finish(child)
+    assert child.exitstatus == 1 and "ValueError: of mine" in output
+    state = load_checkpoint(saved_path(output))
+    assert state["exit_reason"] == "exception_ValueError" and state["step"] == 3
+
+
+@pytest.mark.parametrize("means", ["Ctrl-C", "group", "closed"])
+def test_what_reaches_the_workers_too_is_one_request_and_leaves_no_process(
+    fork, options, tmp_path, means
+):
+    """Ctrl-C, a SIGTERM to the whole group, a terminal that is closed."""
+    child = fork(*options, *ENDLESS, "--workers", 2)
+    child.terminal.expect("step [0-9]+/")
+    assert len(processes_in_session(child.pid)) >= 3
+    output = ""
+    if means == "closed":
+        child.terminal.close()
+        child.wait()
+    else:
+        child.terminal.send("\x03") if means == "Ctrl-C" else os.killpg(child.pid, signal.SIGTERM)
+        output = child.finish()
+        assert output.count("Saving emergency checkpoint") == 1 and "Traceback" not in output
+    signum = {"Ctrl-C": signal.SIGINT, "group": signal.SIGTERM, "closed": signal.SIGHUP}[means]
+    assert child.exitcode == 128 + signum
+    [path] = (tmp_path / "ck" / "emergency_exit").iterdir()
+    assert load_checkpoint(path)["exit_reason"] == f"signal_{signum.name}"
+    assert processes_in_session(child.pid) == []
+
+
+THERE = "if run.step == 3: print('@there', flush=True)\n        while run.step == 3 and "
+
+
+def test_of_several_requests_the_first_one_counts(own):
+    child = own(BODY=THERE + "len(run.monitor.heard) < 3: pass")
+    child.expect("@there")
+    child.sendline("q")
     child.expect("Exit requested!")
+    for name in ("SIGTERM", "SIGUSR1"):
+        child.kill(signal.Signals[name])
     output = finish(child)
-    assert child.exitstatus == 128 + signal.Signals[name]
-    assert load_checkpoint(saved_path(output))["exit_reason"] == f"signal_{name}"
+    assert child.exitstatus == 0
+    assert "Exit requested!" not in output and output.count("Saving emergency") == 1
+    reason = load_checkpoint(saved_path(output))["exit_reason"]
+    assert reason == "user_requested_graceful_exit"
 
 
-def test_ctrl_c_typed_in_the_terminal_leaves_with_130(spawn, options):
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    child.sendintr()
+def test_two_sigint_within_half_a_second_are_one(own, tmp_path):
+    """Coreutils' timeout passes on what its child, in the same terminal, has heard already."""
+    go = tmp_path / "go"
+    child = own(BODY=THERE + f"not os.path.exists({str(go)!r}): pass")
+    child.expect("@there")
+    child.kill(signal.SIGINT)
+    child.expect("Exit requested!")
+    child.kill(signal.SIGINT)
+    go.touch()
     output = finish(child)
-    assert child.exitstatus == 130
+    assert child.exitstatus == 130 and "Second" not in output
     assert load_checkpoint(saved_path(output))["exit_reason"] == "signal_SIGINT"
 
 
-STUCK_IN_THE_SAVE = """
-import sys, threading, train_graceful as t
-def stuck(state, path):
-    path.parent.mkdir()
-    path.with_name("." + path.name + ".tmp").write_bytes(b"half")
-    t.Screen().say("stuck in the save")
-    threading.Event().wait()
-t.save_checkpoint = stuck
-t.main(t.train, **t.OPTIONS)
-"""
+STUCK = """def stuck(state, path):
+        path.parent.mkdir()
+        path.with_name("." + path.name + ".tmp").write_bytes(b"half")
+        print("@saving", flush=True)
+        while len(run.monitor.heard) < 2:
+            pass
+        rest()
+    tg.save_checkpoint = stuck"""
 
 
-def test_second_ctrl_c_abandons_a_save_that_does_not_end(spawn, options, tmp_path):
-    first = run(*options, "--steps", "2")
-    assert first.returncode == 0
-    child = spawn(*options, *ENDLESS, "--workers", "2", source=STUCK_IN_THE_SAVE)
-    child.expect("step [0-9]+/")
+def test_ctrl_c_after_q_waits_for_the_save_and_a_second_one_abandons_it(own, tmp_path):
+    finish(own("--steps", 2))
+    child = own("--workers", 2, BEFORE=STUCK)
+    child.expect("Training started")
     before = termios.tcgetattr(child.child_fd)
+    child.expect("step [0-9]+/")
+    child.sendline("q")
+    child.expect("@saving")
     child.sendintr()
-    child.expect("stuck in the save")
+    child.expect("@resting")
     heard = time.monotonic()
-    wait_until(lambda: time.monotonic() - heard > 0.6)  # two within half a second are one
+    # Within half a second it would be the same one.
+    wait_until(lambda: time.monotonic() - heard > 0.6)
     child.sendintr()
-    child.expect("Second Ctrl-C")
+    child.expect("Second Ctrl-C: leaving without saving. Earlier checkpoints are whole.")
     finish(child)
-    assert child.exitstatus == 130
-    assert termios.tcgetattr(child.child_fd) == before
+    assert child.exitstatus == 130 and termios.tcgetattr(child.child_fd) == before
     assert processes_in_session(child.pid) == []
-    load_checkpoint(tmp_path / "ck" / "final.pt")
-    assert run(*options, "--resume", "latest", "--steps", "3").returncode == 0
+    assert not list((tmp_path / "ck" / "emergency_exit").glob("[!.]*"))
+    child = own("--resume", "latest", "--steps", 3)
+    assert "All steps done" in finish(child) and child.exitstatus == 0
     assert not list((tmp_path / "ck").rglob(".*.tmp"))
 
 
-def test_q_typed_twice_never_reaches_the_shell(spawn, options):
-    shell = spawn(
-        command=["bash", "--norc", "--noediting", "-i"], env={**os.environ, "PS1": "READY> "}
-    )
-    shell.expect("READY> ")
-    shell.sendline(" ".join([sys.executable, str(SCRIPT), *options, *ENDLESS]))
-    shell.expect("step [0-9]+/")
-    shell.send("q\nq\nq\nq")
-    shell.expect("Resume with")
-    shell.expect("READY> ")
-    shell.sendline("echo code $?")
-    shell.expect("code ([0-9]+)")
-    assert shell.match[1] == "0"
-    assert "not found" not in shell.before
+@pytest.mark.parametrize("another_place", [True, False])
+def test_after_a_signal_a_failed_save_goes_to_the_temporary_directory(
+    own, monkeypatch, tmp_path, another_place
+):
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "emergency_exit").write_text("a file where the directory should be")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
+    child = own("--save-every", 5, BEFORE="import tempfile; tempfile.gettempdir()")
+    child.expect("step [1-9][0-9]+/")
+    if not another_place:
+        elsewhere.rename(tmp_path / "gone")
+        elsewhere.write_text("in the way")
+    child.kill(signal.SIGTERM)
+    output = finish(child)
+    assert "Emergency checkpoint not saved: " in output
+    assert ("Graceful exit completed" in output) == another_place
+    if another_place:
+        path = saved_path(output)
+        state = load_checkpoint(path)
+        assert child.exitstatus == 143 and state["exit_reason"] == "signal_SIGTERM"
+        name = f"train_graceful_{state['run_id']}_emergency_step_{state['step']}.pt"
+        assert path == elsewhere / name
+        assert shown(output)[-2] == f"   Emergency checkpoint: {path}"
+    else:
+        assert child.exitstatus == 1
+        newest = re.search(r"Newest whole checkpoint: (\S+)", output)[1]
+        assert load_checkpoint(newest)["exit_reason"] == "periodic"
+
+
+def test_what_the_script_has_written_to_files_that_are_open_is_there(own, tmp_path):
+    """A process of its own: a fork of the tests does not end as Python does."""
+    log = tmp_path / "log.txt"
+    open_file = f"run.file = open({str(log)!r}, 'w')"
+    child = own(BEFORE=open_file, BODY="run.file.write('x')", real=True)
+    child.expect("step [1-9]")
+    child.sendline("q")
+    output = finish(child)
+    assert child.exitstatus == 0
+    assert log.stat().st_size == load_checkpoint(saved_path(output))["step"]
+
+
+# ---- where no batch ends
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -201,85 +322,74 @@ def test_a_signal_while_torch_is_imported_ends_it_without_a_traceback(options, n
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    for line in process.stderr:  # importtime names each module as it is imported
-        if "torch._" in line:
-            break
+    # importtime names each module as it is imported.
+    next(line for line in process.stderr if "torch._" in line)
     process.send_signal(signal.Signals[name])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.Signals[name] and "Traceback" not in errors
     assert not (tmp_path / "ck").exists()
 
 
-OUTSIDE = """
-import sys, torch, train_graceful as tg
-
-def wait(where):
-    print("@" + where, flush=True)
-    while where == WHERE:
-        pass
-
-def train(run):
-    run.data(list(range(64)))
-    run.model(torch.nn.Linear(1, 1))
-    wait("before")
-    for batch in run.batches():
-        pass
-    wait("after")
-
-tg.main(train, steps=3)
-"""
+BEFORE = [("BEFORE", means) for means in ("q", *SIGNALS)]
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-@pytest.mark.parametrize("means, code", [("q", 0), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_outside_of_the_loop_a_request_ends_the_process_at_once(
-    spawn, tmp_path, where, means, code
-):
+@pytest.mark.parametrize(
+    "where, means", [*BEFORE, ("AFTER", "q"), ("AFTER", "SIGINT"), ("AFTER", "SIGTERM")]
+)
+def test_outside_of_the_loop_a_request_ends_the_process_at_once(own, tmp_path, where, means):
     """Nothing can be lost there: all is saved, or nothing was trained."""
-    source = OUTSIDE.replace("WHERE", repr(where))
-    child = spawn("--checkpoint-dir", str(tmp_path), source=source)
-    child.expect("@" + where)
+    child = own("--steps", 3, **{where: "rest()"})
+    child.expect("@resting\r\n")
     before = termios.tcgetattr(child.child_fd)
-    child.sendline("q") if means == "q" else child.kill(signal.Signals[means])
-    child.expect("Exit requested. (Training has not begun|Everything is saved already)")
-    finish(child)
-    assert child.exitstatus == code
-    assert termios.tcgetattr(child.child_fd) == before
-    assert (tmp_path / "final.pt").exists() == (where == "after")
-
-
-def test_no_worker_process_is_left(spawn, options):
-    child = spawn(*options, *ENDLESS, "--workers", "2")
-    child.expect("step [0-9]+/")
-    assert len(processes_in_session(child.pid)) >= 3
-    child.sendintr()  # reaches the workers too: they must not die of it before the save
+    code = ask(child, means)
     output = finish(child)
-    assert child.exitstatus == 130
-    load_checkpoint(saved_path(output))
-    assert processes_in_session(child.pid) == []
+    assert child.exitstatus == code and termios.tcgetattr(child.child_fd) == before
+    words = "Training has not begun: there is nothing to save."
+    words = "Everything is saved already." if where == "AFTER" else words
+    assert shown(output)[-1] == f"🛑 Exit requested. {words}"
+    assert (tmp_path / "ck" / "final.pt").exists() == (where == "AFTER")
+    assert (tmp_path / "ck").exists() == (where == "AFTER")
 
 
-def test_a_sigterm_to_the_whole_group_counts_once_and_leaves_no_worker(spawn, options):
-    child = spawn(*options, *ENDLESS, "--workers", "2")
-    child.expect("step [0-9]+/")
-    os.killpg(child.pid, signal.SIGTERM)
-    output = finish(child)
-    assert child.exitstatus == 143
-    assert output.count("Saving emergency checkpoint") == 1 and "Traceback" not in output
-    assert processes_in_session(child.pid) == []
-
-
-def test_requests_do_not_pile_up_and_the_first_one_counts(spawn, options):
-    child = spawn(*options, *ENDLESS)
-    child.expect("step [0-9]+/")
-    child.send("q\n")
+def test_in_the_loop_before_its_first_step_all_is_saved_and_goes_on(own, tmp_path):
+    child = own(SAMPLE="rest()")
+    child.expect("@resting")
     child.kill(signal.SIGTERM)
     output = finish(child)
-    assert child.exitstatus in (0, 143)
-    assert output.count("Exit requested!") == 1 and output.count("Saving emergency") == 1
+    path = saved_path(output)
+    assert child.exitstatus == 143
+    assert path == tmp_path / "ck" / "emergency_exit" / "emergency_step_0.pt"
+    assert_says_where_it_is(output, load_checkpoint(path))
+    child = own("--resume", path, "--steps", 3)
+    assert "All steps done" in finish(child) and child.exitstatus == 0
 
 
-HEARD_IN_A_LONG_OPERATION = """
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("means", ["q", "SIGTERM"])
+def test_a_loader_that_hangs_keeps_nobody_from_leaving(own, workers, means):
+    child = own("--workers", workers, SAMPLE="len(LOADED) > 40 and rest()")
+    for _ in range(max(1, workers)):
+        child.expect("@resting")
+    code = ask(child, means)
+    child.expect("Exit requested!")
+    output = finish(child)
+    assert child.exitstatus == code and load_checkpoint(saved_path(output))["step"] >= 1
+    assert processes_in_session(child.pid) == []
+
+
+def test_a_request_does_not_wait_for_an_accumulation_whose_next_batch_never_comes(own):
+    body = "if run.step == 9: os.kill(os.getpid(), 15)\n        if run.step % 8 != 7: continue"
+    child = own(SAMPLE="len(LOADED) > 40 and rest()", BODY=body)
+    output = finish(child)
+    assert child.exitstatus == 143
+    state = load_checkpoint(saved_path(output))
+    gradients = state["loop"]["gradients"]
+    assert state["step"] == 10 and gradients.keys() == {"model.weight", "model.bias"}
+
+
+# ---- the monitor alone
+
+BUSY = """
 import torch, train_graceful as t
 a = torch.rand(4000, 4000)
 with t.ExitMonitor() as monitor:
@@ -289,11 +399,11 @@ with t.ExitMonitor() as monitor:
 """
 
 
-@pytest.mark.parametrize("how", ["key", "signal"])
-def test_a_request_is_heard_inside_a_long_torch_operation(spawn, how):
-    child = spawn(source=HEARD_IN_A_LONG_OPERATION)
+@pytest.mark.parametrize("means", ["q", "SIGTERM"])
+def test_a_request_is_heard_inside_a_long_torch_operation(spawn, means):
+    child = spawn(source=BUSY)
     child.expect("@busy")
-    child.sendline("q") if how == "key" else child.kill(signal.SIGTERM)
+    ask(child, means)
     child.expect("Exit requested!")
     assert "@done" not in child.before
     child.expect("@done")
@@ -301,39 +411,33 @@ def test_a_request_is_heard_inside_a_long_torch_operation(spawn, how):
 
 
 IDLE = """
-import pathlib, threading, torch, train_graceful as t
-def switches(thread):
-    status = pathlib.Path(f"/proc/self/task/{thread}/status").read_text()
+import os, pathlib, signal, threading, train_graceful as t
+
+def state():
+    return [signal.getsignal(s) for s in range(1, 32)], sorted(os.listdir("/proc/self/fd"))
+
+def switches():
+    status = pathlib.Path(f"/proc/self/task/{thread.native_id}/status").read_text()
     return sum(int(line.split()[1]) for line in status.splitlines() if "ctxt_switches" in line)
-with t.ExitMonitor() as monitor:
-    thread = monitor._thread.native_id
-    t.wait = threading.Event().wait
-    while switches(thread) != (t.wait(0.2), switches(thread))[1]:
-        pass
-    before = switches(thread)
-    t.wait(2.0)
-    print("wake-ups", switches(thread) - before)
-"""
 
-
-def test_an_idle_monitor_never_wakes_up(spawn):
-    child = spawn(source=IDLE)
-    child.expect("wake-ups ([0-9]+)")
-    assert child.match[1] == "0"
-
-
-def test_monitor_gives_handlers_wakeup_and_descriptors_back():
-    code = """
-import os, signal, train_graceful as t
-before = [signal.getsignal(s) for s in range(1, 32)], sorted(os.listdir("/proc/self/fd"))
+before, wait = state(), threading.Event().wait
 for _ in range(3):
     with t.ExitMonitor() as monitor:
-        assert signal.set_wakeup_fd(-1) >= 0
-after = [signal.getsignal(s) for s in range(1, 32)], sorted(os.listdir("/proc/self/fd"))
-assert before == after, (before, after)
-assert signal.set_wakeup_fd(-1) == -1
+        [thread] = [one for one in threading.enumerate() if one.name == "exit-monitor"]
+        while switches() != (wait(0.2), switches())[1]:
+            pass
+        idle = switches()
+        wait(1.0)
+        print("wake-ups", switches() - idle)
+assert state() == before and signal.set_wakeup_fd(-1) == -1
+print("@given back")
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_idle_monitor_never_wakes_up_and_gives_handlers_and_descriptors_back(spawn):
+    child = spawn(source=IDLE)
+    child.expect("@given back")
+    assert child.before.count("wake-ups 0\r\n") == 3, child.before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -342,11 +446,7 @@ def test_cuda_cache_is_cleared_and_memory_returned(spawn, options):
     child.expect("step [0-9]+/")
     child.sendline("q")
     output = finish(child)
-    assert child.exitstatus == 0
-    assert "🧹 CUDA cache cleared" in output
-    used = subprocess.run(
-        ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    ).stdout
+    assert child.exitstatus == 0 and "🧹 CUDA cache cleared" in output
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    used = subprocess.run(query, capture_output=True, text=True).stdout
     assert str(child.pid) not in used.split()
