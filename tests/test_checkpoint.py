@@ -1,16 +1,21 @@
-"""Checkpoints: ordinary files of torch.save, atomic, damaged, hostile, kept, locked."""
+"""A checkpoint is one ordinary file, whole at every instant, and refused in a line where it is not.
+
+What it holds, what a directory of them holds, which of them is the latest, and what a run does where
+a file or a directory is not as it left it.
+"""
 
 import argparse
 import collections
 import datetime
 import errno
+import fcntl
+import functools
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import stat
-import subprocess
-import sys
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -20,118 +25,75 @@ import pytest
 import torch
 from helpers import (
     ENDLESS,
-    ROOT,
-    Forked,
+    TINY,
     Moment,
     assert_same,
-    finish,
+    fail,
     flip_a_weight,
-    forked,
     metrics_without_times,
     refused,
     run,
     saved_path,
     session,
+    whole_files,
 )
 
 import train_graceful as t
 
-KEYS = {
-    "format_version",
-    "model_state_dict",
-    "optimizer_state_dicts",
-    "scheduler_state_dicts",
-    "state_dicts",
-    "step",
-    "best",
-    "evaluation",
-    "metrics",
-    "config",
-    "data_fingerprint",
-    "stream",
-    "made_by",
-    "loop",
-    "exit_reason",
-    "torch_version",
-    "run_id",
-    "saved_at",
-}
+KEYS = """format_version model_state_dict optimizer_state_dicts scheduler_state_dicts state_dicts
+step best evaluation metrics config data_fingerprint stream loop exit_reason torch_version run_id
+saved_at""".split()
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     """A directory with the checkpoints of a finished small run, not to be changed."""
     directory = tmp_path_factory.mktemp("finished") / "ck"
-    result = run(
-        "--data",
-        corpus,
-        "--checkpoint-dir",
-        directory,
-        "--context",
-        "16",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--dim",
-        "16",
-        "--experts",
-        "2",
-        "--batch-size",
-        "4",
-        "--steps",
-        "12",
-        "--eval-every",
-        "5",
-        "--save-every",
-        "2",
-        "--keep",
-        "2",
-    )
+    schedule = "--steps 12 --eval-every 5 --save-every 2 --keep 2".split()
+    result = run("--data", corpus, "--checkpoint-dir", directory, *TINY, *schedule)
     assert result.returncode == 0, result.stderr
     return directory
 
 
-def assert_refused(message, *words):
-    for word in words:
-        assert str(word) in message
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(finished, tmp_path / "ck")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        numpy.array(["x"]),
-        numpy.array([None]),
-        Path("x"),
-        b"x",
-        bytearray(b"x"),
-        {(1, 2)},
-        collections.defaultdict(int),
-        argparse.Namespace(a=1),
-        datetime.datetime.now(),
-        2**2039,
-        torch.eye(2).to_sparse(),
-        {Path("x"): 1},
-        {b"x": 1},
-        torch.nn.Buffer(torch.ones(2)),
-        lambda: None,
-        torch.ones(2, device="meta"),
-        torch.nn.Linear(1, 1),
-    ],
-)
+@pytest.fixture
+def altered(finished, tmp_path):
+    """altered(change) is final.pt as change(its state) has made it, and the words that resume it."""
+
+    def alter(change) -> tuple[Path, list]:
+        state, path = t.load_checkpoint(finished / "final.pt"), tmp_path / "altered.pt"
+        change(state)
+        torch.save(state, path)
+        return path, ["--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", 14]
+
+    return alter
+
+
+# ---- what is saved, and loads as that
+
+UNSAVABLE = [
+    *[numpy.array(["x"]), numpy.array([None]), datetime.datetime.now(), 2**2039, lambda: None],
+    *[Path("x"), b"x", bytearray(b"x"), {(1, 2)}, {Path("x"): 1}, {b"x": 1}],
+    *[collections.defaultdict(int), argparse.Namespace(a=1), torch.nn.Linear(1, 1)],
+    *[torch.eye(2).to_sparse(), torch.nn.Buffer(torch.ones(2)), torch.ones(2, device="meta")],
+]
+
+
+@pytest.mark.parametrize("value", UNSAVABLE)
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     """Better a UserError today than a checkpoint that is refused when it is needed."""
     path = tmp_path / "a.pt"
     t.save_checkpoint({"old": 1}, path)
     with pytest.raises(t.UserError, match="cannot be saved"):
         t.save_checkpoint({"model": {"best": [1, value]}}, path)
-    assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
-
-
-def test_what_is_no_dict_is_not_saved(tmp_path):
     with pytest.raises(t.UserError, match="dict"):
-        t.save_checkpoint([torch.ones(2)], tmp_path / "a.pt")
-    assert not os.listdir(tmp_path)
+        t.save_checkpoint([value], path)
+    assert t.load_checkpoint(path) == {"old": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 
 def every_dtype() -> list[torch.Tensor]:
@@ -181,10 +143,16 @@ def assert_as_saved(loaded, state) -> None:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("load", [torch.load, t.load_checkpoint])
-def test_it_loads_as_what_was_saved(tmp_path, load):
-    """Here and anywhere else: it is one ordinary file of torch.save."""
+@pytest.mark.parametrize("crc32", [True, False])
+def test_it_loads_as_what_was_saved(tmp_path, load, crc32):
+    """Here and anywhere else; with checksums even where torch was told to leave them out."""
     state, path = zoo(), tmp_path / "a.pt"
-    t.save_checkpoint(state, path)
+    torch.serialization.set_crc32_options(crc32)
+    try:
+        t.save_checkpoint(state, path)
+        assert torch.serialization.get_crc32_options() == crc32
+    finally:
+        torch.serialization.set_crc32_options(True)
     for mapped in (False, True):
         loaded = load(path, mmap=mapped)
         assert_as_saved(loaded, state)
@@ -215,26 +183,12 @@ def test_a_copy_for_saving_is_of_one_moment_and_reuses_its_memory():
 
 
 def test_numpys_scalars_are_saved_as_the_numbers_they_are(tmp_path):
-    state = {
-        "best": numpy.mean([0.5, 0.25]),
-        numpy.int64(4): [numpy.float32(1.5), (numpy.int16(3),)],
-        "done": numpy.bool_(False),
-        "name": numpy.str_("x"),
-    }
-    t.save_checkpoint(state, tmp_path / "a.pt")
+    numbers = [numpy.float32(1.5), (numpy.int16(3),)]
+    state = {"best": numpy.mean([0.5, 0.25]), numpy.int64(4): numbers, "done": numpy.bool_(False)}
+    t.save_checkpoint({**state, "name": numpy.str_("x")}, tmp_path / "a.pt")
     loaded = t.load_checkpoint(tmp_path / "a.pt")
     assert_same(loaded, {"best": 0.375, 4: [1.5, (3,)], "done": False, "name": "x"})
     assert type(state["best"]) is numpy.float64
-
-
-def test_checksums_are_written_even_where_torch_was_told_not_to(tmp_path):
-    torch.serialization.set_crc32_options(False)
-    try:
-        t.save_checkpoint({"a": torch.ones(3)}, tmp_path / "a.pt")
-        assert not torch.serialization.get_crc32_options()
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert t.load_checkpoint(tmp_path / "a.pt")["a"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.campaign
@@ -246,310 +200,38 @@ def test_a_file_of_more_than_4_gib(tmp_path):
     assert loaded["small"].tolist() == [0, 1, 2, 3, 4] and len(loaded["zeros"]) > 2**32
 
 
-WRITER = """
-import sys, torch, train_graceful as t
-value = float(sys.argv[2])
-for _ in range(6):
-    t.save_checkpoint({"x": torch.full((3_000_000,), value), "i": value}, sys.argv[1])
-"""
+# ---- how it is saved
 
 
-def test_two_that_write_one_path_at_the_same_time_leave_the_file_of_one_of_them(tmp_path):
+def test_all_that_write_one_path_at_the_same_time_leave_the_file_of_one_of_them(tmp_path):
     """A loop of one's own that was started twice; or every rank saves. Threads and processes."""
     path = tmp_path / "mine.pt"
 
-    def assert_one_of_two() -> None:
-        state = t.load_checkpoint(path)
-        assert state["x"].eq(state["i"]).all() and state["i"] in (1, 2)
+    def write(value: float) -> None:
+        for _ in range(6):
+            t.save_checkpoint({"x": torch.full((3_000_000,), value), "i": value}, path)
 
-    states = [{"x": torch.full((3_000_000,), i), "i": i} for i in (1.0, 2.0)]
-    threads = [threading.Thread(target=t.save_checkpoint, args=(one, path)) for one in states]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_one_of_two()
-    commands = [[sys.executable, "-c", WRITER, path, str(i)] for i in (1, 2)]
-    writers = [Forked(one, cwd=ROOT, stderr=subprocess.PIPE, text=True) for one in commands]
-    assert [writer.communicate()[1] for writer in writers] == ["", ""]
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert_one_of_two()
-    assert os.listdir(tmp_path) == ["mine.pt"]
-
-
-MEMORY = """
-import resource, sys, torch, train_graceful as t
-state = {str(i): torch.randn(2_500_000) for i in range(40)}
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-t.save_checkpoint({"a": torch.randn(2_000_000)}, sys.argv[1])
-before = peak()
-t.save_checkpoint(state, sys.argv[1])
-print((peak() - before) / 400e6)
-"""
-
-
-def test_saving_takes_hardly_any_memory(tmp_path):
-    command = [sys.executable, "-c", MEMORY, tmp_path / "a.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert float(result.stdout) < 0.05, result.stderr
-
-
-def test_layout_keys_and_retention(finished):
-    assert sorted(path.name for path in finished.iterdir()) == [
-        "best.pt",
-        "final.pt",
-        "metrics.csv",
-        "run.lock",
-        "step_10.pt",
-        "step_12.pt",
+    process = multiprocessing.get_context("fork").Process
+    writers = [
+        kind(target=write, args=(i,)) for kind in (process, threading.Thread) for i in (1, 2)
     ]
-    for path in finished.glob("*.pt"):
-        state = torch.load(path, weights_only=True)
-        assert KEYS == set(state) and state["format_version"] == 3
-    assert torch.load(finished / "final.pt", weights_only=True)["exit_reason"] == "completed"
-    assert torch.load(finished / "best.pt", weights_only=True)["best"]["value"] < 6
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers[:2]] == [0, 0]
+    state = t.load_checkpoint(path)
+    assert state["x"].eq(state["i"]).all() and os.listdir(tmp_path) == ["mine.pt"]
 
 
-def test_weights_load_elsewhere_without_this_program(finished):
-    code = f"import torch; print(torch.load({str(finished / 'final.pt')!r}, weights_only=True)['model_state_dict']['head.weight'].shape)"
-    result = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
-    assert result.stdout == "torch.Size([256, 16])\n"
-
-
-def test_a_flipped_bit_in_a_weight_is_refused_in_one_line(finished, tmp_path):
-    flip_a_weight(finished / "final.pt", tmp_path / "flipped.pt")
-    result = run("--resume", tmp_path / "flipped.pt")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert_refused(result.stderr, "error: ", "flipped.pt: damaged checkpoint", "data/")
-
-
-@pytest.mark.parametrize("left", [0.0, 0.3, 0.999])
-def test_a_cut_tail_is_refused(finished, tmp_path, left):
-    content = (finished / "final.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(content[: int(left * len(content))])
-    assert_refused(refused("--resume", tmp_path / "cut.pt"), "cut.pt: damaged, or not a checkpoint")
-
-
-class Runs:
-    """Whoever unpickles it calls a function."""
-
-    def __init__(self, function, *arguments) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("function, argument", [(os.mkdir, None), (bytearray, 10**12)])
-def test_no_code_in_a_strangers_file_runs(tmp_path, function, argument, protocol):
-    """Not even what torch.load(weights_only=True) takes, an object of any size for instance."""
-    trace, path = tmp_path / "it ran", tmp_path / "hostile.pt"
-    hostile = {"a": Runs(function, argument or str(trace))}
-    torch.save(hostile, path, pickle_protocol=protocol)
-    for place in ("cpu", "meta"):
-        with pytest.raises(t.CheckpointError, match="damaged, or not a checkpoint"):
-            t.load_checkpoint(path, map_location=place)
-    assert not trace.exists()
-
-
-def test_latest_names_and_skips_damaged_ones(finished, tmp_path):
-    for name in ("step_10.pt", "step_12.pt"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes())
-    flip_a_weight(finished / "final.pt", tmp_path / "final.pt")
-    (tmp_path / "emergency_exit").mkdir()
-    (tmp_path / "emergency_exit" / "emergency_step_13.pt").write_bytes(
-        (finished / "final.pt").read_bytes()[:5000]
-    )
-    result = run("--resume", "latest", "--checkpoint-dir", tmp_path, "--steps", "14")
-    assert result.returncode == 0
-    assert (
-        "Skipped" in result.stdout
-        and "emergency_step_13.pt" in result.stdout
-        and "final.pt: damaged" in result.stdout
-    )
-    assert "Completed Steps: 14" in result.stdout
-
-
-def test_latest_passes_over_what_another_program_has_saved(finished, tmp_path, capfd):
-    shutil.copytree(finished, tmp_path / "ck")
-    t.save_checkpoint({"step": 4444, "model": torch.ones(3)}, tmp_path / "ck" / "step_4444.pt")
-    assert session("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", "14") == 0
-    assert "Completed Steps: 14" in capfd.readouterr().out
-
-
-def saved_by(path, run_id, session, step, saved_at) -> Path:
-    """A file that `latest` takes for a checkpoint; its modification time says nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"format_version": 3, "run_id": run_id, "step": step, "saved_at": saved_at}
-    t.save_checkpoint({**state, "metrics": {"sessions": session}}, path)
-    os.utime(path, (2**33 - 1000 * step,) * 2)
-    return path
-
-
-def test_latest_is_the_furthest_of_the_run_that_has_saved_last(tmp_path):
-    saved_by(tmp_path / "step_900.pt", "other", 1, 900, "2026-01-01")
-    saved_by(tmp_path / "best.pt", "mine", 1, 20, "2026-01-04")
-    saved_by(tmp_path / "step_30.pt", "mine", 1, 30, "2026-01-02")
-    furthest = saved_by(
-        tmp_path / "emergency_exit" / "emergency_step_40.pt", "mine", 1, 40, "2026-01-03"
-    )
-    assert t.latest_checkpoint(tmp_path) == furthest
-    again = saved_by(tmp_path / "step_25.pt", "mine", 2, 25, "2026-01-05")
-    assert t.latest_checkpoint(tmp_path) == again, (
-        "it was resumed from an older one on purpose, and goes on from there"
-    )
-
-
-def test_a_start_that_was_stopped_before_its_first_step_hides_no_trained_run(tmp_path):
-    trained = saved_by(tmp_path / "step_30.pt", "mine", 1, 30, "2026-01-01")
-    stopped = saved_by(
-        tmp_path / "emergency_exit" / "emergency_step_0.pt", "new", 1, 0, "2026-01-02"
-    )
-    assert t.latest_checkpoint(tmp_path) == trained
-    trained.unlink()
-    assert t.latest_checkpoint(tmp_path) == stopped
-
-
-def altered(finished, path, change):
-    state = t.load_checkpoint(finished / "final.pt")
-    change(state)
-    torch.save(state, path)
-    return path
-
-
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        (lambda s: s.update(format_version=2), "not a checkpoint of this program and edition"),
-        (lambda s: s.update(format_version=4), "not a checkpoint of this program"),
-        (lambda s: s.update(format_version=torch.ones(3)), "this program"),
-        (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
-        (lambda s: s["config"].update(dim=32), "does not fit"),
-        (lambda s: s["config"].update(speed=1), "here is no --speed as in its run; --weights"),
-        (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
-        (
-            lambda s: s["optimizer_state_dicts"].pop("adamw"),
-            "kept by this run, but not in the checkpoint",
-        ),
-        (
-            lambda s: s["state_dicts"].update(ema={}),
-            "ema is in the checkpoint, but not kept by this run",
-        ),
-        (lambda s: s.update(data_fingerprint="0" * 32), "data"),
-        (lambda s: s["data_fingerprint"].update(training=[3, None]), "the data is not what"),
-        (lambda s: s.update(run_id="../../outside"), "not a checkpoint of this program"),
-    ],
-)
-def test_a_checkpoint_of_another_format_or_size_is_refused(finished, tmp_path, change, word):
-    path = altered(finished, tmp_path / "other.pt", change)
-    assert_refused(
-        refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"), path, word
-    )
-    assert os.listdir(tmp_path) == ["other.pt"]
-
-
-STRANGE = [None, True, 10**30, "x", float("nan"), [], [1], {}, {1: 2}, torch.ones(2), {"a": None}]
-NEEDLESS = {"exit_reason", "torch_version", "saved_at"}
-CHECKED = {
-    "format_version", "run_id", "model_state_dict", "state_dicts", "best", "config",
-    "data_fingerprint", "loop", "stream",
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-@pytest.mark.parametrize("key", sorted(CHECKED | NEEDLESS))
-def test_whatever_stands_in_the_place_of_a_value_is_one_line(finished, tmp_path, key, capfd):
-    """A traceback would be a bug; what no run needs to go on may be anything."""
-    for value in STRANGE:
-        path = altered(finished, tmp_path / "strange.pt", lambda s: s.update({key: value}))
-        code = session("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "13")
-        errors = capfd.readouterr().err
-        refusal = code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-        assert refusal or code == 0 and not errors, (value, errors)
-        needless = key in NEEDLESS or key == "state_dicts" and value in ([], {})
-        assert refusal or needless, value
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-@pytest.mark.parametrize("place", ["optimizer_state_dicts", "scheduler_state_dicts"])
-def test_whatever_stands_in_the_place_of_a_part_is_one_line(finished, tmp_path, place):
-    for value in STRANGE:
-        path = altered(finished, tmp_path / "strange.pt", lambda s: s[place].update(adamw=value))
-        assert "adamw" in refused("--resume", path, "--checkpoint-dir", tmp_path / "ck")
-
-
-def test_a_metrics_file_of_another_program_is_left_alone(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "ck")
-    (tmp_path / "ck" / "metrics.csv").write_text("year,rain\n1,20\n99,30\n")
-    assert session("--resume", tmp_path / "ck" / "step_10.pt") == 0
-    assert (tmp_path / "ck" / "metrics.csv").read_text() == "year,rain\n1,20\n99,30\n"
-    own = metrics_without_times(tmp_path / "ck", "metrics_2.csv")
-    assert own and own == metrics_without_times(finished)[-len(own) :]
-
-
-@pytest.mark.parametrize(
-    "tail", [b"\0\0\0\0\n13,1,x\n" + b"\0" * 30, b"13,0,5.1"], ids=["zeros", "torn"]
-)
-def test_what_a_power_cut_made_of_the_rows_after_the_checkpoint_is_cut_off(
-    finished, tmp_path, tail
-):
-    shutil.copytree(finished, tmp_path / "ck")
-    rows = (finished / "metrics.csv").read_bytes()
-    (tmp_path / "ck" / "metrics.csv").write_bytes(rows + tail)
-    assert session("--resume", "latest", "--checkpoint-dir", tmp_path / "ck", "--steps", "14") == 0
-    assert (tmp_path / "ck" / "metrics.csv").read_bytes().startswith(rows)
-    text = (tmp_path / "ck" / "metrics.csv").read_bytes()
-    assert b"\0" not in text and [row["step"] for row in metrics_without_times(tmp_path / "ck")][
-        -2:
-    ] == ["12", "14"]
-
-
-def test_latest_reads_the_tensors_of_one_checkpoint_alone(finished, tmp_path, monkeypatch):
-    read = []
-
-    def load(path, map_location="cpu", load=t.load_checkpoint, **options):
-        read.append((path, map_location))
-        return load(path, map_location, **options)
-
-    monkeypatch.setattr(t, "load_checkpoint", load)
-    shutil.copytree(finished, tmp_path / "ck")
-    assert session("--resume", "latest", "--checkpoint-dir", tmp_path / "ck") == 0
-    assert {path for path, place in read if place != "meta"} == {tmp_path / "ck" / "final.pt"}
-    assert len(read) > 4
-
-
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    texts = {"text.pt": b"hello", "empty.pt": b""}
-    for name, content in texts.items():
-        (tmp_path / name).write_bytes(content)
-        assert_refused(refused("--resume", tmp_path / name), name)
-    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
-        archive.writestr("hello", "world")
-    assert_refused(refused("--resume", tmp_path / "zip.pt"), "zip.pt")
-    assert_refused(refused("--resume", tmp_path), "directory")
-    assert_refused(refused("--resume", tmp_path / "missing.pt"), "missing.pt: No such file")
-    (tmp_path / "none").mkdir()
-    assert_refused(
-        refused("--resume", "latest", "--checkpoint-dir", tmp_path / "none"), "no checkpoint"
-    )
-
-
-def test_another_runs_files_are_never_overwritten(options, tmp_path, capfd):
-    schedule = ["--steps", "4", "--save-every", "2", "--eval-every", "2"]
-    assert session(*options, *schedule) == 0
-    before = {
-        path.name: path.read_bytes()
-        for path in (tmp_path / "ck").iterdir()
-        if path.name != "run.lock"
-    }
-    capfd.readouterr()
-    assert session(*options, *schedule, "--seed", "1") == 0
-    after = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
-    assert {name: after[name] for name in before} == before
-    assert {"final_2.pt", "best_2.pt", "step_2_2.pt", "step_4_2.pt", "metrics_2.csv"} <= set(after)
-    assert saved_path(capfd.readouterr().out).name == "final_2.pt"
+def test_saving_takes_hardly_any_memory(fork, tmp_path):
+    peaks, large = [], {str(i): torch.randn(2_500_000) for i in range(40)}
+    for state in ({"a": torch.randn(2_000_000)}, large):
+        child = fork(program=functools.partial(t.save_checkpoint, state, tmp_path / "a.pt"))
+        child.finish()
+        assert child.exitcode == 0
+        peaks.append(child.peak * 1024)
+    assert peaks[1] - peaks[0] < 0.05 * 400e6
 
 
 def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
@@ -559,101 +241,32 @@ def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
     for name in ("pipe", "folder"):
         with pytest.raises(OSError, match="is a directory, pipe or device"):
             t.save_checkpoint({"a": 1}, tmp_path / name)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(
-        os.stat(tmp_path / "pipe").st_mode
-    )
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
 
 
-def test_save_checkpoint_keeps_the_old_file_when_a_write_fails(tmp_path):
-    code = f"""
-import resource, torch, train_graceful as t
-t.save_checkpoint({{"old": torch.ones(3)}}, {str(tmp_path / "a.pt")!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-try:
-    t.save_checkpoint({{"new": torch.randn(10**6)}}, {str(tmp_path / "a.pt")!r})
-except OSError as error:
-    print("refused", error.errno)
-"""
-    result = forked([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == "refused 27\n" and result.stderr == ""
-    assert torch.equal(t.load_checkpoint(tmp_path / "a.pt")["old"], torch.ones(3))
-    assert os.listdir(tmp_path) == ["a.pt"]
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_a_save_below_a_folder_that_may_not_be_listed():
-    """As /home or a cluster's scratch space often are (mode 711): there the new name cannot be flushed, and need not be."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = t.Path(folder, "ck")
-        directory.mkdir()
-        os.chmod(folder, 0o711)
-        os.chown(directory, 65534, 65534)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setuid(65534)
-                t.save_checkpoint({"a": torch.ones(3)}, directory / "a.pt")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert t.load_checkpoint(directory / "a.pt")["a"].tolist() == [1, 1, 1]
-
-
-FULL_BEFORE_TRAINING = """
-import resource, train_graceful as t
-def loop(*arguments, original=t.standard_training_loop):
+def limit_files(frame) -> None:
+    """What is written beyond that fails; Python ignores the signal."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    original(*arguments)
-t.standard_training_loop = loop
-t.main(t.train, **t.OPTIONS)
-"""
 
 
-def test_a_failed_periodic_save_is_reported_and_never_ends_the_run(options, tmp_path):
-    result = forked(
-        [
-            sys.executable,
-            "-c",
-            FULL_BEFORE_TRAINING,
-            *options,
-            "--steps",
-            "20",
-            "--save-every",
-            "8",
-            "--eval-every",
-            "12",
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
-    assert "⚠️ step_8.pt not saved: File too large. Training goes on." in result.stdout
-    assert "⚠️ best.pt not saved: File too large. Training goes on." in result.stdout
-    assert "step_16.pt not saved" in result.stdout and "Final checkpoint not saved" in result.stdout
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert not list((tmp_path / "ck").glob("*.pt"))
+COPIED = Moment("to_host", where=lambda frame: frame.f_locals["memory"] is not None)
+FAILING = {
+    "a full disk": (Moment("standard_training_loop"), limit_files, "File too large", 1, set()),
+    "no memory for a copy": (COPIED, fail, "injected", 0, {"step_6.pt", "best.pt", "final.pt"}),
+}
 
 
-def test_a_copy_that_does_not_fit_into_memory_never_ends_the_run(
-    options, tmp_path, monkeypatch, capfd
-):
-    copies = []
-
-    def to_host(state, memory=None, original=t.to_host):
-        if memory is not None:
-            copies.append(state["step"])
-        return torch.empty(2**60) if copies == [2] else original(state, memory)
-
-    monkeypatch.setattr(t, "to_host", to_host)
-    schedule = ["--steps", 6, "--save-every", 2, "--eval-every", 100, "--keep", 9]
-    assert session(*options, *schedule) == 0
-    output = capfd.readouterr().out
-    assert output.count("not saved") == 1 and "⚠️ step_2.pt not saved: " in output
-    names = {path.name for path in (tmp_path / "ck").glob("*.pt")}
-    assert names == {"step_4.pt", "step_6.pt", "final.pt", "best.pt"}
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failed_save_is_reported_and_never_ends_the_run(fork, options, tmp_path, what):
+    moment, act, error, code, left = FAILING[what]
+    schedule = "--steps 6 --save-every 3 --eval-every 6".split()
+    child = fork(*options, *schedule, plan=[(moment, act)], TMPDIR=str(tmp_path))
+    output = child.finish()
+    assert f"⚠️ step_3.pt not saved: {error}. Training goes on." in output
+    assert (f"⚠️ best.pt not saved: {error}. Training goes on." in output) == bool(code)
+    assert ("Final checkpoint not saved" in output) == bool(code) and "Traceback" not in output
+    assert child.exitcode == code and {*whole_files(tmp_path / "ck")} == left
 
 
 def test_rows_are_written_whole_while_a_save_flushes_them(tmp_path):
@@ -671,79 +284,130 @@ def test_rows_are_written_whole_while_a_save_flushes_them(tmp_path):
     assert [row["late"] for row in rows] == [""] * 2000 + ["1"] * 2000
 
 
-def test_a_directory_that_is_deleted_under_a_run_costs_no_save(spawn, options, tmp_path):
-    child = spawn(*options, *ENDLESS)
-    child.expect(r"step \d+/")
+def test_a_directory_that_is_deleted_under_a_run_costs_no_save(fork, options, tmp_path):
+    child = fork(*options, *ENDLESS)
+    child.terminal.expect(r"step \d+/")
     shutil.rmtree(tmp_path / "ck")
-    child.sendline("s")
-    child.expect("Checkpoint saved: ")
-    child.sendline("q")
-    path = saved_path(finish(child))
-    assert (
-        child.exitstatus == 0
-        and path.parent == tmp_path / "ck" / "emergency_exit"
-        and t.load_checkpoint(path)["step"]
-    )
+    child.terminal.sendline("s")
+    child.terminal.expect("Checkpoint saved: ")
+    child.terminal.sendline("q")
+    path = saved_path(child.finish())
+    assert child.exitcode == 0 and path.parent == tmp_path / "ck" / "emergency_exit"
+    assert t.load_checkpoint(path)["step"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_a_file_system_without_locks_is_named_in_one_line(fork, options, tmp_path, code):
-    """Lustre without -o flock, NFS without lockd."""
+def lacking(module, call: str, code: int, concerns, frame) -> None:
+    """A function in the place of module.call fails where concerns(its first argument) is true."""
+    real = getattr(module, call)
 
-    def no_locks(frame) -> None:
-        def lockf(*arguments):
+    def without(first, *rest):
+        if concerns(first):
             raise OSError(code, os.strerror(code))
+        return real(first, *rest)
 
-        frame.f_globals["fcntl"].lockf = lockf
-
-    child = fork(*options, "--steps", 4, plan=[(Moment("train"), no_locks)])
-    output = child.finish()
-    assert (
-        child.exitcode == 0
-        and output.count("no locks there") == 1
-        and f"({os.strerror(code)})" in output
-    )
-    assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
-
-
-def lacking(call: str, code: int, concerns):
-    """Puts something in the place of os.call that fails where concerns(its first argument) is true."""
-
-    def install(frame) -> None:
-        real = getattr(os, call)
-
-        def without(first, *rest):
-            if concerns(first):
-                raise OSError(code, os.strerror(code))
-            return real(first, *rest)
-
-        setattr(os, call, without)
-
-    return install
+    setattr(module, call, without)
 
 
 def is_folder(which) -> bool:
-    return stat.S_ISDIR(os.stat(which).st_mode) if os.path.exists(which) else False
+    return os.path.exists(which) and stat.S_ISDIR(os.stat(which).st_mode)
 
 
+# Lustre without -o flock, NFS without lockd; FUSE and network file systems; no right to list.
 LACKING = {
-    "fsync of directories": ("fsync", errno.EINVAL, is_folder),
-    "fsync": ("fsync", errno.ENOSYS, lambda fd: True),
-    "advice": ("posix_fadvise", errno.EINVAL, lambda fd: True),
-    "opening of directories": ("open", errno.EACCES, is_folder),
+    "locks": (fcntl, "lockf", errno.ENOLCK, bool),
+    "locks, not implemented": (fcntl, "lockf", errno.ENOSYS, bool),
+    "locks, not supported": (fcntl, "lockf", errno.ENOTSUP, bool),
+    "fsync of directories": (os, "fsync", errno.EINVAL, is_folder),
+    "fsync": (os, "fsync", errno.ENOSYS, bool),
+    "advice": (os, "posix_fadvise", errno.EINVAL, bool),
+    "opening of directories": (os, "open", errno.EACCES, is_folder),
 }
 
 
 @pytest.mark.parametrize("what", LACKING)
 def test_what_a_file_system_lacks_is_no_failed_save(fork, options, tmp_path, what):
-    """FUSE and network file systems, and directories that may be written but not listed."""
-    child = fork(
-        *options, "--steps", 4, "--save-every", 2, plan=[(Moment("train"), lacking(*LACKING[what]))]
-    )
+    """That there are no locks is named in a line."""
+    plan = [(Moment("train"), functools.partial(lacking, *LACKING[what]))]
+    child = fork(*options, "--steps", 4, "--save-every", 2, plan=plan)
     output = child.finish()
     assert child.exitcode == 0 and "not saved" not in output, output
+    reason = f"({os.strerror(LACKING[what][2])})"
+    assert [output.count("no locks there"), output.count(reason)] == [what.startswith("locks")] * 2
     assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["step"] == 4
     assert not list((tmp_path / "ck").rglob("*.tmp"))
+
+
+# ---- what is in a directory, and which is the latest
+
+
+def test_layout_keys_and_retention(finished):
+    found = " ".join(sorted(path.name for path in finished.iterdir()))
+    assert found == "best.pt final.pt metrics.csv run.lock step_10.pt step_12.pt"
+    for path in finished.glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        assert {*KEYS} == {*state} and state["format_version"] == 3
+    assert torch.load(finished / "final.pt", weights_only=True)["exit_reason"] == "completed"
+    assert torch.load(finished / "best.pt", weights_only=True)["best"]["value"] < 6
+
+
+def test_another_runs_files_are_never_overwritten(options, tmp_path, capfd):
+    schedule = ["--steps", "4", "--save-every", "2", "--eval-every", "2"]
+    assert session(*options, *schedule) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
+    before.pop("run.lock")
+    capfd.readouterr()
+    assert session(*options, *schedule, "--seed", "1") == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert {"final_2.pt", "best_2.pt", "step_2_2.pt", "step_4_2.pt", "metrics_2.csv"} <= {*after}
+    assert saved_path(capfd.readouterr().out).name == "final_2.pt"
+
+
+def test_latest_reads_no_tensors_in_vain_and_skips_what_is_damaged_or_of_another_program(
+    finished, copied, monkeypatch, capfd
+):
+    (copied / "best.pt").unlink()
+    flip_a_weight(finished / "final.pt", copied / "final.pt")
+    cut = copied / "emergency_exit" / "emergency_step_13.pt"
+    cut.parent.mkdir()
+    cut.write_bytes((finished / "final.pt").read_bytes()[:5000])
+    t.save_checkpoint({"step": 4444, "model": torch.ones(3)}, copied / "step_4444.pt")
+    read = []
+
+    def load(path, map_location="cpu", original=t.load_checkpoint, **options):
+        read.append((path.name, map_location))
+        return original(path, map_location, **options)
+
+    monkeypatch.setattr(t, "load_checkpoint", load)
+    assert session("--resume", "latest", "--checkpoint-dir", copied, "--steps", 14) == 0
+    output = capfd.readouterr().out
+    assert "Skipped" in output and "emergency_step_13.pt" in output
+    assert "final.pt: damaged" in output and "Completed Steps: 14" in output
+    assert {name for name, place in read if place != "meta"} == {"final.pt", "step_12.pt"}
+    assert len({name for name, place in read if place == "meta"}) == 5
+
+
+def test_latest_is_the_furthest_of_the_run_that_has_saved_last(tmp_path):
+    def saved(name: str, run_id: str, session: int, step: int, saved_at: str) -> Path:
+        """The modification time of the file says nothing."""
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        state = {"format_version": 3, "run_id": run_id, "step": step, "saved_at": saved_at}
+        t.save_checkpoint({**state, "metrics": {"sessions": session}}, path)
+        os.utime(path, (2**33 - 1000 * step,) * 2)
+        return path
+
+    stopped = saved("emergency_exit/emergency_step_0.pt", "new", 1, 0, "2026-01-07")
+    assert t.latest_checkpoint(tmp_path) == stopped
+    # One that was stopped before its first step hides no trained run.
+    saved("step_900.pt", "other", 1, 900, "2026-01-01")
+    saved("best.pt", "mine", 1, 20, "2026-01-04")
+    saved("step_30.pt", "mine", 1, 30, "2026-01-02")
+    furthest = saved("emergency_exit/emergency_step_40.pt", "mine", 1, 40, "2026-01-03")
+    assert t.latest_checkpoint(tmp_path) == furthest
+    # It was resumed from an older one on purpose, and goes on from there.
+    again = saved("step_25.pt", "mine", 2, 25, "2026-01-05")
+    assert t.latest_checkpoint(tmp_path) == again
 
 
 def with_bom(path: Path) -> None:
@@ -755,54 +419,142 @@ def piped(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize(
-    "change, name",
-    [(with_bom, "metrics.csv"), (piped, "metrics_2.csv"), (Path.unlink, "metrics.csv")],
-)
-def test_whatever_a_person_has_made_of_metrics_csv_the_run_goes_on(
-    finished, tmp_path, change, name
-):
-    """A spreadsheet has saved it, as spreadsheets do; a pipe stands in its place; it is gone."""
-    directory = shutil.copytree(finished, tmp_path / "ck")
-    steps = [row["step"] for row in metrics_without_times(directory)]
-    change(directory / "metrics.csv")
-    assert session("--resume", directory / "final.pt", "--steps", "14") == 0
-    now = [row["step"] for row in metrics_without_times(directory, name)]
-    assert now == [*(steps if change is with_bom else []), "14"]
+def and_then(tail: bytes):
+    return lambda path: path.write_bytes(path.read_bytes() + tail)
 
 
-def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(
-    finished, tmp_path, capfd
-):
+# What became of metrics.csv, where the rows are written then, and whether the old ones stay there.
+RAIN = b"year,rain\n1,20\n99,30\n"
+METRICS = {
+    "saved by a spreadsheet": (with_bom, "metrics.csv", True),
+    "torn by a power cut": (and_then(b"13,0,5.1"), "metrics.csv", True),
+    "zeros after a power cut": (and_then(b"\0\0\0\n13,1,x\n" + b"\0" * 30), "metrics.csv", True),
+    "gone": (Path.unlink, "metrics.csv", False),
+    "a pipe": (piped, "metrics_2.csv", False),
+    "another program's": (lambda path: path.write_bytes(RAIN), "metrics_2.csv", False),
+}
+
+
+@pytest.mark.parametrize("what", METRICS)
+def test_whatever_has_become_of_metrics_csv_the_run_goes_on(finished, copied, what):
+    change, name, stay = METRICS[what]
+    change(copied / "metrics.csv")
+    assert session("--resume", copied / "final.pt", "--steps", "14") == 0
+    *old, new = metrics_without_times(copied, name)
+    assert old == (metrics_without_times(finished) if stay else []) and new["step"] == "14"
+    assert b"\0" not in (copied / name).read_bytes()
+    if what == "another program's":
+        assert (copied / "metrics.csv").read_bytes() == RAIN
+
+
+# ---- what is refused
+
+
+def test_a_damaged_one_is_refused_in_one_line(finished, tmp_path):
+    flip_a_weight(finished / "final.pt", tmp_path / "flipped.pt")
+    result = run("--resume", tmp_path / "flipped.pt")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and "data/" in result.stderr
+    assert "flipped.pt: damaged checkpoint" in result.stderr
+
+
+def test_what_is_no_checkpoint_is_refused(finished, tmp_path):
+    whole = (finished / "final.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("hello", "world")
+    zipped = (tmp_path / "other.pt").read_bytes()
+    for content in (b"", b"hello", zipped, whole[: len(whole) // 3], whole[:-300]):
+        (tmp_path / "other.pt").write_bytes(content)
+        message = refused("--resume", tmp_path / "other.pt")
+        assert "other.pt: damaged, or not a checkpoint" in message
+    assert "directory" in refused("--resume", tmp_path)
+    assert "missing.pt: No such file" in refused("--resume", tmp_path / "missing.pt")
+    nowhere = ["--checkpoint-dir", tmp_path / "none"]
+    assert "no checkpoint" in refused("--resume", "latest", *nowhere)
+
+
+class Runs:
+    """Whoever unpickles it calls a function."""
+
+    def __init__(self, function, argument) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_no_code_in_a_strangers_file_runs(tmp_path, protocol):
+    """Not even what torch.load(weights_only=True) takes, an object of any size for instance."""
+    for hostile in (Runs(os.mkdir, str(tmp_path / "it ran")), Runs(bytearray, 10**12)):
+        torch.save({"a": hostile}, tmp_path / "hostile.pt", pickle_protocol=protocol)
+        for place in ("cpu", "meta"):
+            with pytest.raises(t.CheckpointError, match="damaged, or not a checkpoint"):
+                t.load_checkpoint(tmp_path / "hostile.pt", map_location=place)
+    assert os.listdir(tmp_path) == ["hostile.pt"]
+
+
+def adamw(change):
+    return lambda state: change(state["optimizer_state_dicts"]["adamw"])
+
+
+# PyTorch would take another optimizer's state, as long as there are as many shapes that fit.
+OTHERS = [
+    (lambda s: s.update(format_version=2), "not a checkpoint of this program and edition"),
+    (lambda s: s.update(format_version=4), "not a checkpoint of this program"),
+    (lambda s: s.update(format_version=torch.ones(3)), "this program"),
+    (lambda s: s.pop("format_version"), "not a checkpoint of this program"),
+    (lambda s: s.update(run_id="../../outside"), "not a checkpoint of this program"),
+    (lambda s: s["config"].update(dim=32), "does not fit"),
+    (lambda s: s["config"].update(speed=1), "here is no --speed as in its run; --weights"),
+    (lambda s: s["model_state_dict"].pop("head.weight"), "does not fit"),
+    (lambda s: s["optimizer_state_dicts"].pop("adamw"), "kept by this run, but not in the check"),
+    (lambda s: s["state_dicts"].update(ema={}), "ema is in the checkpoint, but not kept by this"),
+    (lambda s: s.update(data_fingerprint="0" * 32), "data"),
+    (lambda s: s["data_fingerprint"].update(training=[3, None]), "the data is not what"),
+    (adamw(lambda o: o.update({"class": "SGD"})), "fit adamw (class: SGD there, AdamW here)"),
+    (adamw(lambda o: o["param_names"][0].reverse()), "does not fit adamw (param_names: "),
+    (adamw(lambda o: o["param_names"][0].pop()), "does not fit adamw (param_names: "),
+]
+
+
+@pytest.mark.parametrize("change, words", OTHERS)
+def test_a_checkpoint_of_another_format_or_run_is_refused(altered, tmp_path, change, words):
+    path, resumed = altered(change)
+    message = refused(*resumed)
+    assert str(path) in message and words in message
+    assert os.listdir(tmp_path) == ["altered.pt"]
+
+
+def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(altered, capfd):
     """A newer one has added an option to AdamW's groups; and a newer edition a key."""
 
     def change(state: dict) -> None:
-        group = state["optimizer_state_dicts"]["adamw"]["param_groups"][0]
-        group.pop("decoupled_weight_decay")
+        state["optimizer_state_dicts"]["adamw"]["param_groups"][0].pop("decoupled_weight_decay")
         state.update(torch_version="2.6.0", more=[1])
 
-    path = altered(finished, tmp_path / "older.pt", change)
-    assert session("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14") == 0
+    assert session(*altered(change)[1]) == 0
     assert "Completed Steps: 14" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda o: o.update({"class": "SGD"}), "does not fit adamw (class: SGD there, AdamW here)"),
-        (lambda o: o["param_names"][0].reverse(), "does not fit adamw (param_names: "),
-        (lambda o: o["param_names"][0].pop(), "does not fit adamw (param_names: "),
-    ],
-)
-def test_an_optimizers_state_only_goes_to_the_same_optimizer_over_the_same_parameters(
-    finished, tmp_path, change, words
-):
-    """PyTorch would take it, shapes and all, as long as there are as many."""
-    path = altered(
-        finished, tmp_path / "other.pt", lambda s: change(s["optimizer_state_dicts"]["adamw"])
-    )
-    assert_refused(
-        refused("--resume", path, "--checkpoint-dir", tmp_path / "ck", "--steps", "14"),
-        "does not fit",
-        words,
-    )
+STRANGE = [None, True, 10**30, "x", float("nan"), [], [1], {}, {1: 2}, torch.ones(2), {"a": None}]
+NEEDLESS = ["exit_reason", "torch_version", "saved_at"]
+CHECKED = """format_version run_id model_state_dict state_dicts best config data_fingerprint loop
+stream""".split()
+PARTS = ["optimizer_state_dicts", "scheduler_state_dicts"]
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("key", [*CHECKED, *NEEDLESS, *PARTS])
+def test_whatever_stands_in_the_place_of_a_value_is_one_line(altered, key, capfd):
+    """A traceback would be a bug; what no run needs to go on may be anything."""
+    for value in STRANGE:
+        change = {key: {"adamw": value} if key in PARTS else value}
+        code = session(*altered(lambda state: state.update(change))[1])
+        errors = capfd.readouterr().err
+        refusal = code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+        assert refusal or code == 0 and not errors, (value, errors)
+        needless = key in NEEDLESS or key == "state_dicts" and value in ([], {})
+        assert refusal or needless, value
+        assert "adamw" in errors or key not in PARTS
