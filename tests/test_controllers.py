@@ -5,12 +5,11 @@ They train any model with experts, and a run that is left and resumed with them 
 
 import copy
 import functools
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, ask_to_leave, assert_same, assert_same_run, session
+from helpers import TINY, Images, ask_to_leave, assert_same, assert_same_run, session
 from torch import nn
 
 import train_graceful as t
@@ -86,31 +85,6 @@ def test_theta_at_zero_is_exactly_the_unrotated_model(built):
     for block in rotated.blocks:
         block.experts.theta.data.zero_()
     assert rotated(tokens).equal(plain(tokens))
-
-
-def test_a_rotation_that_is_not_learned_only_chooses_where_muon_starts(built, float32_muon):
-    """W R x is (W R) x, and Muon's step for W R is its step for W, rotated: the two never part."""
-    args = "--mode", "geometric", "--dropout", 0, "--weight-decay", 0.1
-    (rotated, batches), (folded, _) = built(*args), built(*args)
-
-    def turned(experts):
-        return t.rotate_columns(torch.stack(list(experts.w_in)), t.MAX_ANGLE * experts.theta.tanh())
-
-    with torch.no_grad():
-        for experts in folded.experts:
-            for w, start in zip(experts.w_in, turned(experts)):
-                w.copy_(start)
-            experts.theta.zero_()
-    started = [experts.w_in[0].detach().clone() for experts in folded.experts]
-    for experts in (*rotated.experts, *folded.experts):
-        experts.theta.requires_grad_(False)
-    for batch in batches[:20]:
-        loss, same = rotated.training_step(batch), folded.training_step(batch)
-        assert_close(loss, same, atol=1e-5, rtol=0)
-    # They have gone far, and together.
-    for ours, theirs, start in zip(rotated.experts, folded.experts, started, strict=True):
-        assert (theirs.w_in[0] - start).abs().max() > 0.02
-        assert_close(turned(ours), turned(theirs), atol=1e-5, rtol=0)
 
 
 def test_a_step_is_one_pass_per_micro_batch_and_moves_theta_by_its_gradient(built):
@@ -223,16 +197,11 @@ def test_batched_muon_takes_the_steps_and_keeps_the_state_of_torchs_muon(
     assert_close(muon.state_dict(), state, rtol=0, atol=0)
 
 
-KINDS = [
-    (t.StandardTrainingController, 0.1 + 0.45, 0.1),
-    (t.GeometricTrainingController, 0.5, 0.0),
-]
-
-
-@pytest.mark.parametrize("kind, middle, end", KINDS)
+@pytest.mark.parametrize("kind, middle, end", [("Standard", 0.55, 0.1), ("Geometric", 0.5, 0.0)])
 def test_the_schedule_rises_falls_and_stays(kind, middle, end):
+    decay = functools.partial(getattr(t, f"{kind}TrainingController").decay, None)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = t.warmup_decay(optimizer, 4, 20, functools.partial(kind.decay, None))
+    scheduler = t.warmup_decay(optimizer, 4, 20, decay)
     rates = []
     for _ in range(25):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -245,14 +214,18 @@ def test_the_schedule_rises_falls_and_stays(kind, middle, end):
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
-def test_it_learns_and_a_non_finite_gradient_updates_nothing(built, mode):
+def test_it_learns_and_a_gradient_that_is_not_finite_updates_nothing(built, monkeypatch, mode):
     controller, batches = built("--mode", mode, "--warmup-steps", "5")
     losses = [controller.training_step(batch).item() for batch in batches]
     assert len(losses) >= 50 and sum(losses[-5:]) / 5 < losses[0] - 1
     parts = [controller.model, *controller.optimizers.values(), *controller.schedulers.values()]
     before = copy.deepcopy([part.state_dict() for part in parts])
-    controller.model.head.weight.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(FloatingPointError, match="NaN or infinite; nothing was updated"):
+
+    def not_finite(norm: float) -> None:
+        raise FloatingPointError
+
+    monkeypatch.setattr(controller.run, "clip_gradients", not_finite)
+    with pytest.raises(FloatingPointError):
         controller.training_step(batches[0])
     assert_same([part.state_dict() for part in parts], before)
 
@@ -260,58 +233,42 @@ def test_it_learns_and_a_non_finite_gradient_updates_nothing(built, mode):
 # ---- anybody's own model
 
 
-class Points(torch.utils.data.Dataset):
-    """x in [-1, 1]^3 and a function of it."""
-
-    def __init__(self, length: int) -> None:
-        generator = torch.Generator().manual_seed(length)
-        self.x = 2 * torch.rand(length, 3, generator=generator) - 1
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int):
-        x = self.x[index]
-        return x, (3 * x).sin().sum()
-
-
 class Own(nn.Module):
-    """Layers with experts, in an nn.ModuleList or a single one outside of any.
+    """With experts, in an nn.ModuleList or alone.
 
     Skipping is stochastic depth: a layer has no part in every second batch.
     """
 
-    def __init__(self, *experts: t.Experts, skipping: bool = False) -> None:
+    def __init__(self, experts: nn.Module, skipping: bool = False) -> None:
         super().__init__()
-        self.first, self.last, self.skipping = nn.Linear(3, 16), nn.Linear(16, 1), skipping
-        layers = [nn.Sequential(nn.LayerNorm(16), one) for one in experts]
-        self.layers = nn.ModuleList(layers) if len(layers) > 1 else None
-        self.alone = None if self.layers else layers[0]
+        self.first, self.last = nn.Linear(3 * 64, 16), nn.Linear(16, 4)
+        self.experts, self.skipping = experts, skipping
 
-    def forward(self, x):
-        x = self.first(x)
-        for layer in self.layers or [self.alone]:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.first(images.flatten(1))
+        for layer in [self.experts] if isinstance(self.experts, t.Experts) else self.experts:
             if not (self.training and self.skipping) or torch.rand(()) < 0.5:
                 x = x + layer(x)
-        return self.last(x).squeeze(-1)
+        return self.last(x)
 
 
-def own_program(model, stop=None):
+def three() -> nn.ModuleList:
+    return nn.ModuleList([t.Experts(16, 2), t.Experts(16, 4), t.Experts(16, 3, rotations=False)])
+
+
+def own_program(make, stop=None):
     """A train(run) for a model of one's own; stop is the step at which somebody asks to leave."""
 
-    def train(run):
-        run.data(Points(400), Points(40))
-        own = run.model(model())
+    def train(run: t.Run) -> None:
+        run.data(Images(400, True), Images(40, False))
+        model = run.model(make())
 
-        def loss(batch):
-            return nn.functional.mse_loss(own(batch[0]), batch[1])
+        def losses(batch) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-        def evaluate(batch):
-            return {"loss": (own(batch[0]) - batch[1]).square()}
-
-        controller = t.GeometricTrainingController(run, own, loss)
+        controller = t.GeometricTrainingController(run, model, lambda batch: losses(batch).mean())
         run.keep(optimizers=controller.optimizers, schedulers=controller.schedulers)
-        for batch in run.batches(evaluate):
+        for batch in run.batches(lambda batch: {"loss": losses(batch)}):
             run.log(loss=controller.training_step(batch))
             if run.step + 1 == stop:
                 ask_to_leave(run)
@@ -319,22 +276,17 @@ def own_program(model, stop=None):
     return train
 
 
-def three() -> list[t.Experts]:
-    return [t.Experts(16, 2), t.Experts(16, 4), t.Experts(16, 3, rotations=False)]
-
-
-# The model, how many experts it has, and the loss that it reaches in 60 steps: the variance of
-# sin(3 x) is about a half in each of three dimensions.
+# The model, and how many experts it has.
 MODELS = {
-    "a list of layers": (lambda: Own(*three()), 9, 0.75),
-    "a single one": (lambda: Own(t.Experts(16, 4)), 4, 0.75),
-    "stochastic depth": (lambda: Own(*three(), skipping=True), 9, 1.2),
+    "a list of layers": (lambda: Own(three()), 9),
+    "a single one": (lambda: Own(t.Experts(16, 4)), 4),
+    "stochastic depth": (lambda: Own(three(), skipping=True), 9),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, name):
-    model, experts, reached = MODELS[name]
+    model, experts = MODELS[name]
     options = {"steps": 60, "batch_size": 20, "eval_every": 20, "warmup_steps": 5}
     whole, stopped = (["--checkpoint-dir", tmp_path / name] for name in ("whole", "stopped"))
     assert session(*whole, train=own_program(model), **options) == 0
@@ -342,7 +294,7 @@ def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, name):
     assert session(*stopped, "--resume", "latest", train=own_program(model), **options) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     final = t.load_checkpoint(tmp_path / "whole" / "final.pt")
-    assert final["evaluation"]["values"]["loss"] < reached
+    assert final["evaluation"]["values"]["loss"] < 0.9, "chance has log(4) = 1.39"
     names = {name: one["param_names"][0] for name, one in final["optimizer_state_dicts"].items()}
     assert all(name.endswith(".theta") for name in names["rotation"])
     # The matrices of all experts, of those without rotations too, and no router.
