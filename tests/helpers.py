@@ -827,15 +827,182 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert metrics_without_times(left) == metrics_without_times(right)
 
 
-def assert_close_run(left, right) -> None:
-    """Two directories hold runs of the same batches, added up in another order."""
-    a, b = final(left), final(right)
-    assert a["step"] == b["step"] and a["model_state_dict"].keys() == b["model_state_dict"].keys()
-    for name, weight in a["model_state_dict"].items():
-        expected = b["model_state_dict"][name]
-        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-4, msg=name)
-    for row, other in zip(metrics_without_times(left), metrics_without_times(right), strict=True):
-        assert row.keys() == other.keys()
-        for key, value in row.items():
-            assert bool(value) == bool(other[key]), key
-            assert not value or float(value) == pytest.approx(float(other[key]), abs=1e-4), key
+def flip_a_weight(path: Path, into: Path) -> None:
+    """One bit of the largest tensor in a checkpoint; torch.load does not notice."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        record = max(tensors, key=lambda info: info.file_size)
+    data[record.header_offset + 2000] ^= 1
+    into.write_bytes(data)
+    torch.load(into, weights_only=True)
+
+
+def processes_in_session(session: int) -> list[str]:
+    """Command lines of all processes, zombies too, in a session (Linux)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == session:
+                found.append(f"{entry.name} {fields[0]}")
+    return found
+
+
+def saved_path(output: str) -> Path:
+    return Path(re.search(r"checkpoint saved: (\S+\.pt)", output)[1])
+
+
+def wait_until(condition, process=None, timeout=60) -> None:
+    """Waits for an event that nothing announces; fails after timeout seconds or when process has ended without it."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.02)
+
+
+# ---- a run of one's own, stopped at a step and resumed
+
+OWN = {"batch_size": 4, "steps": 12, "eval_every": 5, "save_every": 100, "log_every": 1}
+OWN |= {"lr": t.option(0.05, fixed=False), "fails": t.option(-1, fixed=False)}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of two classes with their index, moved at random each time that they are looked at."""
+
+    def __init__(self, count: int = 22) -> None:
+        self.rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        row = self.rows[index]
+        noise = 0.1 * torch.randn(4) + np.random.uniform(0, 0.1)
+        return row + noise, (row.sum() > 0).long(), index
+
+
+def sgd(run: t.Run, module: nn.Module) -> torch.optim.Optimizer:
+    return run.keep(optimizer=torch.optim.SGD(module.parameters(), run.options.lr, momentum=0.9))
+
+
+def loss_of(module: nn.Module, batch) -> torch.Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def update(run: t.Run, module: nn.Module, optimizer, batch) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(module, batch)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def losses(run: t.Run, module: nn.Module):
+    def evaluate(batch):
+        logits = module(batch[0])
+        loss = F.cross_entropy(logits, batch[1], reduction="none")
+        return {"loss": loss, "minus": -loss, "accuracy": logits.argmax(1) == batch[1]}
+
+    return evaluate
+
+
+def learning(
+    begin=sgd,
+    body=update,
+    data=lambda run: run.data(Rows(), Rows(7)),
+    model=lambda: nn.Linear(4, 2),
+    evaluate=losses,
+    **how,
+):
+    """train(run): begin(run, module) keeps what a test is about, body(run, module, it, batch) trains."""
+
+    def train(run: t.Run) -> None:
+        data(run)
+        module = run.model(model())
+        kept = begin(run, module)
+        for batch in run.batches(evaluate and evaluate(run, module), **how):
+            run.log(loss=body(run, module, kept, batch))
+            if isinstance(batch, (list, tuple)):
+                run.log(index=batch[2].float().mean(), size=len(batch[2]))
+
+    return train
+
+
+def stopping(train, stop: int | str):
+    """train(run) that is asked to leave in the body of this batch, or "start 8", "evaluation 8"."""
+
+    def stopped(run: t.Run) -> None:
+        batches, say = run.batches, run.screen.say
+
+        def ask(moment: str) -> None:
+            if str(stop) == moment:
+                ask_to_leave(run)
+
+        def stopped_say(text: str) -> None:
+            say(text)
+            if "Training started" in text:
+                ask(f"start {run.step}")
+
+        def stopped_batches(evaluate=None, **how):
+            def stopped_evaluate(batch):
+                ask(f"evaluation {run.step}")
+                return evaluate(batch)
+
+            for batch in batches(evaluate and stopped_evaluate, **how):
+                ask(str(run.step + 1))
+                yield batch
+
+        run.batches, run.screen.say = stopped_batches, stopped_say
+        train(run)
+
+    return stopped
+
+
+def go(train, directory: Path | None, *args, stop=None, code=None, **options) -> t.Run | None:
+    """One session of train(run), with a stop if one is given (see stopping)."""
+    runs = []
+
+    def noted(run: t.Run) -> None:
+        runs.append(run)
+        (train if stop is None else stopping(train, stop))(run)
+
+    where = () if directory is None else ("--checkpoint-dir", directory)
+    ended = session(*where, *args, train=noted, **{**OWN, **options})
+    assert ended == (code if code is not None else 0 if stop is None else 143)
+    return runs[0] if runs else None
+
+
+def resume(train, directory: Path, *args, **how) -> t.Run | None:
+    return go(train, directory, "--resume", "latest", *args, **how)
+
+
+def assert_resumes(train, tmp_path: Path, *stops, before=(), after=(), **options) -> Path:
+    """Stopped at each of these and resumed it ends with the bits of the run that was not stopped.
+
+    Where that one lies.
+    """
+    go(train, tmp_path / "whole", **options)
+    for stop in stops or [7]:
+        parts = tmp_path / f"stopped {stop}"
+        go(train, parts, *before, stop=stop, **options)
+        resume(train, parts, *after, **options)
+        assert_same_run(tmp_path / "whole", parts)
+    return tmp_path / "whole"
+
+
+def mistake(capfd, train, *args, **how) -> str:
+    """The one line on standard error that a session ends with, with exit code 2."""
+    capfd.readouterr()
+    go(train, *args, code=2, **how)
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def column(directory: Path, name: str, file: str = "metrics.csv") -> list[float]:
+    return [float(row[name]) for row in metrics_without_times(directory, file)]
