@@ -963,8 +963,8 @@ def stopping(train, stop: int | str):
     return stopped
 
 
-def go(train, directory: Path | None, *args, stop=None, code=None, **options) -> t.Run | None:
-    """One session of train(run), with a stop if one is given (see stopping)."""
+def go(train, directory: Path | None, *args, stop=None, code=None, defaults=OWN, **options):
+    """The run of one session of train(run), with a stop if one is given (see stopping)."""
     runs = []
 
     def noted(run: t.Run) -> None:
@@ -972,12 +972,12 @@ def go(train, directory: Path | None, *args, stop=None, code=None, **options) ->
         (train if stop is None else stopping(train, stop))(run)
 
     where = () if directory is None else ("--checkpoint-dir", directory)
-    ended = session(*where, *args, train=noted, **{**OWN, **options})
+    ended = session(*where, *args, train=noted, **{**defaults, **options})
     assert ended == (code if code is not None else 0 if stop is None else 143)
     return runs[0] if runs else None
 
 
-def resume(train, directory: Path, *args, **how) -> t.Run | None:
+def resume(train, directory: Path, *args, **how) -> t.Run:
     return go(train, directory, "--resume", "latest", *args, **how)
 
 
