@@ -29,16 +29,7 @@ from helpers import (
 )
 from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Subset,
-    WeightedRandomSampler,
-    default_collate,
-    random_split,
-)
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 import train_graceful as tg
 
@@ -77,8 +68,8 @@ def buckets(epoch: int) -> list[list[int]]:
     return [order[:2], order[2:8], [*order[6:], *order[:4]], order[4:8]]
 
 
-def weighted_by_torch(**settings) -> WeightedRandomSampler:
-    return WeightedRandomSampler([0.0] * 10 + [1.0] * 10, 20, **settings)
+def weighted_by_torch(**settings) -> torch.utils.data.Sampler:
+    return torch.utils.data.WeightedRandomSampler([0.0] * 10 + [1.0] * 10, 20, **settings)
 
 
 SAMPLERS = {
@@ -157,29 +148,17 @@ class Numbers(IterableDataset):
         self.place = state["place"]
 
 
-class Loader(DataLoader):
-    """As those that know their place are: it asks its dataset."""
-
-    state_dict = property(lambda self: self.dataset.state_dict)
-    load_state_dict = property(lambda self: self.dataset.load_state_dict)
-
-
-STREAMS = {
-    "dataset": lambda run: Numbers(run.rank, run.world_size),
-    "loader": lambda run: Loader(Numbers(), batch_size=None),
-}
 EPOCHS = [100 * epoch + number for epoch in range(3) for number in range(1, 6)]
 
 
-def streamed(stream=STREAMS["dataset"], validation=None):
+def streamed(stream=lambda run: Numbers(run.rank, run.world_size), validation=None):
     evaluate = validation and losses
     return learning(data=lambda run: run.data(stream(run), validation), evaluate=evaluate)
 
 
-@pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_goes_on_where_it_was(tmp_path, capfd, name):
+def test_a_stream_goes_on_where_it_was(tmp_path, capfd):
     """In the middle of an epoch, and at its end."""
-    train = streamed(STREAMS[name], Rows(7))
+    train = streamed(validation=Rows(7))
     whole = assert_resumes(train, tmp_path, 1, 5, 7, after=("--workers", 2))
     assert column(whole, "index") == EPOCHS[:12]
     assert "begins it anew" not in capfd.readouterr().out
@@ -201,16 +180,14 @@ def test_a_stream_for_each_rank(tmp_path, group, capfd):
     assert "a stream of 2 ranks; --weights" in words
 
 
-@pytest.mark.parametrize("validation", [None, Rows(7)], ids=["none", "validation"])
-def test_no_data_gives_the_steps(tmp_path, validation):
+def test_no_data_gives_the_steps(tmp_path):
     def body(run, module, optimizer, step):
         assert step == run.step
         return update(run, module, optimizer, [torch.randn(4, 4), torch.arange(4) % 2])
 
-    data = lambda run: validation and run.data(None, validation)
-    train = learning(data=data, body=body, evaluate=validation and losses)
+    train = learning(data=lambda run: run.data(None, Rows(7)), body=body)
     whole = assert_resumes(train, tmp_path, workers=2)
-    assert validation is None or final(whole)["evaluation"]["step"] == 12
+    assert final(whole)["evaluation"]["step"] == 12
 
 
 NO_DATA = {
@@ -233,15 +210,16 @@ def test_data_without_batches_or_an_end_is_refused(tmp_path, capfd, words):
 # ---- what the data is known by, and its generators
 
 
-def joined(part: Dataset) -> Dataset:
-    return ConcatDataset([part, part])
+def joined(part):
+    return torch.utils.data.ConcatDataset([part, part])
 
 
 @pytest.mark.parametrize("wrap", [lambda part: part, joined], ids=["split", "joined"])
 def test_another_split_is_refused_and_the_same_one_goes_on(tmp_path, capfd, wrap):
     def split(run: tg.Run) -> None:
         generator = torch.Generator().manual_seed(run.options.split)
-        run.data(*map(wrap, random_split(Rows(24), [16, 8], generator)))
+        parts = torch.utils.data.random_split(Rows(24), [16, 8], generator)
+        run.data(*map(wrap, parts))
 
     train, options = learning(data=split), {"split": tg.option(0, fixed=False)}
     whole = assert_resumes(train, tmp_path, **options)
@@ -375,12 +353,11 @@ class Precise(SGD):
     def step(self, closure=None) -> None:
         for one in self.param_groups[0]["params"]:
             state = self.state[one]
-            if not state:
-                state["average"] = torch.zeros(one.shape, dtype=torch.float64)
-                state["mask"] = torch.zeros(one.shape, dtype=torch.bool)
-            state["mask"] |= one.grad != 0
-            state["average"].lerp_(one.grad.double(), 0.1)
-            one.sub_(0.1 * (state["average"] * state["mask"]).float())
+            average = state.setdefault("average", torch.zeros(one.shape, dtype=torch.float64))
+            mask = state.setdefault("mask", torch.zeros(one.shape, dtype=torch.bool))
+            mask |= one.grad != 0
+            average.lerp_(one.grad.double(), 0.1)
+            one.sub_(0.1 * (average * mask).float())
 
 
 def precise(run: tg.Run, module: nn.Module) -> Optimizer:
@@ -399,24 +376,22 @@ class Scaled(nn.Linear):
         return outputs if self.scale is None else outputs * (1 + self.scale.float().mean())
 
 
-ZEROS, ONE = torch.zeros(4), torch.ones(1)
+ONE = torch.ones(1)
 BUFFERS = {
-    "in place": (ZEROS, lambda scale: scale.add_(ONE)),
-    "anew": (ZEROS, lambda scale: scale + ONE),
-    "longer": (ZEROS, lambda scale: torch.cat([scale, ONE])),
-    "from nothing": (None, lambda scale: ONE),
-    "of another type": (ZEROS, lambda scale: scale.long() + 3),
-    "taken away": (torch.ones(4), lambda scale: None),
+    "in place": lambda scale: scale.add_(ONE),
+    "anew": lambda scale: scale + ONE,
+    "longer": lambda scale: torch.cat([scale, ONE]),
+    "of another type": lambda scale: scale.long() + 3,
+    "from nothing": lambda scale: ONE,
+    "taken away": lambda scale: None,
 }
 
 
 def scaled(name: str):
-    first, change = BUFFERS[name]
-
     def rescales(module, optimizer) -> None:
-        module.scale = change(module.scale)
+        module.scale = BUFFERS[name](module.scale)
 
-    return once(rescales, model=lambda: Scaled(first if first is None else first.clone()))
+    return once(rescales, model=lambda: Scaled(None if name == "from nothing" else torch.ones(4)))
 
 
 CHANGES = {f"a buffer {name}": scaled(name) for name in BUFFERS} | {
@@ -547,16 +522,14 @@ def notes(run, module, kept, batch):
     return update(run, module, kept[0], batch)
 
 
-MEETINGS = {
-    "save": ({"save_every": 3}, 9),
-    "q": ({"save_every": 6, "stop": 9}, 9),
-    "best": ({"save_every": 6}, 10),
-}
-
-
-@pytest.mark.parametrize("name", MEETINGS)
-def test_what_cannot_be_saved_ends_the_run_at_the_first_save_that_meets_it(tmp_path, capfd, name):
-    options, step = MEETINGS[name]
+@pytest.mark.parametrize(
+    "step, options",
+    [(9, {"save_every": 3}), (9, {"stop": 9, "save_every": 6}), (10, {"save_every": 6})],
+)
+def test_what_cannot_be_saved_ends_the_run_at_the_first_save_that_meets_it(
+    tmp_path, capfd, step, options
+):
+    """At a periodic one, a requested one, and that of a best evaluation."""
     go(learning(noted(items=[]), notes), tmp_path, code=2, **options)
     said = capfd.readouterr()
     where = "error: ['state_dicts']['notes']['items'][7]['a'] cannot be saved: it is a builtins."
@@ -759,19 +732,15 @@ def two_models(run: tg.Run, module: nn.Module) -> Optimizer:
     return sgd(run, module)
 
 
-NO_WEIGHTS = {
-    "--weights begins a new run: leave it out, or --resume": ({}, ["--resume", "latest"]),
-    "emergency_step_7.pt does not fit second (": ({"begin": two_models}, []),
-    "size mismatch for weight": ({"model": lambda: nn.Linear(4, 3)}, []),
-}
-
-
-@pytest.mark.parametrize("words", NO_WEIGHTS)
-def test_weights_that_do_not_fit_are_a_mistake(tmp_path, capfd, words):
-    how, arguments = NO_WEIGHTS[words]
+def test_weights_that_do_not_fit_are_a_mistake(tmp_path, capfd):
     go(learning(), tmp_path, stop=7)
-    said = mistake(capfd, learning(**how), tmp_path, "--weights", "latest", *arguments)
-    assert words in said and len(list(tmp_path.rglob("*.pt"))) == 2
+    for words, how, arguments in (
+        ("--weights begins a new run: leave it out, or --resume", {}, ["--resume", "latest"]),
+        ("emergency_step_7.pt does not fit second (", {"begin": two_models}, []),
+        ("size mismatch for weight", {"model": lambda: nn.Linear(4, 3)}, []),
+    ):
+        said = mistake(capfd, learning(**how), tmp_path, "--weights", "latest", *arguments)
+        assert words in said and len(list(tmp_path.rglob("*.pt"))) == 2
 
 
 @pytest.mark.parametrize("weights", [False, True])

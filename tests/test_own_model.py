@@ -349,6 +349,8 @@ def test_an_evaluation_is_the_mean_over_all_samples(tmp_path):
     assert seen[-1] == {"number": 110.0, "odd": 10 / 21}
     go(train, tmp_path / "few", "--eval-batches", 2, steps=6)
     assert seen[-1] == {"number": 108.75, "odd": 4 / 8}
+    go(train, tmp_path / "more", "--eval-batches", 9, steps=6)
+    assert seen[-1] == {"number": 110.0, "odd": 10 / 21}
 
 
 # ---- a loop that ends itself

@@ -268,12 +268,6 @@ def test_a_checkpoint_among_those_of_another_run_leaves_its_rows_alone(
     assert metrics_without_times(other, "metrics_2.csv") == rows
 
 
-def test_a_fresh_start_beside_another_run_has_rows_of_its_own(uninterrupted, tmp_path):
-    for stop in 5, 6:
-        train(tmp_path, *uninterrupted()[0], stop=stop)
-    assert column(tmp_path, "step") == column(tmp_path, "step", "metrics_2.csv") == [5]
-
-
 def test_other_data_is_refused_and_the_same_may_lie_elsewhere(uninterrupted, tmp_path):
     options, reference = uninterrupted()
     data, ck, same = tmp_path / "data", tmp_path / "ck", tmp_path / "same"
