@@ -261,15 +261,6 @@ def accumulates(step, whole, one, two, batch):
     return loss
 
 
-def now_and_then(step, whole, one, two, batch):
-    """So does the backward pass of the second one."""
-    two.zero_grad()
-    loss = accumulates(step, whole, one, two, batch)
-    if step % 4 < 3:
-        two.zero_grad()
-    return loss
-
-
 def in_turn(step, whole, one, two, batch):
     """What the one's loss has left in the other's network waits for the next zero_grad() there."""
     optimizer = two if step % 2 else one
@@ -283,7 +274,6 @@ def in_turn(step, whole, one, two, batch):
 # Whose gradients wait for a step behind so many batches.
 WAITING = {
     accumulates: lambda step: {"second"} if step % 4 else set(),
-    now_and_then: lambda step: set(),
     in_turn: lambda step: {"second"} if step % 2 else {"first"},
 }
 

@@ -130,34 +130,6 @@ def test_q_typed_and_resumed_by_the_printed_command_in_real_processes(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("mode", ["standard", "geometric"])
-@pytest.mark.parametrize("bad", [8, 9, 10])
-def test_a_nan_leaves_the_state_before_its_batch(uninterrupted, tmp_path, mode, bad):
-    options, reference = uninterrupted(mode)
-    ck, name = tmp_path / "ck", f"emergency_exit/emergency_step_{bad - 1}.pt"
-    train(tmp_path / "stopped", *options, stop=bad - 1)
-
-    def poisoned(run):
-        original = run.clip_gradients
-
-        def clip_gradients(max_norm):
-            if run.step == bad - 1:
-                run.module.head.weight.grad.fill_(float("nan"))
-            return original(max_norm)
-
-        run.clip_gradients = clip_gradients
-        t.train(run)
-
-    go(poisoned, ck, *options, code=1, defaults=t.OPTIONS)
-    assert t.load_checkpoint(ck / name)["exit_reason"] == "exception_FloatingPointError"
-    saved, expected = final(ck, name), final(tmp_path / "stopped", name)
-    # A stop in the eighth batch comes before its evaluation.
-    same = [key for key in STATE_KEYS if bad != 9 or key not in ("best", "evaluation")]
-    assert_same({key: saved[key] for key in same}, {key: expected[key] for key in same})
-    train(ck, "--resume", "latest")
-    assert_same_run(ck, reference)
-
-
 def test_resume_reads_no_batch_before_the_one_it_goes_on_with(tmp_path):
     read = []
 
