@@ -2360,7 +2360,9 @@ def trained(train: Callable[[Run], None], options: dict, argv: Sequence[str] | N
     # What is typed in an interactive interpreter is its own.
     keyboard = given.pop("keyboard") and is_first and not hasattr(sys, "ps1")
     with contextlib.ExitStack() as stack:
-        # A caller's random search goes on.
+        # Its first call writes a file; and behind all this a caller's random search goes on.
+        with contextlib.suppress(FileNotFoundError):
+            tempfile.gettempdir()
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(torch.set_rng_state, torch.get_rng_state())
@@ -2738,7 +2740,6 @@ class BatchedMuon(Optimizer):
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - self.MOMENTUM)
                 parameters, updates = alike.setdefault(parameter.shape, ([], []))
                 parameters.append(parameter)
-                # Where a matrix is spread over processes, each computes all of it.
                 updates.append(whole(parameter.grad.lerp(momentum, self.MOMENTUM)))
             for (rows, columns), (parameters, updates) in alike.items():
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -2803,7 +2804,6 @@ class GeometricTrainingController(StandardTrainingController):
 
     def regularization(self) -> Tensor:
         """The three geometric losses, weighted, averaged over the model's Experts."""
-        # Some may have had no part in this forward pass.
         experts: list[Any] = [one for one in self.experts if one.gates is not None]
         total = torch.zeros((), device=self.run.device)
         for one in experts:

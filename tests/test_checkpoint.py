@@ -41,7 +41,7 @@ from helpers import (
 import train_graceful as t
 
 KEYS = """format_version model_state_dict optimizer_state_dicts scheduler_state_dicts state_dicts
-step best evaluation metrics config data_fingerprint stream loop exit_reason torch_version run_id
+step best evaluation metrics config data_fingerprint stream loop made_by exit_reason torch_version run_id
 saved_at""".split()
 
 
@@ -250,9 +250,9 @@ def limit_files(frame) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-COPIED = Moment("to_host", where=lambda frame: frame.f_locals["memory"] is not None)
+COPIED = Moment("copy", where=lambda frame: frame.f_locals["memory"] is not None)
 FAILING = {
-    "a full disk": (Moment("standard_training_loop"), limit_files, "File too large", 1, set()),
+    "a full disk": (Moment("loss"), limit_files, "File too large", 1, set()),
     "no memory for a copy": (COPIED, fail, "injected", 0, {"step_6.pt", "best.pt", "final.pt"}),
 }
 

@@ -60,7 +60,7 @@ def leaves_after(batches: int) -> list:
         while not frame.f_locals["self"].monitor.heard:
             pass
 
-    return [(Moment("_complete", batches, event="return"), ask)]
+    return [(Moment("complete", batches, event="return"), ask)]
 
 
 def by_sgd(in_batch=lambda run: None):
@@ -210,7 +210,7 @@ def test_a_request_to_one_rank_is_one_to_all_at_the_same_step(group, tmp_path, b
 
 
 def test_torchruns_only_process_leaves_a_loader_that_hangs(group, tmp_path):
-    hangs = Moment("__getitem__", 30, file="helpers.py")
+    hangs = Moment("samples", 4)
     plans = {0: [(hangs, None)]}
     (rank,) = group(1, "--checkpoint-dir", tmp_path, plans=plans, program=by_sgd())
     rank.paused()
@@ -237,7 +237,7 @@ def test_stopped_twice_by_any_rank_and_resumed_is_the_same_run(ended, of, tmp_pa
     if not own:
         options += ["--dropout", 0.1]
         stops = [
-            (size - 1, signal.SIGTERM, [(Moment("forward_backward", 3), send(signal.SIGTERM))]),
+            (size - 1, signal.SIGTERM, [(Moment("loss", 5), send(signal.SIGTERM))]),
             (0, signal.SIGUSR1, [(Moment("evaluate"), send(signal.SIGUSR1))]),
         ]
     ended("whole", size, *options, **own)
@@ -271,9 +271,9 @@ def test_a_run_goes_on_with_any_number_of_processes(ended, of, float32_muon, tmp
 @pytest.mark.parametrize(
     "model, rank, function, nth, saved",
     [
-        ("standard", 1, "forward_backward", 3, 2),
-        ("cnn", 0, "clip_gradients", 3, 2),
-        ("cnn", 1, "clip_gradients", 3, 3),
+        ("standard", 1, "loss", 5, 2),
+        ("cnn", 0, "clip", 3, 2),
+        ("cnn", 1, "clip", 3, 3),
         # The last line of the loop's body: the weights have changed.
         ("cnn", 0, "log", 5, None),
     ],

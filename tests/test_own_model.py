@@ -546,7 +546,9 @@ MISTAKES = {
     "run.data: 3 training samples, where 4 are needed": lambda run: run.data(Rows(3)),
     "run.data: 0 validation samples, where 1 are needed": lambda run: run.data(Rows(), []),
     "there is no validation data": no_validation,
-    "there is one loop in a run": in_the_loop(lambda run, *others: (looped(run), looped(run))),
+    "one loop goes through all epochs": in_the_loop(
+        lambda run, *others: (looped(run), looped(run))
+    ),
     "SGD steps in the loop but is not kept: run.keep(": in_the_loop(steps_another),
     "has parameters that no run.model(...) has": made_before,
     "optimizer has a scheduler that is not kept": in_the_loop(unkept_scheduler),
@@ -611,8 +613,8 @@ def test_what_another_length_and_other_options_mean_is_said(tmp_path, capfd, nam
     go(KEPT[name], tmp_path, stop=stop)
     resume(KEPT[name], tmp_path, "--steps", 20, "--lr", "1e-05")
     said = capfd.readouterr().out
-    assert "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05). What is kept goes on" in said
-    assert "goes on as saved: learning rates, a cosine's length (then it rises).\n" in said
+    changed = "⚙️ Changed: --steps 20 (was 12), --lr 1e-05 (was 0.05)."
+    assert f"{changed} Learning rates and schedules that are kept go on as saved.\n" in said
     assert column(tmp_path, "step")[-1] == 20 and max(column(tmp_path, "lr_optimizer")[13:]) > 1e-4
 
 

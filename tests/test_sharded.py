@@ -51,7 +51,7 @@ def no_room(frame) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-LEAVES_AFTER_TWO = [(Moment("_complete", 2, event="return"), send(signal.SIGTERM))]
+LEAVES_AFTER_TWO = [(Moment("complete", 2, event="return"), send(signal.SIGTERM))]
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_stopped_by_any_rank_and_resumed_is_the_same_run(ended, new, tmp_path, m
     options = new(mode, "--dropout", 0.1)
     ended("whole", size, *options)
     for rank, signum, moment in [
-        (size - 1, signal.SIGTERM, Moment("forward_backward", 3)),
+        (size - 1, signal.SIGTERM, Moment("loss", 5)),
         (0, signal.SIGUSR1, Moment("evaluate")),
     ]:
         plans = {rank: [(moment, send(signum))]}
@@ -154,7 +154,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(
     """
     arguments, resumed = new("geometric", "--steps", 16), ["--resume", "latest"]
     ended("whole", 1, *arguments, "--no-shard")
-    stop = [(Moment("_complete", event="return"), send(signal.SIGTERM))]
+    stop = [(Moment("complete", event="return"), send(signal.SIGTERM))]
     for size in (1, 2, 4):
         ended("moved", size, *arguments, code=143, plans={0: stop})
         arguments = resumed
@@ -162,7 +162,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(
     path = saved_path(alone.finish())
     assert alone.exitcode == 143 and t.load_checkpoint(path)["config"]["shard"]
     # Shared out again: the stop comes only after something was gathered.
-    gathered = [(Moment("full_tensor", file="_api.py"), lambda frame: None)]
+    gathered = [(Moment("gather"), lambda frame: None)]
     ended("moved", 2, *resumed, code=143, plans={0: [*gathered, *stop]})
     ended("moved", 4, *resumed, "--no-shard")
     assert_close_run(tmp_path / "moved", tmp_path / "whole")
@@ -227,7 +227,7 @@ def test_no_rank_but_the_one_that_saves_has_the_whole_model(started, new, tmp_pa
 
 
 def test_training_goes_on_while_rank_0_writes_and_leaving_waits_for_it(started, new, tmp_path):
-    plans, folder = {0: [(Moment("save_checkpoint"), None)]}, tmp_path / "ck"
+    plans, folder = {0: [(Moment("write"), None)]}, tmp_path / "ck"
     ranks = started("ck", 2, *new("standard", *ENDLESS), plans=plans)
     ranks[0].terminal.expect(r"step \d+/")
     ranks[0].terminal.send("s\n")
@@ -245,10 +245,9 @@ def test_training_goes_on_while_rank_0_writes_and_leaving_waits_for_it(started, 
     assert reason == "user_requested_graceful_exit"
 
 
-@pytest.mark.parametrize("where", ["save_checkpoint", "evaluate", "full_tensor"])
+@pytest.mark.parametrize("where", ["write", "evaluate", "gather"])
 def test_a_request_in_the_middle_of_a_save_or_an_evaluation(started, new, tmp_path, where):
-    file = "_api.py" if where == "full_tensor" else SCRIPT.name
-    plan = [(Moment("_at_boundary", 3), lambda frame: None), (Moment(where, file=file), None)]
+    plan = [(Moment("complete", 3), lambda frame: None), (Moment(where), None)]
     ranks = started("ck", 2, *new("geometric"), plans={0: plan})
     ranks[0].paused()
     ranks[1].kill(signal.SIGTERM)
@@ -263,8 +262,8 @@ def test_a_request_in_the_middle_of_a_save_or_an_evaluation(started, new, tmp_pa
 @pytest.mark.parametrize(
     "function, key, what",
     [
-        ("save_checkpoint", "q\n", "❌ Emergency checkpoint"),
-        ("to_host", "s\n", "step_[0-9]+.pt"),
+        ("write", "q\n", "❌ Emergency checkpoint"),
+        ("copy", "s\n", "step_[0-9]+.pt"),
     ],
 )
 def test_a_disk_or_memory_that_is_full_ends_no_training(
@@ -284,7 +283,7 @@ def test_a_disk_or_memory_that_is_full_ends_no_training(
 
 
 def test_after_a_signal_a_full_disk_sends_it_to_the_temporary_directory(ended, new, tmp_path):
-    plans = {1: LEAVES_AFTER_TWO, 0: [(Moment("save_checkpoint"), no_room)]}
+    plans = {1: LEAVES_AFTER_TWO, 0: [(Moment("write"), no_room)]}
     where, options = {"TMPDIR": str(tmp_path)}, new("standard", *ENDLESS)
     text = ended("ck", 2, *options, code=143, plans=plans, **where)[0]
     assert "Trying the temporary directory" in text
@@ -300,7 +299,7 @@ def test_after_a_signal_a_full_disk_sends_it_to_the_temporary_directory(ended, n
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("function, nth", [("forward_backward", 5), ("orthogonalize", 14)])
+@pytest.mark.parametrize("function, nth", [("loss", 9), ("Muon", 5)])
 def test_after_an_exception_nothing_is_saved_and_the_newest_whole_checkpoint_is_named(
     ended, new, tmp_path, rank, function, nth
 ):
