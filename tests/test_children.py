@@ -38,32 +38,6 @@ def ended(child) -> int:
     return child.exitstatus
 
 
-TRAINING = """
-with ExitMonitor() as monitor:
-    loader = torch.utils.data.DataLoader(Data(), 4, num_workers=2)
-    for step, batch in enumerate(loader):
-        if step == 5:
-            print("@training")
-        if monitor.exit_requested:
-            break
-    save_checkpoint({"step": step}, sys.argv[1])
-sys.exit(monitor.exit_code)
-"""
-
-
-@pytest.mark.parametrize("name", "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU twice".split())
-def test_a_signal_to_the_group_costs_no_batch_of_a_loop_with_workers(program, tmp_path, name):
-    """Nor does one Ctrl-C that a wrapper delivers twice."""
-    child = program(TRAINING, tmp_path / "mine.pt")
-    child.expect("@training")
-    signum = signal.SIGINT if name == "twice" else signal.Signals[name]
-    os.killpg(child.pid, signum)
-    if name == "twice":
-        os.kill(child.pid, signum)
-    assert ended(child) == 128 + signum and (tmp_path / "mine.pt").exists()
-    assert "Traceback" not in child.before and "Second" not in child.before
-
-
 CHILD = """
 def ready():
     print("@ready", os.getpid(), flush=True)
@@ -291,23 +265,26 @@ if __name__ == "__main__":
 """
 
 
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ALL += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+OTHERS = [("spawn", signal.SIGTERM), ("forkserver", signal.SIGINT)]
+OTHERS += [("older workers", signal.SIGTERM), ("pool", signal.SIGINT)]
+MORE = [("spawn", signal.SIGINT), ("older workers", signal.SIGINT)]
+
+
 @pytest.mark.parametrize(
     "how, signum",
     [
-        ("plain", signal.SIGINT),
-        ("spawn", signal.SIGTERM),
-        ("forkserver", signal.SIGINT),
-        ("older workers", signal.SIGTERM),
-        ("pool", signal.SIGINT),
-        pytest.param("spawn", signal.SIGINT, marks=pytest.mark.campaign),
-        pytest.param("older workers", signal.SIGINT, marks=pytest.mark.campaign),
+        *(("plain", signum) for signum in ALL),
+        *OTHERS,
+        *(pytest.param(*case, marks=pytest.mark.campaign) for case in MORE),
     ],
 )
-def test_workers_of_other_kinds_live_on_too_and_none_is_left(spawn, tmp_path, how, signum):
-    """A loader's with begin_worker, which are not forked or older than the monitor; a pool's.
+def test_a_signal_to_the_group_costs_no_batch_of_a_loop_with_workers(spawn, tmp_path, how, signum):
+    """A loader's; with begin_worker, those not forked or older than the monitor; a pool's.
 
     Not where SIGTERM ends a pool's as terminate() does, or the server of a forkserver. All of it
-    is started for real.
+    is started for real, and none is left.
     """
     (tmp_path / "mine.py").write_text(f"HOW = {how!r}" + OTHER_CHILDREN)
     child = spawn(command=[sys.executable, str(tmp_path / "mine.py"), str(tmp_path / "mine.pt")])
@@ -315,6 +292,7 @@ def test_workers_of_other_kinds_live_on_too_and_none_is_left(spawn, tmp_path, ho
     os.killpg(child.pid, signum)
     child.expect("@more 20")
     text = finish(child)
-    assert child.exitstatus == 128 + signum and "Traceback" not in text, text
+    assert child.exitstatus == 128 + signum, text
+    assert "Traceback" not in text and "Second" not in text
     assert (tmp_path / "mine.pt").exists()
     wait_until(lambda: not processes_in_session(child.pid))

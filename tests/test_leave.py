@@ -7,6 +7,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,15 @@ def ask(child, means: str) -> int:
     return 128 + signal.Signals[means]
 
 
+def left(child, code: int) -> tuple[str, Path, dict]:
+    """What it has printed since the last match, when it has left; what it has saved, and where."""
+    output = finish(child)
+    assert child.exitstatus == code, output
+    assert processes_in_session(child.pid) == []
+    path = saved_path(output)
+    return output, path, load_checkpoint(path)
+
+
 def shown(output: str) -> list[str]:
     """The lines that stand on the screen, without those that were redrawn."""
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in output.split("\n")]
@@ -131,10 +141,8 @@ def test_a_request_saves_says_where_and_sets_the_exit_code(own, tmp_path, means)
     child.expect("step [0-9]+/1000000")
     code = ask(child, means)
     child.expect("🛑 Exit requested! Finishing current batch gracefully...")
-    output = finish(child)
-    assert child.exitstatus == code and termios.tcgetattr(child.child_fd) == before
-    path = saved_path(output)
-    state = load_checkpoint(path)
+    output, path, state = left(child, code)
+    assert termios.tcgetattr(child.child_fd) == before
     assert path == tmp_path / "ck" / "emergency_exit" / f"emergency_step_{state['step']}.pt"
     reasons = {"q": "user_requested_graceful_exit", "Ctrl-C": "signal_SIGINT"}
     assert state["exit_reason"] == reasons.get(means, f"signal_{means}") and state["step"] > 0
@@ -152,29 +160,19 @@ def test_the_built_in_program_says_what_it_trains_and_saves_each_of_its_optimize
     )
     child.expect("step [0-9]+/")
     child.sendline("q")
-    output = finish(child)
-    state = load_checkpoint(saved_path(output))
+    output, _, state = left(child, 0)
     assert_says_where_it_is(output, state, "Best Loss: none yet")
     assert state["config"]["mode"] == ("geometric" if mode == "geometric" else "standard")
     names = ["rotation", "expert", "embedding"] if mode == "geometric" else ["adamw"]
     assert list(state["optimizer_state_dicts"]) == list(state["scheduler_state_dicts"]) == names
-    assert child.exitstatus == 0
 
 
 def test_the_summary_and_the_status_line_name_the_best_value(own):
     child = own("--eval-every", 1, BODY="time.sleep(0.1)")
     child.expect(r"val accuracy 0\.7300 \(best 0\.7400\)")
     child.sendline("q")
-    output = finish(child)
-    assert_says_where_it_is(output, load_checkpoint(saved_path(output)), "Best Accuracy: 0.7400")
-
-
-def test_an_exception_in_the_body_saves_what_was_before_the_batch_and_exits_with_1(own):
-    child = own(BODY="if run.step == 3: raise ValueError('of mine')")
-    output = finish(child)
-    assert child.exitstatus == 1 and "ValueError: of mine" in output
-    state = load_checkpoint(saved_path(output))
-    assert state["exit_reason"] == "exception_ValueError" and state["step"] == 3
+    output, _, state = left(child, 0)
+    assert_says_where_it_is(output, state, "Best Accuracy: 0.7400")
 
 
 @pytest.mark.parametrize("means", ["Ctrl-C", "group", "closed"])
@@ -189,10 +187,13 @@ def test_what_reaches_the_workers_too_is_one_request_and_leaves_no_process(
     if means == "closed":
         child.terminal.close()
         child.wait()
-    else:
-        child.terminal.send("\x03") if means == "Ctrl-C" else os.killpg(child.pid, signal.SIGTERM)
+    elif means == "group":
+        os.killpg(child.pid, signal.SIGTERM)
         output = child.finish()
-        assert output.count("Saving emergency checkpoint") == 1 and "Traceback" not in output
+    else:
+        child.terminal.send("\x03")
+        output = child.finish()
+    assert output.count("Exit requested!") <= 1 and "Traceback" not in output
     signum = {"Ctrl-C": signal.SIGINT, "group": signal.SIGTERM, "closed": signal.SIGHUP}[means]
     assert child.exitcode == 128 + signum
     [path] = (tmp_path / "ck" / "emergency_exit").iterdir()
@@ -200,35 +201,22 @@ def test_what_reaches_the_workers_too_is_one_request_and_leaves_no_process(
     assert processes_in_session(child.pid) == []
 
 
-THERE = "if run.step == 3: print('@there', flush=True)\n        while run.step == 3 and "
-
-
-def test_of_several_requests_the_first_one_counts(own):
-    child = own(BODY=THERE + "len(run.monitor.heard) < 3: pass")
-    child.expect("@there")
-    child.sendline("q")
-    child.expect("Exit requested!")
-    for name in ("SIGTERM", "SIGUSR1"):
-        child.kill(signal.Signals[name])
-    output = finish(child)
-    assert child.exitstatus == 0
-    assert "Exit requested!" not in output and output.count("Saving emergency") == 1
-    reason = load_checkpoint(saved_path(output))["exit_reason"]
-    assert reason == "user_requested_graceful_exit"
-
-
-def test_two_sigint_within_half_a_second_are_one(own, tmp_path):
-    """Coreutils' timeout passes on what its child, in the same terminal, has heard already."""
+@pytest.mark.parametrize("first, later", [("q", ["SIGTERM", "SIGUSR1"]), ("SIGINT", ["SIGINT"])])
+def test_of_several_requests_the_first_one_counts(own, tmp_path, first, later):
+    """Two SIGINT within half a second are one: coreutils' timeout delivers each twice."""
     go = tmp_path / "go"
-    child = own(BODY=THERE + f"not os.path.exists({str(go)!r}): pass")
-    child.expect("@there")
-    child.kill(signal.SIGINT)
+    child = own(BODY=f"while run.step == 3 and not os.path.exists({str(go)!r}): pass")
+    child.expect("Training started")
+    code = ask(child, first)
     child.expect("Exit requested!")
-    child.kill(signal.SIGINT)
+    for name in later:
+        ask(child, name)
     go.touch()
-    output = finish(child)
-    assert child.exitstatus == 130 and "Second" not in output
-    assert load_checkpoint(saved_path(output))["exit_reason"] == "signal_SIGINT"
+    output, _, state = left(child, code)
+    assert "requested!" not in output and "Second" not in output
+    assert output.count("Saving emergency") == 1
+    reason = "signal_SIGINT" if first == "SIGINT" else "user_requested_graceful_exit"
+    assert state["exit_reason"] == reason
 
 
 STUCK = """def stuck(state, path):
@@ -280,20 +268,18 @@ def test_after_a_signal_a_failed_save_goes_to_the_temporary_directory(
         elsewhere.rename(tmp_path / "gone")
         elsewhere.write_text("in the way")
     child.kill(signal.SIGTERM)
-    output = finish(child)
-    assert "Emergency checkpoint not saved: " in output
-    assert ("Graceful exit completed" in output) == another_place
     if another_place:
-        path = saved_path(output)
-        state = load_checkpoint(path)
-        assert child.exitstatus == 143 and state["exit_reason"] == "signal_SIGTERM"
+        output, path, state = left(child, 143)
+        assert state["exit_reason"] == "signal_SIGTERM"
         name = f"train_graceful_{state['run_id']}_emergency_step_{state['step']}.pt"
         assert path == elsewhere / name
         assert shown(output)[-2] == f"   Emergency checkpoint: {path}"
     else:
-        assert child.exitstatus == 1
+        output = finish(child)
+        assert child.exitstatus == 1 and "Graceful exit completed" not in output
         newest = re.search(r"Newest whole checkpoint: (\S+)", output)[1]
         assert load_checkpoint(newest)["exit_reason"] == "periodic"
+    assert "Emergency checkpoint not saved: " in output
 
 
 def test_what_the_script_has_written_to_files_that_are_open_is_there(own, tmp_path):
@@ -303,30 +289,23 @@ def test_what_the_script_has_written_to_files_that_are_open_is_there(own, tmp_pa
     child = own(BEFORE=open_file, BODY="run.file.write('x')", real=True)
     child.expect("step [1-9]")
     child.sendline("q")
-    output = finish(child)
-    assert child.exitstatus == 0
-    assert log.stat().st_size == load_checkpoint(saved_path(output))["step"]
+    _, _, state = left(child, 0)
+    assert log.stat().st_size == state["step"]
 
 
 # ---- where no batch ends
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_torch_is_imported_ends_it_without_a_traceback(options, name, tmp_path):
+def test_a_signal_while_torch_is_imported_ends_it_without_a_traceback(
+    spawn, options, tmp_path, name
+):
     """There is nothing to save yet."""
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
     # importtime names each module as it is imported.
-    next(line for line in process.stderr if "torch._" in line)
-    process.send_signal(signal.Signals[name])
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.Signals[name] and "Traceback" not in errors
+    child = spawn(command=[sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS])
+    child.expect("torch[.]_")
+    child.kill(signal.Signals[name])
+    assert "Traceback" not in finish(child) and child.signalstatus == signal.Signals[name]
     assert not (tmp_path / "ck").exists()
 
 
@@ -355,11 +334,9 @@ def test_in_the_loop_before_its_first_step_all_is_saved_and_goes_on(own, tmp_pat
     child = own(SAMPLE="rest()")
     child.expect("@resting")
     child.kill(signal.SIGTERM)
-    output = finish(child)
-    path = saved_path(output)
-    assert child.exitstatus == 143
+    output, path, state = left(child, 143)
     assert path == tmp_path / "ck" / "emergency_exit" / "emergency_step_0.pt"
-    assert_says_where_it_is(output, load_checkpoint(path))
+    assert_says_where_it_is(output, state)
     child = own("--resume", path, "--steps", 3)
     assert "All steps done" in finish(child) and child.exitstatus == 0
 
@@ -372,17 +349,12 @@ def test_a_loader_that_hangs_keeps_nobody_from_leaving(own, workers, means):
         child.expect("@resting")
     code = ask(child, means)
     child.expect("Exit requested!")
-    output = finish(child)
-    assert child.exitstatus == code and load_checkpoint(saved_path(output))["step"] >= 1
-    assert processes_in_session(child.pid) == []
+    assert left(child, code)[2]["step"] >= 1
 
 
 def test_a_request_does_not_wait_for_an_accumulation_whose_next_batch_never_comes(own):
     body = "if run.step == 9: os.kill(os.getpid(), 15)\n        if run.step % 8 != 7: continue"
-    child = own(SAMPLE="len(LOADED) > 40 and rest()", BODY=body)
-    output = finish(child)
-    assert child.exitstatus == 143
-    state = load_checkpoint(saved_path(output))
+    _, _, state = left(own(SAMPLE="len(LOADED) > 40 and rest()", BODY=body), 143)
     gradients = state["loop"]["gradients"]
     assert state["step"] == 10 and gradients.keys() == {"model.weight", "model.bias"}
 
@@ -445,8 +417,7 @@ def test_cuda_cache_is_cleared_and_memory_returned(spawn, options):
     child = spawn(*options, *ENDLESS, "--device", "cuda")
     child.expect("step [0-9]+/")
     child.sendline("q")
-    output = finish(child)
-    assert child.exitstatus == 0 and "🧹 CUDA cache cleared" in output
+    assert "🧹 CUDA cache cleared" in left(child, 0)[0]
     query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
     used = subprocess.run(query, capture_output=True, text=True).stdout
     assert str(child.pid) not in used.split()

@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import signal
-import zipfile
 
 import pytest
 import torch
@@ -17,41 +16,32 @@ from helpers import (
     STEPS,
     Moment,
     Residual,
-    alive,
     assert_close_run,
     assert_same_run,
     classify,
     cnn,
     fail,
-    final,
-    finish,
     finished,
     flip_a_weight,
     metrics_without_times,
     program,
     refused,
     saved_path,
-    torchrun,
     train_gan,
     wait_until,
     whole_files,
-    worker_pids,
 )
 from torch import nn
 
 import train_graceful as t
 
 
-def send(signum: int):
-    """For a plan: this rank, and no other, gets the signal."""
-    return lambda frame: os.kill(os.getpid(), signum)
+def send_sigterm(frame) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def no_room(frame) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-LEAVES_AFTER_TWO = [(Moment("complete", 2, event="return"), send(signal.SIGTERM))]
 
 
 @pytest.fixture
@@ -89,62 +79,6 @@ def ended(started):
 # ---- the same run, however many have a part of it
 
 
-def records_of(path) -> dict[str, int]:
-    """Name and size of each record of a checkpoint."""
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-        records = {record.filename: record.file_size for record in archive.infolist()}
-    del records["archive/data.pkl"]
-    return records
-
-
-@pytest.mark.parametrize(
-    "mode", [pytest.param("standard", marks=pytest.mark.campaign), "geometric"]
-)
-def test_two_and_four_parts_train_the_model_of_one_process_and_save_it_in_one_format(
-    ended, new, float32_muon, tmp_path, mode
-):
-    options = new(mode, "--layers", 2)
-    ended("1", 1, *options, "--no-shard")
-    for size in ("2", "4"):
-        texts = ended(size, int(size), *options)
-        assert f" parameters, on {size} x cpu: " in texts[0] and "All steps done" in texts[0]
-        assert not any(texts[1:])
-        assert_close_run(tmp_path / size, tmp_path / "1")
-    one, two = tmp_path / "1", tmp_path / "2"
-    assert sorted(path.name for path in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert records_of(one / "final.pt") == records_of(two / "final.pt")
-    a, b = final(one), torch.load(two / "final.pt", weights_only=True, mmap=True)
-    shapes = [
-        {name: weight.shape for name, weight in state["model_state_dict"].items()}
-        for state in (a, b)
-    ]
-    assert list(a) == list(b) and shapes[0] == shapes[1]
-
-
-MORE_RUNS = [("standard", 2), ("controller", 2), ("geometric", 4)]
-
-
-@pytest.mark.parametrize(
-    "mode, size",
-    [("geometric", 2), *(pytest.param(*run, marks=pytest.mark.campaign) for run in MORE_RUNS)],
-)
-def test_stopped_by_any_rank_and_resumed_is_the_same_run(ended, new, tmp_path, mode, size):
-    options = new(mode, "--dropout", 0.1)
-    ended("whole", size, *options)
-    for rank, signum, moment in [
-        (size - 1, signal.SIGTERM, Moment("loss", 5)),
-        (0, signal.SIGUSR1, Moment("evaluate")),
-    ]:
-        plans = {rank: [(moment, send(signum))]}
-        texts = ended("stopped", size, *options, code=128 + signum, plans=plans)
-        state = t.load_checkpoint(saved_path(texts[0]))
-        assert state["exit_reason"] == f"signal_{signum.name}" and 1 <= state["step"] < STEPS
-        options = ["--resume", "latest"]
-    ended("stopped", size, *options)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
 def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(
     ended, new, fork, float32_muon, tmp_path
 ):
@@ -154,9 +88,9 @@ def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(
     """
     arguments, resumed = new("geometric", "--steps", 16), ["--resume", "latest"]
     ended("whole", 1, *arguments, "--no-shard")
-    stop = [(Moment("complete", event="return"), send(signal.SIGTERM))]
-    for size in (1, 2, 4):
-        ended("moved", size, *arguments, code=143, plans={0: stop})
+    stop = [(Moment("_complete", event="return"), send_sigterm)]
+    for size, way in (1, "--shard"), (2, "--no-shard"), (4, "--shard"):
+        ended("moved", size, *arguments, way, code=143, plans={0: stop})
         arguments = resumed
     alone = fork(*resumed, "--checkpoint-dir", tmp_path / "moved", plan=stop)
     path = saved_path(alone.finish())
@@ -179,23 +113,12 @@ OWN["layers"] = classify(layers_in_two_lists)
 
 
 @pytest.mark.parametrize("model, size", [("cnn", 4), ("gan", 2), ("layers", 2)])
-def test_a_model_of_ones_own_trains_as_without_shard_and_resumes_bit_for_bit(
-    ended, tmp_path, model, size
-):
+def test_a_model_of_ones_own_trains_as_without_shard(ended, tmp_path, model, size):
     """Four share out the CNN's ten rows unequally; a layer that is in two lists is one unit."""
     own = {"program": program(OWN[model])}
     ended("plain", size, **own)
-    ended("whole", size, "--shard", **own)
-    assert_close_run(tmp_path / "whole", tmp_path / "plain")
-    shapes = [
-        [weight.shape for weight in final(tmp_path / name)["model_state_dict"].values()]
-        for name in ("whole", "plain")
-    ]
-    assert shapes[0] == shapes[1]
-    ended("ck", size, "--shard", code=143, plans={1: LEAVES_AFTER_TWO}, **own)
-    texts = ended("ck", size, "--resume", "latest", **own)
-    assert "Resumed at step" in texts[0]
-    assert_same_run(tmp_path / "ck", tmp_path / "whole")
+    ended("shared", size, "--shard", **own)
+    assert_close_run(tmp_path / "shared", tmp_path / "plain")
 
 
 def test_no_rank_but_the_one_that_saves_has_the_whole_model(started, new, tmp_path):
@@ -259,18 +182,17 @@ def test_a_request_in_the_middle_of_a_save_or_an_evaluation(started, new, tmp_pa
     assert whole_files(tmp_path) and not list(tmp_path.rglob(".*tmp"))
 
 
-@pytest.mark.parametrize(
-    "function, key, what",
-    [
-        ("write", "q\n", "❌ Emergency checkpoint"),
-        ("copy", "s\n", "step_[0-9]+.pt"),
-    ],
-)
+NO_ROOM = [("save_checkpoint", "q\n", "❌ Emergency checkpoint")]
+NO_ROOM += [("to_host", "s\n", "step_[0-9]+.pt")]
+
+
+@pytest.mark.parametrize("function, key, what", NO_ROOM)
+@pytest.mark.parametrize("way", ["--shard", "--no-shard"])
 def test_a_disk_or_memory_that_is_full_ends_no_training(
-    started, new, tmp_path, function, key, what
+    started, new, tmp_path, function, key, what, way
 ):
     plans = {0: [(Moment(function), no_room)]}
-    ranks = started("ck", 2, *new("standard", *ENDLESS), plans=plans)
+    ranks = started("ck", 2, *new("standard", *ENDLESS, way), plans=plans)
     ranks[0].terminal.expect(r"step \d+/")
     ranks[0].terminal.send(key)
     ranks[0].terminal.expect(f"{what} not saved: No space left on device. Training goes on")
@@ -280,19 +202,6 @@ def test_a_disk_or_memory_that_is_full_ends_no_training(
     texts, codes = finished(ranks)
     assert codes == [0, 0] and "Graceful exit completed" in texts[0]
     assert len(whole_files(tmp_path)) == 1
-
-
-def test_after_a_signal_a_full_disk_sends_it_to_the_temporary_directory(ended, new, tmp_path):
-    plans = {1: LEAVES_AFTER_TWO, 0: [(Moment("write"), no_room)]}
-    where, options = {"TMPDIR": str(tmp_path)}, new("standard", *ENDLESS)
-    text = ended("ck", 2, *options, code=143, plans=plans, **where)[0]
-    assert "Trying the temporary directory" in text
-    path = saved_path(text)
-    assert path.parent == tmp_path and path.name.startswith("train_graceful_")
-    plans = {0: LEAVES_AFTER_TWO}
-    text = ended("ck", 2, "--resume", path, code=143, plans=plans, **where)[0]
-    assert f"from {path}" in text
-    assert saved_path(text).parent == tmp_path / "ck" / "emergency_exit"
 
 
 # ---- failures and damage
@@ -318,18 +227,6 @@ def test_after_an_exception_nothing_is_saved_and_the_newest_whole_checkpoint_is_
     assert_same_run(tmp_path / "ck", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_rank_that_dies_outright_takes_its_part_with_it(started, new, tmp_path, killed):
-    """The others notice, and end in bounded time; the checkpoints from before are whole."""
-    ranks = started("ck", 2, *new("standard", "--steps", 10**6, "--save-every", 5))
-    ranks[0].terminal.expect(r"step 1\d/")
-    ranks[killed].kill(signal.SIGKILL)
-    texts, codes = finished(ranks)
-    assert codes[killed] == -9 and codes[1 - killed] == 1
-    assert killed == 0 or "Newest whole checkpoint: " in texts[0], texts
-    assert whole_files(tmp_path)
-
-
 def test_damage_is_found_by_all_ranks_together_and_skipped_by_latest(ended, new, tmp_path):
     ended("ck", 2, *new("geometric"))
     whole = tmp_path / "ck" / "final.pt"
@@ -346,7 +243,7 @@ def test_damage_is_found_by_all_ranks_together_and_skipped_by_latest(ended, new,
     assert whole_files(tmp_path / "ck")["final.pt"] == STEPS
 
 
-# ---- mistakes, and torchrun itself
+# ---- mistakes
 
 
 def with_a_scalar() -> nn.Module:
@@ -366,23 +263,3 @@ def test_mistakes_and_what_cannot_be_sharded_get_a_line_that_says_what_to_do(end
     ended("ck", 1, *new("standard"))
     texts = ended("ck", 2, "--resume", tmp_path / "ck" / "step_6.pt", "--dim", 32, code=2)
     assert "--dim 32 does not fit the checkpoint" in texts[0]
-
-
-def test_q_in_torchruns_terminal_and_on_from_there_until_torchrun_is_killed(spawn, new, tmp_path):
-    """No worker outlives it, and what was trained is saved."""
-    child = torchrun(spawn, SCRIPT, *new("geometric", *ENDLESS), "--checkpoint-dir", tmp_path)
-    child.expect(r"step \d+/")
-    workers = worker_pids(child.pid)
-    child.send("q\n")
-    text = finish(child)
-    assert child.exitstatus == 0 and "Graceful exit completed" in text
-    assert not any(map(alive, workers))
-    path = saved_path(text)
-    assert f"--nproc-per-node=2 {SCRIPT} --resume {path}" in text.partition("Resume with: ")[2]
-    child = torchrun(spawn, SCRIPT, "--resume", path)
-    child.expect(f"Resumed at step {t.load_checkpoint(path)['step']} of")
-    child.expect(r"step \d+/")
-    workers = worker_pids(child.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, workers)))
-    assert len(whole_files(tmp_path / "emergency_exit")) == 2

@@ -214,19 +214,6 @@ def test_settings_changed_during_the_run_are_put_back(training):
     assert before != changed and termios.tcgetattr(training.child_fd) == before
 
 
-def test_a_terminal_that_hangs_up_is_no_end_under_nohup(options, tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)  # nohup.out goes there
-        os.execvp("nohup", ["nohup", sys.executable, str(SCRIPT), *options, "--steps", "200"])
-    metrics = tmp_path / "ck" / "metrics.csv"
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert t.load_checkpoint(tmp_path / "ck" / "final.pt")["exit_reason"] == "completed"
-
-
 # ---- screen
 
 
