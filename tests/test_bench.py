@@ -1,4 +1,4 @@
-"""The benchmark measures what it says it does; whether the figures are good is not asked here."""
+"""The benchmarks measure what they say; whether the figures are good is not asked here."""
 
 import subprocess
 import sys
@@ -13,9 +13,7 @@ import bench
 def quick(script, *arguments) -> list[list[str]]:
     """The rows of the table that a short benchmark prints, without the two lines above them."""
     command = [sys.executable, ROOT / "scripts" / script, "--quick", *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -24,7 +22,6 @@ def quick(script, *arguments) -> list[list[str]]:
 def test_a_short_benchmark_prints_a_row_for_every_figure(tmp_path, whole):
     sections = list(bench.SECTIONS) if whole else ["hearing", "saving"]
     rows = quick("bench.py", "--dir", tmp_path, "--only", *sections)
-    # Those of a run of all are loop, hearing, leaving, saving, every_step, convergence.
     assert len(rows) == (13 if whole else 6)
     saves = [row for row in rows if "0.02 GiB" in row[0]]
     assert [name.split()[0] for name, *_ in saves] == ["save_checkpoint", "verified"]
@@ -37,25 +34,6 @@ def test_a_short_benchmark_prints_a_row_for_every_figure(tmp_path, whole):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verdict_is_on_the_median_of_the_rounds_ratios():
-    figure = bench.Figure("a figure", "s", [2.0, 3.0, 9.0], 1.5, [2.0, 2.0, 1.0])
-    assert figure.value == 1.5 and figure.good
-    assert figure.row() == "| a figure | 3 (2-9) s | 2 (1-2) s | 1.500 (1.00-9.00) | ≤ 1.5 | yes |"
-    assert not bench.Figure("a figure", "s", [2.0, 3.1, 9.0], 1.5, [2.0, 2.0, 1.0]).good
-    slow = bench.Figure("a figure", "ms", [21.0], 20)
-    assert slow.row() == "| a figure | 21 ms |  |  | ≤ 20 ms | **no** |"
-    alone = bench.Figure("a figure", "ms", [21.0], None)
-    assert alone.good and alone.row() == "| a figure | 21 ms |  |  |  |  |"
-
-
-def test_every_round_measures_each_once_in_random_order():
-    order = []
-    measures = [lambda name=name: order.append(name) or ord(name) for name in "abc"]
-    assert bench.interleaved(20, *measures) == [[97] * 20, [98] * 20, [99] * 20]
-    rounds = ["".join(order[start : start + 3]) for start in range(0, 60, 3)]
-    assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 1
-
-
 @pytest.mark.campaign
 def test_a_short_ablation_prints_a_row_for_every_variant(tmp_path):
     rows = quick("bench_geometric.py", "--dir", tmp_path)
@@ -64,3 +42,14 @@ def test_a_short_ablation_prints_a_row_for_every_variant(tmp_path):
         *losses, mean = map(float, row[1:])
         assert losses and mean == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_is_on_the_median_of_the_rounds_ratios():
+    figure = bench.Figure("a figure", "s", [2.0, 3.0, 9.0], 1.5, [2.0, 2.0, 1.0])
+    assert figure.value == 1.5
+    assert figure.row() == "| a figure | 3 (2-9) s | 2 (1-2) s | 1.500 (1.00-9.00) | ≤ 1.5 | yes |"
+    assert not bench.Figure("a figure", "s", [2.0, 3.1, 9.0], 1.5, [2.0, 2.0, 1.0]).good
+    slow = bench.Figure("a figure", "ms", [21.0], 20)
+    assert slow.row() == "| a figure | 21 ms |  |  | ≤ 20 ms | **no** |"
+    alone = bench.Figure("a figure", "ms", [21.0], None)
+    assert alone.row() == "| a figure | 21 ms |  |  |  |  |"

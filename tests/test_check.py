@@ -13,8 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_resume
 
 RIGHT = """
-import os, time
-import torch
+import os, time, torch
 import train_graceful as tg
 
 class Samples(torch.utils.data.Dataset):
@@ -26,12 +25,6 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.values[index] + torch.randn(4)
-
-class Model(torch.nn.Linear):
-    calls = 0
-
-    def forward(self, x):
-        return super().forward(x)
 
 class Counter:
     batches, samples, scale = 0, 0, 1.0
@@ -45,7 +38,7 @@ class Counter:
 def train(run):
     data = Samples()
     run.data(data, Samples())
-    model = run.model(Model(4, 1))
+    model = run.model(torch.nn.Linear(4, 1))
     optimizer = run.keep(optimizer=torch.optim.SGD(model.parameters(), 0.01, momentum=0.9))
     ema = run.keep(ema=torch.optim.swa_utils.AveragedModel(run.module))
     counter = run.keep(counter=Counter())
@@ -66,60 +59,60 @@ def train(run):
 
 tg.main(train, batch_size=4, epochs=9)
 """
-# What is wrong: the right line, a wrong one in its place, and the words that name it.
-MISTAKES = {
-    "an EMA that nobody keeps": (
-        "run.keep(ema=torch.optim.swa_utils.AveragedModel(run.module))",
-        "torch.optim.swa_utils.AveragedModel(run.module)",
-        "Stopped and resumed: val_loss differs from step|The weights are the same|EMA",
-    ),
-    "a generator that is made late": (
-        "return self.values[index] + torch.randn(4)",
-        "self.late = getattr(self, 'late', None) or torch.Generator()\n"
-        "        return self.values[index] + torch.randn(4, generator=self.late)",
-        "With other workers: the batch differs from step|generators are made in __init__",
-    ),
-    "a dataset that the loop changes, --workers 0": (
-        "counter.batches += 1",
-        "data.values += 0.1",
-        "Stopped and resumed: the batch differs from step|The loop changes the dataset",
-    ),
-    "an attribute that forward changes": (
-        "return super().forward(x)",
-        "self.calls += self.training\n        return super().forward(x) + self.calls",
-        "Stopped and resumed: loss differs from step|The batches are the same|an attribute",
-    ),
-    "a list of samples that is learned from": (
-        "loss = (model(batch)",
-        "old.append(batch)\n        loss = (model(torch.cat(old))",
-        "Stopped and resumed: loss differs from step|a list of samples",
-    ),
-    "a load_state_dict that leaves something out": (
-        "self.batches, self.samples = state.values()",
-        "self.batches = state['batches']",
-        "checkpoint['state_dicts']['counter']['samples'] (1 values in all)|leaves something out",
-    ),
-    "a state_dict that leaves something out": (
-        "run.log(loss=loss)",
-        "counter.scale += 0.1\n        run.log(loss=loss * counter.scale)",
-        "Stopped and resumed: loss differs from step|the state_dict of counter, ema?",
-    ),
-    "the time in a dataset": (
-        "torch.randn(4)",
-        "time.time() % 1",
-        "Two equal runs: the batch differs from step 1 on|the time",
-    ),
-    "a learning rate set by hand": (
-        "optimizer.step()",
-        "rate *= 0.9\n        optimizer.param_groups[0]['lr'] = rate\n        optimizer.step()",
-        "Stopped and resumed: lr_optimizer differs from step|set by hand",
-    ),
-    "an end by what the loop has counted itself": (
-        "run.log(loss=loss)",
-        "run.log(loss=loss)\n        old.append(1)\n        if len(old) == 16:\n            break",
-        "Stopped and resumed: one ends before step 17|The batches are the same",
-    ),
-}
+# What is wrong: the right line, what stands in its place, and the words that name it.
+MISTAKES = """
+an EMA that nobody keeps
+- run.keep(ema=torch.optim.swa_utils.AveragedModel(run.module))
++ torch.optim.swa_utils.AveragedModel(run.module)
+= Stopped and resumed: val_loss differs from step|The weights are the same|EMA
+
+a generator that is made late
+- return self.values[index] + torch.randn(4)
++ self.late = getattr(self, 'late', None) or torch.Generator()
++ return self.values[index] + torch.randn(4, generator=self.late)
+= With other workers: the batch differs from step|generators are made in __init__
+
+a dataset that the loop changes, --workers 0
+- counter.batches += 1
++ data.values += 0.1
+= Stopped and resumed: the batch differs from step|The loop changes the dataset
+
+a list of samples that is learned from
+- loss = (model(batch) - 1).square().mean()
++ old.append(batch)
++ loss = (model(torch.cat(old)) - 1).square().mean()
+= Stopped and resumed: loss differs from step|The batches are the same|a list of samples
+
+a load_state_dict that leaves something out
+- self.batches, self.samples = state.values()
++ self.batches = state['batches']
+= checkpoint['state_dicts']['counter']['samples'] (1 values in all)|leaves something out
+
+a state_dict that leaves something out
+- run.log(loss=loss)
++ counter.scale += 0.1
++ run.log(loss=loss * counter.scale)
+= Stopped and resumed: loss differs from step|the state_dict of counter, ema?
+
+the time in a dataset
+- torch.randn(4)
++ time.time() % 1
+= Two equal runs: the batch differs from step 1 on|the time
+
+a learning rate set by hand
+- optimizer.step()
++ rate *= 0.9
++ optimizer.param_groups[0]['lr'] = rate
++ optimizer.step()
+= Stopped and resumed: lr_optimizer differs from step|set by hand
+
+an end by what the loop has counted itself
+- run.log(loss=loss)
++ run.log(loss=loss)
++ old.append(1)
++ if len(old) == 16: break
+= Stopped and resumed: one ends before step 17|The batches are the same
+""".strip().split("\n\n")
 
 
 @pytest.fixture
@@ -139,38 +132,33 @@ def checked(tmp_path, monkeypatch, capsys):
     return check
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.splitlines()[0])
 def test_a_mistake_is_named(checked, mistake):
-    right, wrong, words = MISTAKES[mistake]
-    options = re.findall("--workers|0$", mistake)
-    code, said = checked(*options, source=RIGHT.replace(right, wrong))
+    name, *lines = mistake.splitlines()
+    [right], wrong, [words] = ([line[2:] for line in lines if line[0] == sign] for sign in "-+=")
+    options = re.findall("--workers|0$", name)
+    code, said = checked(*options, source=RIGHT.replace(right, "\n        ".join(wrong)))
     assert right in RIGHT and code == 1, said
     assert all(word in said for word in words.split("|")), said
 
 
-def test_a_script_that_is_right_passes(checked):
-    code, said = checked()
-    assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
+def test_a_script_that_is_right_passes(checked, corpus, tmp_path):
+    built_in = ["--mode", "geometric", "--data", str(corpus), *TINY]
+    for options, script in (
+        ([], tmp_path / "mine.py"),
+        (["--batch-size", "16"], ROOT / "scripts" / "examples" / "own_model.py"),
+        (built_in, SCRIPT),
+    ):
+        code, said = checked(*options, script=script)
+        assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
 
 
-def test_a_script_that_does_not_learn_proves_nothing(checked):
+def test_a_script_that_does_not_learn_proves_nothing_and_one_that_fails_is_shown(checked, tmp_path):
     code, said = checked(source=RIGHT.replace("optimizer.step()", "pass"))
     assert code == 0 and "⚠️ The weights have not changed" in said, said
-
-
-def test_a_script_that_fails_is_shown(checked):
-    code, said = checked(source=RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / 0)"))
+    fails = RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / 0)")
+    code, said = checked(source=fails, script=tmp_path / "fails.py")
     assert code == 2 and "ZeroDivisionError: division by zero" in said and "✅" not in said
-
-
-def test_the_example_passes(checked):
-    code, said = checked("--batch-size", "16", script=ROOT / "scripts/examples/own_model.py")
-    assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
-
-
-def test_the_built_in_program_passes(checked, corpus):
-    code, said = checked("--mode", "geometric", "--data", str(corpus), *TINY, script=SCRIPT)
-    assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
 
 
 def test_make_gives_script_and_options(tmp_path):
