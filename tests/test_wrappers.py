@@ -222,13 +222,7 @@ def test_stop_returns_the_outcome_of_the_run_and_wakes_it_if_it_was_suspended(
     assert stop.returncode == OUTCOMES[outcome]
 
 
-needs_namespaces = pytest.mark.skipif(
-    os.getuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"),
-    reason="needs root, unshare and nsenter",
-)
-
-
-@needs_namespaces
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("nsenter"), reason="needs root, nsenter")
 def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path):
     """As docker exec CONTAINER scripts/stop.sh does: nothing there outlives its pid 1."""
     command = [*"unshare -pf --mount-proc".split(), sys.executable, str(SCRIPT), "--no-keyboard"]
@@ -347,14 +341,11 @@ def test_a_script_of_ones_own_with_several_processes(mine, spawn):
     assert re.search(again, finish(child)) and child.exitstatus == 0
 
 
-@pytest.mark.parametrize("number", ["0", "x", "2x", "", "-0"])
+@pytest.mark.parametrize("number", ["0", "x", "2x", ""])
 def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number):
     result = script("train_torchrun.sh", number, PYTHON="false")
-    if number.startswith("-"):  # an option of the program
-        assert result.returncode == 1
-    else:
-        said = f"'{number}' is no number of processes: a number from 1 on, or auto\n"
-        assert (result.returncode, result.stderr) == (2, said)
+    said = f"'{number}' is no number of processes: a number from 1 on, or auto\n"
+    assert (result.returncode, result.stderr) == (2, said)
 
 
 @pytest.mark.parametrize("way", ["q", "Ctrl-C", "make stop"])
