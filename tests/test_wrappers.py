@@ -5,6 +5,7 @@ Where something is missing or wrong they say so in a line, and no stranger's pro
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -211,6 +212,9 @@ def test_stop_returns_the_outcome_of_the_run_and_wakes_it_if_it_was_suspended(
     command = [ROOT / "scripts" / "stop.sh", tmp_path]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as stop:
+        # One that is not woken is killed, lest this waits for ever.
+        if not select.select([run.stdout], [], [], 30)[0]:
+            run.kill()
         assert run.stdout.readline() == "asked\n"
         if outcome == "killed":
             run.kill()
