@@ -13,7 +13,7 @@ set -u
 
 . "$(dirname -- "$0")/common.sh"
 cd "$root" || exit
-files="test_resume test_own_model test_leave test_leave_own test_children test_checkpoint test_kinds test_many_processes"
+files="test_resume test_own_model test_leave test_guest test_children test_checkpoint test_kinds test_many_processes"
 
 # make_environment FOLDER PYTHON TORCH, unless it is there
 make_environment() {

@@ -12,7 +12,6 @@ from helpers import (
     ENDLESS,
     MODES,
     OPTIONS,
-    SCRIPT,
     STEPS,
     Moment,
     Residual,
@@ -88,7 +87,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_sharded_or_not(
     """
     arguments, resumed = new("geometric", "--steps", 16), ["--resume", "latest"]
     ended("whole", 1, *arguments, "--no-shard")
-    stop = [(Moment("_complete", event="return"), send_sigterm)]
+    stop = [(Moment("complete", event="return"), send_sigterm)]
     for size, way in (1, "--shard"), (2, "--no-shard"), (4, "--shard"):
         ended("moved", size, *arguments, way, code=143, plans={0: stop})
         arguments = resumed
@@ -182,8 +181,8 @@ def test_a_request_in_the_middle_of_a_save_or_an_evaluation(started, new, tmp_pa
     assert whole_files(tmp_path) and not list(tmp_path.rglob(".*tmp"))
 
 
-NO_ROOM = [("save_checkpoint", "q\n", "❌ Emergency checkpoint")]
-NO_ROOM += [("to_host", "s\n", "step_[0-9]+.pt")]
+NO_ROOM = [("write", "q\n", "❌ Emergency checkpoint")]
+NO_ROOM += [("copy", "s\n", "step_[0-9]+.pt")]
 
 
 @pytest.mark.parametrize("function, key, what", NO_ROOM)
