@@ -261,7 +261,8 @@ def test_stopped_twice_by_any_rank_and_resumed_is_the_same_run(ended, of, tmp_pa
         assert texts[0].count("Exit requested") == 1
         steps.append(t.load_checkpoint(saved_path(texts[0]))["step"])
         options = ["--resume", "latest"]
-    assert 0 < steps[1] < steps[2] < STEPS
+    # Under load the first may be heard a batch later, where the second comes.
+    assert 0 < steps[1] <= steps[2] < STEPS
     ended("stopped", size, *options, **own)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
