@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations test-versions campaign bench ablation bench-peers lint install clean
+.PHONY: help help-maintain train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations test-versions campaign bench ablation bench-peers lint install clean
 
 ARGS =
 MODE =
@@ -27,10 +27,15 @@ need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) 
 # the shell until then.
 train = $(info $(1))@trap : INT; code=0; $(1) || code=$$?; case $$code in 129|130|138|140|143|152) ;; *) exit $$code ;; esac
 
+# Of the targets whose comments begin with so many signs.
+targets = @awk -F ':.*\#\#+ ' '/^[a-z-]+:[^\#]*$(1) / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+
 help:
-	@awk -F ':.*##+ ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
-	@printf '\nTo work on this project itself:\n'
-	@awk -F ':.*##+ ' '/^[a-z-]+:[^#]*### / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	$(call targets,##)
+	@printf '\nmake help-maintain what there is to work on this project itself\n'
+
+help-maintain:
+	$(call targets,###)
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500", SCRIPT=mine.py)
 	$(call train,$(VENV_PYTHON) $(PROGRAM) $(TRAIN_ARGS))
@@ -107,7 +112,7 @@ lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an 
 	$(VENV_PYTHON) scripts/size.py 2900
 	$(VENV_PYTHON) -W error -m py_compile train_graceful.py scripts/*.py tests/*.py tests/campaigns/*.py
 
-install: .venv/tests-installed ## create .venv and install requirements.txt (PYTHON=python3)
+install: .venv/tests-installed ### create .venv and install requirements.txt (PYTHON=python3)
 
 .venv/installed: requirements.txt
 	$(call need,$(PYTHON))
@@ -135,5 +140,5 @@ install: .venv/tests-installed ## create .venv and install requirements.txt (PYT
 	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements.txt lightning transformers accelerate wandb tensorboard
 	@touch .venv-peers/installed
 
-clean: ## remove .venv and caches, never checkpoints
+clean: ### remove .venv and caches, never checkpoints
 	rm -rf .venv .venv-lint .venv-peers .venv-versions .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__

@@ -50,7 +50,7 @@ class OneMatrix(t.Experts):
 
 
 def trained(options: list, folder: str, left_out: tuple = (), **replaced: str) -> float:
-    """The last validation loss of a run of the program with some of its parts left out or replaced."""
+    """The last validation loss of a run with some parts of the program left out or replaced."""
     for name in left_out:
         setattr(t, name, lambda angles, *_: angles.new_zeros(()))
     for name, other in replaced.items():

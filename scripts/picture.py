@@ -11,7 +11,8 @@ COLUMN, ROW, MARGIN = 7.6, 19, 16
 
 STYLE = """text{font:12.5px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 fill:#24292f;white-space:pre}.typed{font-weight:bold;fill:#0b62a4}rect{fill:#f6f8fa;stroke:#d0d7de}
-@media (prefers-color-scheme: dark){text{fill:#e6edf3}.typed{fill:#6cb6ff}rect{fill:#0d1117;stroke:#30363d}}"""
+@media (prefers-color-scheme: dark){
+text{fill:#e6edf3}.typed{fill:#6cb6ff}rect{fill:#0d1117;stroke:#30363d}}"""
 
 
 def svg(lines: list[str]) -> str:

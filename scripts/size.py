@@ -1,4 +1,4 @@
-"""Fails where train_graceful.py has grown: its lines, its longest function, how dense its lines are.
+"""Fails where train_graceful.py has grown: its lines, its longest function, how dense it is.
 
 scripts/size.py LINES
 """

@@ -1,6 +1,6 @@
 """torchrun with its own options, and with the exit codes of train_graceful.py.
 
-torchrun itself would return 1 and a page of traceback, below which the program's last lines are lost.
+torchrun itself would return 1 and a page of traceback, below which what the program said is lost.
 """
 
 import dataclasses

@@ -38,11 +38,9 @@ directory=$directory${task:+/$task}
 set -- "$@" --checkpoint-dir "$directory"
 mkdir -p "$directory"
 started=$directory/.slurm_job_$SLURM_JOB_ID
-if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
-    : >"$started"
-elif [ -n "$(find "$directory" -name '*.pt' -newer "$started")" ]; then
-    set -- "$@" --resume latest # only what this job itself has saved
-fi
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || : >"$started"
+# Only what this job itself has saved.
+[ -z "$(find "$directory" -name '*.pt' -newer "$started")" ] || set -- "$@" --resume latest
 
 before=$(cat "$directory/run.lock" 2>/dev/null || :)
 code=0
@@ -53,12 +51,9 @@ srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=none --
 
 # How it ended stands there, unless it never began. 138 and 143 are Slurm's wish; after scancel the job is not running any more.
 [ "$(cat "$directory/run.lock" 2>/dev/null || :)" != "$before" ] || exit "$code"
-case $(sed -n 2p "$directory/run.lock") in
-    138 | 143)
-        if scontrol show job "$job" | grep -q JobState=RUNNING; then
-            echo "Back into the queue: the run goes on when the job starts again."
-            scontrol requeue "$job"
-        fi
-        ;;
-esac
+ended=$(sed -n 2p "$directory/run.lock")
+if { [ "$ended" = 138 ] || [ "$ended" = 143 ]; } && scontrol show job "$job" | grep -q JobState=RUNNING; then
+    echo "Back into the queue: the run goes on when the job starts again."
+    scontrol requeue "$job"
+fi
 exit "$code"

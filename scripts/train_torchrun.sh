@@ -17,20 +17,12 @@ set -eu
 
 . "$(dirname -- "$0")/common.sh"
 
-processes=auto
+processes=${1-auto}
 case "${1--}" in
-    -*) ;;
-    *)
-        processes=$1
-        shift
-        ;;
-esac
-case $processes in
-    auto | gpu | cpu) ;;
-    '' | *[!0-9]* | 0*)
-        echo "'$processes' is no number of processes: a number from 1 on, or auto" >&2
-        exit 2
-        ;;
+    -*) processes=auto ;;
+    auto | gpu | cpu) shift ;;
+    '' | 0* | *[!0-9]*) echo "'$1' is no number of processes: a number from 1 on, or auto" >&2 && exit 2 ;;
+    *) shift ;;
 esac
 
 # What starts it again, for the line that says how to resume.

@@ -1,4 +1,4 @@
-"""Your own loop with Hugging Face's accelerate, which saves; the monitor is asked after every batch.
+"""Your own loop with Hugging Face's accelerate, which saves; the monitor is asked each batch.
 
 Needs accelerate.
 
