@@ -50,7 +50,6 @@ import random
 import re
 import select
 import shlex
-import stat
 import sys
 import sysconfig
 import tempfile
@@ -737,7 +736,7 @@ def load_checkpoint(path: Path | str, map_location: str = "cpu", mmap: bool = Fa
     """
     try:
         # A pipe would be waited for.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if os.path.exists(path) and not os.path.isfile(path):
             raise CheckpointError(f"{path}: a directory, pipe or device, not a checkpoint")
         check_records(path, tensors=map_location != "meta")
         state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
@@ -1817,7 +1816,6 @@ class Run(RunState):
             if alone and self.monitor.heard:
                 raise Interrupted from None
             raise
-
         to = {"device": self.device, "non_blocking": True}
         return tree_map(lambda x: x.to(**to) if hasattr(x, "to") else x, batch), count
 
@@ -2412,6 +2410,8 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
         except FileNotFoundError:
             # PyTorch needs one to import its compiler, which an optimizer does.
             tempfile.tempdir = given["checkpoint_dir"]
+            with contextlib.suppress(OSError):
+                os.makedirs(tempfile.tempdir, exist_ok=True)
         config = configuration(options, given, state.get("config", {}), path)
         if given.get("shard") and not processes.many:
             raise UserError("--shard needs processes: scripts/train_torchrun.sh 2 --shard")
