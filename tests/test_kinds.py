@@ -449,9 +449,16 @@ def test_a_kept_module_of_which_nothing_is_saved_is_named(tmp_path, capfd):
 
 # ---- a batch that fails
 
+
+def keeps_notes(run: tg.Run, module: nn.Module) -> Optimizer:
+    run.keep(notes=Notes(number=1))
+    return sgd(run, module)
+
+
 # True where the state before the batch is certain, and saved.
 FAILURES = {
     "a weight": (once(lambda module, optimizer: nn.init.ones_(module.bias)), False),
+    "what else is kept, maybe": (once(lambda *others: None, keeps_notes), False),
     "what trains": (CHANGES["parameters that train"], False),
     "a group": (CHANGES["groups of parameters"], False),
     "a buffer anew": (CHANGES["a buffer anew"], False),
