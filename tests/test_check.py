@@ -1,19 +1,17 @@
 """`make check` names what a script does wrong, and passes scripts that are right."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, SCRIPT, TINY, Forked, processes_in_session, wait_until
+from helpers import ROOT, SCRIPT, TINY, Forked
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_resume
 
 RIGHT = """
-import os, time, torch
+import torch
 import train_graceful as tg
 
 class Samples(torch.utils.data.Dataset):
@@ -27,13 +25,13 @@ class Samples(torch.utils.data.Dataset):
         return self.values[index] + torch.randn(4)
 
 class Counter:
-    batches, samples, scale = 0, 0, 1.0
+    batches = 0
 
     def state_dict(self):
-        return {"batches": self.batches, "samples": self.samples}
+        return {"batches": self.batches}
 
     def load_state_dict(self, state):
-        self.batches, self.samples = state.values()
+        self.batches = state["batches"]
 
 def train(run):
     data = Samples()
@@ -54,7 +52,6 @@ def train(run):
         optimizer.step()
         ema.update_parameters(model)
         counter.batches += 1
-        counter.samples += len(batch)
         run.log(loss=loss)
 
 tg.main(train, batch_size=4, epochs=9)
@@ -84,20 +81,9 @@ a list of samples that is learned from
 = Stopped and resumed: loss differs from step|The batches are the same|a list of samples
 
 a load_state_dict that leaves something out
-- self.batches, self.samples = state.values()
-+ self.batches = state['batches']
-= checkpoint['state_dicts']['counter']['samples'] (1 values in all)|leaves something out
-
-a state_dict that leaves something out
-- run.log(loss=loss)
-+ counter.scale += 0.1
-+ run.log(loss=loss * counter.scale)
-= Stopped and resumed: loss differs from step|the state_dict of counter, ema?
-
-the time in a dataset
-- torch.randn(4)
-+ time.time() % 1
-= Two equal runs: the batch differs from step 1 on|the time
+- self.batches = state["batches"]
++ pass
+= checkpoint['state_dicts']['counter']['batches'] (1 values in all)|leaves something out
 
 a learning rate set by hand
 - optimizer.step()
@@ -105,13 +91,6 @@ a learning rate set by hand
 + optimizer.param_groups[0]['lr'] = rate
 + optimizer.step()
 = Stopped and resumed: lr_optimizer differs from step|set by hand
-
-an end by what the loop has counted itself
-- run.log(loss=loss)
-+ run.log(loss=loss)
-+ old.append(1)
-+ if len(old) == 16: break
-= Stopped and resumed: one ends before step 17|The batches are the same
 """.strip().split("\n\n")
 
 
@@ -121,12 +100,8 @@ def checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "Popen", Forked)
 
     def check(*options, source: str = RIGHT, script=tmp_path / "mine.py") -> tuple[int, str]:
-        if not script.exists():
-            script.write_text(source)
-        try:
-            code = check_resume.main(["--steps", "20", "--seed", "3", str(script), *options])
-        except SystemExit as leaving:
-            code = leaving.code
+        (tmp_path / "mine.py").write_text(source)
+        code = check_resume.main(["--steps", "20", "--seed", "3", str(script), *options])
         return code, capsys.readouterr().out
 
     return check
@@ -143,43 +118,25 @@ def test_a_mistake_is_named(checked, mistake):
 
 
 def test_a_script_that_is_right_passes(checked, corpus, tmp_path):
-    built_in = ["--mode", "geometric", "--data", str(corpus), *TINY]
-    for options, script in (
-        ([], tmp_path / "mine.py"),
-        (["--batch-size", "16"], ROOT / "scripts" / "examples" / "own_model.py"),
-        (built_in, SCRIPT),
+    for script, *options in (
+        (tmp_path / "mine.py",),
+        (ROOT / "scripts" / "examples" / "own_model.py", "--batch-size", "16"),
+        (SCRIPT, "--mode", "geometric", "--data", str(corpus), *TINY),
     ):
         code, said = checked(*options, script=script)
         assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
 
 
-def test_a_script_that_does_not_learn_proves_nothing_and_one_that_fails_is_shown(checked, tmp_path):
+def test_a_script_that_does_not_learn_proves_nothing(checked):
     code, said = checked(source=RIGHT.replace("optimizer.step()", "pass"))
     assert code == 0 and "⚠️ The weights have not changed" in said, said
-    fails = RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / 0)")
-    code, said = checked(source=fails, script=tmp_path / "fails.py")
-    assert code == 2 and "ZeroDivisionError: division by zero" in said and "✅" not in said
 
 
-def test_make_gives_script_and_options(tmp_path):
-    (tmp_path / "mine.py").write_text(RIGHT)
+def test_make_shows_how_a_script_fails_with_its_options(tmp_path):
+    fails = RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / (run.options.batch_size - 5))")
+    (tmp_path / "mine.py").write_text(fails)
     make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
-    command = [*make, "check", f"SCRIPT={tmp_path}/mine.py", "ARGS=--batch-sizes 4"]
+    command = [*make, "check", f"SCRIPT={tmp_path}/mine.py", "ARGS=--batch-size 5"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 2 and "exit code 2" in result.stdout
-    assert "error: unrecognized arguments: --batch-sizes 4" in result.stdout
-
-
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
-    script = tmp_path / "mine.py"
-    waits = f"open('{tmp_path}/pid', 'w').write(f'{{os.getpid()}} ')\n        time.sleep(60)"
-    script.write_text(RIGHT.replace("run.log(loss=loss)", waits))
-    command = [sys.executable, ROOT / "scripts" / "check_resume.py", script, "--workers", "1"]
-    checker = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)})
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), checker)
-    session = int((tmp_path / "pid").read_text())
-    assert len(processes_in_session(session)) >= 2
-    checker.send_signal(signal.SIGINT)
-    assert checker.wait(timeout=60) == 130
-    wait_until(lambda: not processes_in_session(session))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "pid"]
+    assert result.returncode == 2 and "ZeroDivisionError: division by zero" in result.stdout
+    assert "✅" not in result.stdout

@@ -1,7 +1,4 @@
-"""What README says works as it says, for somebody who has just come.
-
-In a fresh copy in an awkward place; and importing the file does nothing.
-"""
+"""What README says works as it says, in a fresh copy, too; and importing the file does nothing."""
 
 import inspect
 import os
@@ -10,10 +7,9 @@ import shutil
 import subprocess
 import sys
 import typing
-import xml.etree.ElementTree
 
 import pytest
-from helpers import ROOT, SCRIPT, TINY, finish, run, saved_path
+from helpers import ROOT, SCRIPT, TINY, finish, run
 
 import train_graceful as t
 
@@ -23,13 +19,9 @@ FILES = "train_graceful.py Makefile README.md requirements.txt checkpoints/.gitk
 TEXT = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
 
 
-@pytest.fixture
-def visit(spawn, tmp_path):
-    """A fresh copy, its path with spaces, and visit(*command) starts something in it.
-
-    HOME is empty, and there is hardly a variable.
-    """
-    folder = tmp_path / "my first run"
+def test_the_two_commands_work_as_written(spawn, corpus, tmp_path):
+    """In a fresh copy, its path with spaces. HOME is empty, and there is hardly a variable."""
+    folder, home = tmp_path / "my first run", tmp_path / "home"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -39,53 +31,22 @@ def visit(spawn, tmp_path):
     python = folder / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    (tmp_path / "home").mkdir()
-    environment = {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "TERM": "xterm"}
-
-    def start(*command, cwd=folder):
-        words = ["sh", "-c", 'umask 077; exec "$@"', "sh", *map(str, command)]
-        return spawn(command=words, cwd=str(cwd), env={**environment, "OMP_NUM_THREADS": "1"})
-
-    return folder, start
-
-
-def test_the_two_commands_work_as_written(visit, corpus, tmp_path):
-    folder, start = visit
-    child = start("make", "train", f"ARGS=--steps 100000 --data {corpus} {' '.join(TINY)}")
+    home.mkdir()
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "xterm"}
+    how = {"cwd": str(folder), "env": {**environment, "OMP_NUM_THREADS": "1"}}
+    words = f"ARGS=--steps 100000 --data {corpus} {' '.join(TINY)}"
+    child = spawn(command=["make", "train", words], **how)
     child.expect("Training started.*step [0-9]+/")
     child.sendline("q")
     output = finish(child)
-    path = saved_path(output.replace("my first run", "my_first_run"))
     assert child.exitstatus == 0 and "Resume with" in output
-    assert "my_first_run/checkpoints/emergency_exit" in str(path)
-    child = start("make", "resume")
+    assert f"checkpoint saved: {folder}/checkpoints/emergency_exit/emergency_step_" in output
+    child = spawn(command=["make", "resume"], **how)
     child.expect("Resumed at step [0-9]+ of 100000")
     child.expect("step [0-9]+/")
     child.sendline("q")
     assert "Graceful exit completed" in finish(child) and child.exitstatus == 0
-    assert not list((tmp_path / "home").iterdir()) and "__pycache__" not in os.listdir(folder)
-    saved = [*(folder / "checkpoints").rglob("[!.]*.*")]
-    # As the umask says.
-    assert saved and all(file.stat().st_mode & 0o077 == 0 for file in saved)
-
-
-def test_a_source_tree_that_cannot_be_written_trains_elsewhere(visit, corpus, tmp_path):
-    folder, start = visit
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(path.stat().st_mode & ~0o222)
-    there = tmp_path / "else where"
-    command = [sys.executable, folder / "train_graceful.py", "--checkpoint-dir", there]
-    if os.getuid() == 0:  # whom permissions do not bind
-        command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
-        for path in (tmp_path, *tmp_path.parents[:-2], corpus.parent):
-            path.chmod(path.stat().st_mode | 0o055)
-        tmp_path.chmod(0o777)
-    child = start(*command, "--data", corpus, *TINY, "--steps", 3, cwd=tmp_path)
-    output = finish(child)
-    assert child.exitstatus == 0 and "All steps done" in output, output
-    assert t.load_checkpoint(there / "final.pt")["step"] == 3
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(path.stat().st_mode | 0o700)
+    assert not list(home.iterdir()) and "__pycache__" not in os.listdir(folder)
 
 
 MYDATA = """
@@ -137,15 +98,12 @@ def test_the_monitor_example_saves_and_leaves_on_q(spawn, tmp_path):
     assert {*t.load_checkpoint(tmp_path / "mine.pt")} == {"model", "optimizer"}
 
 
-def test_every_make_target_is_listed_and_readme_names_no_other():
+def test_every_make_target_is_listed_and_readme_is_short_and_names_no_other():
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
     help = (["make"], ["make", "help-maintain"])
     listed = "".join(subprocess.run(one, cwd=ROOT, **TEXT).stdout for one in help)
     assert targets and all(re.search(rf"^make {target} +\S", listed, re.M) for target in targets)
     assert {*re.findall(r"(?:`|^    |\$ )make ([a-z-]+)", README, re.M)} <= {*targets}
-
-
-def test_readme_is_read_in_one_sitting():
     assert len(README.splitlines()) <= 200
 
 
@@ -189,50 +147,25 @@ def test_every_public_name_is_documented_and_typed():
 
 
 def test_the_script_itself_says_what_it_needs():
-    """For uv and pipx, which read that."""
+    """For uv, which reads that."""
     tomllib = pytest.importorskip("tomllib")
     block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.M | re.S)[1]
     needs = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
-    required = re.findall("^[a-z]+", (ROOT / "requirements.txt").read_text(), re.M)
     assert needs == {"requires-python": ">=3.10", "dependencies": ["torch>=2.6", "numpy"]}
-    assert {*required} == {"torch", "numpy", "pytest", "pexpect"}
-    assert "version_info < (3, 10)" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("tool", ["uv", "pipx"])
-def test_uv_and_pipx_train_with_nothing_but_the_file(tool, tmp_path):
+def test_uv_trains_with_nothing_but_the_file(tmp_path):
     """Whatever pip is configured to install from is where uv looks too."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "tools"], check=True)
     tools = tmp_path / "tools" / "bin"
-    subprocess.run([tools / "pip", "install", "--quiet", "uv", "pipx"], check=True)
+    subprocess.run([tools / "pip", "install", "--quiet", "uv"], check=True)
     links = subprocess.run([tools / "pip", "config", "get", "global.find-links"], **TEXT).stdout
-    own = {"PIPX_HOME": str(tmp_path / "pipx"), "UV_CACHE_DIR": str(tmp_path / "uv")}
-    environment = {**os.environ, **own, "UV_FIND_LINKS": links.strip()}
+    own = {"UV_CACHE_DIR": str(tmp_path / "uv"), "UV_FIND_LINKS": links.strip()}
+    environment = {**os.environ, **own}
     (tmp_path / "alone").mkdir()
     shutil.copy(SCRIPT, tmp_path / "alone")
-    command = [tools / tool, "run", "./train_graceful.py", *TINY, "--steps", "3", "--no-keyboard"]
+    command = [tools / "uv", "run", "./train_graceful.py", *TINY, "--steps", "3", "--no-keyboard"]
     result = subprocess.run(command, cwd=tmp_path / "alone", env=environment, **TEXT)
     assert result.returncode == 0, result.stderr
     assert t.load_checkpoint(tmp_path / "alone" / "checkpoints" / "final.pt")["step"] == 3
-
-
-def texts(svg: str) -> list[str]:
-    """The lines of a picture of a terminal, as anybody's browser reads them; figures are N."""
-    root = xml.etree.ElementTree.fromstring(svg)
-    lines = ["".join(one.itertext()).strip() for one in root if one.tag.endswith("text")]
-    return [re.sub(r"(inf|[0-9▁▂▃▄▅▆▇█#-])+(\.[0-9]+)?", "N", line) for line in lines]
-
-
-def test_the_picture_of_readme_can_be_recorded_again():
-    recorded = subprocess.run([ROOT / "scripts" / "record.sh", "2"], cwd="/", **TEXT)
-    assert recorded.returncode == 0, recorded.stderr
-    draw = [sys.executable, ROOT / "scripts" / "picture.py"]
-    drawn = subprocess.run(draw, input=recorded.stdout, stdout=subprocess.PIPE, text=True)
-    assert "(scripts/session.svg)" in README
-    shown = texts((ROOT / "scripts" / "session.svg").read_text())
-    # Line for line what README shows, but for its figures, and the time left may be in days.
-    for ours, theirs in zip(texts(drawn.stdout), shown, strict=True):
-        left = "left" in ours and "left" in theirs
-        same = ours.replace("none yet", "N") == theirs
-        assert same or left or ours.endswith("train_graceful.py")
