@@ -28,17 +28,11 @@ import train_graceful as t
 STEPS = 12
 ACCUM = 3
 # 5 batches an epoch; every step is logged, so that no row may be lost or come twice.
-SCHEDULE = (
-    f"--grad-accum {ACCUM} --steps {STEPS} --save-every 2 --eval-every 4 --log-every 1 --keep 2 "
-    "--warmup-steps 3"
-).split()
-MEANS = {
-    "q": (0, "user_requested_graceful_exit"),
-    "SIGINT": (130, "signal_SIGINT"),
-    "SIGTERM": (143, "signal_SIGTERM"),
-    "SIGHUP": (129, "signal_SIGHUP"),
-    "SIGUSR1": (138, "signal_SIGUSR1"),
-}
+SCHEDULE = "--save-every 2 --eval-every 4 --log-every 1 --keep 2 --warmup-steps 3".split()
+SCHEDULE += ["--grad-accum", ACCUM, "--steps", STEPS]
+MEANS = {"q": (0, "user_requested_graceful_exit")}
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+    MEANS[name] = 128 + signal.Signals[name], f"signal_{name}"
 
 
 @pytest.fixture(scope="module")
