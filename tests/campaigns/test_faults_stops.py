@@ -1,5 +1,6 @@
 """Campaigns: whatever stops a run, and wherever, what goes on is the same run, bit for bit."""
 
+import itertools
 import os
 import random
 import re
@@ -41,23 +42,19 @@ def short_run(tmp_path_factory):
     return undisturbed(folder, *SCHEDULE, windows=5 * 2 * ACCUM + 2, context=16)
 
 
-def optimizers(mode: str) -> list[str]:
-    """The seams of a batch where an optimizer steps, in turn; each has a schedule."""
-    return ["Adam", "Muon", "AdamW"] if mode == "geometric" else ["AdamW"]
-
-
 def loading(number: int, split: str = "training") -> Moment:
     """The batch after so many is being made."""
     return Moment("samples", where=lambda frame: frame.f_locals.get("key") == (split, number))
 
 
 def within_the_fifth(mode: str) -> dict[str, Moment]:
+    # Where an optimizer steps, in turn; each has a schedule, which takes a step when it is made.
+    optimizers = ["Adam", "Muon", "AdamW"] if mode == "geometric" else ["AdamW"]
     return {
         "forward": Moment("loss", 4 * ACCUM + 3),
         "backward": Moment("backward", 4 * ACCUM + 3),
-        **{f"optimizer {seam}": Moment(seam, 5) for seam in optimizers(mode)},
-        # Each takes a step when it is made.
-        "schedule": Moment("schedule", 5 * len(optimizers(mode)) + 1),
+        **{f"optimizer {seam}": Moment(seam, 5) for seam in optimizers},
+        "schedule": Moment("schedule", 5 * len(optimizers) + 1),
     }
 
 
@@ -121,9 +118,7 @@ def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
     kinds = "q, SIGINT, SIGTERM, SIGHUP, SIGUSR1"
     what = f"stopped by {kinds} at every phase of the three loops, then resumed"
     with Campaign(what) as campaign:
-        cases = [
-            (mode, phase, means) for mode in MODES for phase in phases(mode) for means in MEANS
-        ]
+        cases = [(mode, *case) for mode in MODES for case in itertools.product(phases(mode), MEANS)]
         if not whole:
             # Every phase once.
             random.Random(0).shuffle(cases)
@@ -142,8 +137,7 @@ def stopped_often(fork, options, reference, directory, stops: int, seed: int) ->
         trains = rng.random() < 0.75
         plan = [(Moment("samples"), lambda frame: None)] if trains else []
         plan += [(Moment("any call", rng.randrange(10, 12_000 if trains else 8000)), None)]
-        words = ["--resume", "latest"] if list(directory.rglob("[!.]*.pt")) else options
-        child = fork(*words, "--checkpoint-dir", directory, plan=plan)
+        child = fork(*options, "--resume", "auto", "--checkpoint-dir", directory, plan=plan)
         child.paused()
         stop(child, means)
         child.go()
