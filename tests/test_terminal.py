@@ -1,18 +1,16 @@
 """Keyboard, terminal and screen: what is typed is heard and shown, and the terminal given back."""
 
-import fcntl
 import os
 import pty
 import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
-import threading
+from pathlib import Path
 
 import pytest
-from helpers import ENDLESS, ROOT, SCRIPT, Forked, finish, run, saved_path, wait_until
+from helpers import ENDLESS, ROOT, SCRIPT, Forked, finish, saved_path, wait_until
 
 import train_graceful as t
 
@@ -50,7 +48,7 @@ def test_every_spelling_of_q_is_heard_and_a_failed_save_goes_on_training(trainin
     t.load_checkpoint(saved_path(leaves(training)))
 
 
-def test_s_saves_and_other_lines_show_the_keys_and_the_last_checkpoint(training, fork, tmp_path):
+def test_s_saves_and_other_lines_show_the_keys_and_the_last_checkpoint(training, tmp_path):
     for line in ("xq", "query", "q q", "?", "", "é\x00q"):
         training.sendline(line)
         training.expect("Keys: q \\+ Enter saves and leaves")
@@ -58,43 +56,34 @@ def test_s_saves_and_other_lines_show_the_keys_and_the_last_checkpoint(training,
         training.expect("step [0-9]+/")
         assert "Exit requested" not in training.before
     training.sendline("s")
-    training.expect("Checkpoint saved: (\\S+step_([0-9]+).pt)")
-    path, step = training.match.groups()
+    training.expect("Checkpoint saved: (\\S+)\r")
+    path = Path(training.match[1])
     state = t.load_checkpoint(path)
-    assert path == str(tmp_path / "ck" / f"step_{state['step']}.pt")
+    assert path == tmp_path / "ck" / f"step_{state['step']}.pt"
     assert state["exit_reason"] == "user_requested_save"
-    # A link to a checkpoint that is gone, or one that is deleted at this moment.
-    (tmp_path / "ck" / "gone.pt").symlink_to(tmp_path / "nowhere.pt")
     training.sendline("?")
-    training.expect(f"Last checkpoint: step_{step}.pt, [0-9:]+ ago.")
+    training.expect(f"Last checkpoint: {path.name}, [0-9:]+ ago.")
     leaves(training)
-    child = fork("--resume", "latest", "--checkpoint-dir", tmp_path / "ck")
-    child.terminal.expect("step [0-9]+/")
-    child.terminal.send("?\n")
-    child.terminal.expect("Last checkpoint: emergency_step_[0-9]+.pt, [0-9:]+ ago.")
 
 
-@pytest.mark.parametrize("stdin", ["/dev/null", "/dev/zero", "closed", "empty pipe", "file"])
-def test_the_end_of_input_or_one_without_end_ends_no_training(options, tmp_path, stdin):
-    options = [*options, "--steps", "30"]
-    junk = tmp_path / "junk"
-    junk.write_text("xq\nquery\nq")  # its last line has no end
-    if stdin == "closed":
-        command = ["sh", "-c", '"$@" <&-', "sh", sys.executable, str(SCRIPT), *options]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    elif stdin == "empty pipe":
-        result = run(*options, stdin=subprocess.PIPE)
-    else:
-        with open(junk if stdin == "file" else stdin) as file:
-            result = run(*options, stdin=file)
+@pytest.mark.parametrize("stdin", ["<&-", "<junk"])
+def test_the_end_of_input_ends_no_training_and_without_a_terminal_lines_are_plain(
+    options, tmp_path, stdin
+):
+    (tmp_path / "junk").write_text("xq\nquery\nq")  # its last line has no end
+    command = ["sh", "-c", f'"$@" {stdin}', "sh", sys.executable, str(SCRIPT), *options]
+    command += ["--steps", "30", "--log-every", "10"]
+    how = {"capture_output": True, "text": True, "timeout": 60}
+    result = subprocess.run(command, cwd=tmp_path, **how)
     assert result.returncode == 0 and result.stderr == ""
     assert t.load_checkpoint(saved_path(result.stdout))["exit_reason"] == "completed"
+    steps = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")]
+    assert steps == ["10/30", "20/30", "30/30"] and "\r" not in result.stdout
 
 
 def test_q_through_a_pipe_leaves(options):
     command = [sys.executable, str(SCRIPT), *options, *ENDLESS]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = Forked(command, text=True, **streams)
+    process = Forked(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step"))
     for text in ("x" * 100_000 + "q\n" + " q", " \r\n"):
         process.stdin.write(text)
@@ -115,12 +104,11 @@ def test_no_keyboard_leaves_typed_lines_to_others(spawn, options):
 def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkeypatch):
     """Around fg: select() has announced a line, but when it is to be read the shell has done so."""
     ours, theirs = pty.openpty()
-    taken = threading.Event()
+    taken = []
 
     def in_foreground(fd: int) -> bool:
-        if not taken.is_set() and select.select([theirs], [], [], 0)[0]:
-            assert os.read(theirs, 100) == b"fg\n"
-            taken.set()
+        if select.select([theirs], [], [], 0)[0]:
+            taken.append(os.read(theirs, 100))
         return True
 
     monkeypatch.setattr(t, "in_foreground", in_foreground)
@@ -128,12 +116,9 @@ def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkey
         monkeypatch.setattr(sys, "stdin", stdin)
         with t.ExitMonitor(t.Screen(shown=False)) as monitor:
             os.write(ours, b"fg\n")
-            assert taken.wait(10)
+            wait_until(lambda: taken)
             os.kill(os.getpid(), signal.SIGTERM)
             wait_until(lambda: monitor.exit_requested, timeout=10)
-            assert monitor.reason == "signal_SIGTERM"
-            os.write(ours, b"s\n")
-            wait_until(lambda: monitor.save_requested, timeout=10)
     os.close(ours)
 
 
@@ -144,7 +129,7 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_graceful as t
 def slow(*arguments, save=t.save_checkpoint):
-    t.Screen().say("@saving")
+    print("@saving", flush=True)
     while not os.path.exists(GO):
         pass
     save(*arguments)
@@ -154,7 +139,7 @@ t.main(t.train, **t.OPTIONS)
 
 
 def test_a_job_of_a_shell_trains_in_the_background_and_hears_q_after_fg(spawn, options, tmp_path):
-    """Ctrl-Z and fg in training and in the save harm neither; no q reaches the shell."""
+    """Ctrl-Z and fg do no harm either; no q reaches the shell."""
     go, metrics = tmp_path / "go", tmp_path / "ck" / "metrics.csv"
     (tmp_path / "slow.py").write_text(SAVES_SLOWLY.replace("GO", repr(str(go))))
     environment = {**os.environ, "PS1": "READY> ", "TERM": "dumb"}
@@ -163,55 +148,41 @@ def test_a_job_of_a_shell_trains_in_the_background_and_hears_q_after_fg(spawn, o
     def foreground() -> None:
         shell.sendline("fg")
         wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
-
-    def suspend() -> None:
-        shell.send("\x1a")
-        shell.expect("Stopped")
-        shell.expect("READY> ")
+        shell.expect("step [0-9]+/")
 
     shell.expect("READY> ")
     words = [sys.executable, tmp_path / "slow.py", *options, *ENDLESS, "&"]
     shell.sendline(" ".join(map(str, words)))
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
-    for line, answer in [
-        ("echo typed-$((20 + 1))", "typed-21"),
-        ("q() { echo got-$1; }; q q", "got-q"),
-    ]:
-        shell.sendline(line)
-        shell.expect(answer)
+    shell.sendline("q() { echo got-$1; }; q q")
+    shell.expect("got-q")
     size = metrics.stat().st_size
     # Not stopped by SIGTTIN or SIGTTOU.
     wait_until(lambda: metrics.stat().st_size > size)
-    shell.sendline("jobs")
-    shell.expect("Running")
     foreground()
-    shell.expect("step [0-9]+/")
-    suspend()
+    shell.send("\x1a")
+    shell.expect("Stopped")
+    shell.expect("READY> ")
     foreground()
-    shell.expect("step [0-9]+/")
     shell.sendline("q")
     shell.expect("@saving")
-    suspend()
-    foreground()
     shell.send("q\nq\nq")
     go.touch()
     shell.expect("checkpoint saved: .*pt")
     t.load_checkpoint(saved_path(shell.after))
     shell.expect("READY> ")
-    shell.sendline("echo code $?; stty -a")
+    shell.sendline("echo code $?")
     shell.expect("code 0")
-    shell.expect(" icanon")
-    assert "-icanon" not in shell.before and "got-" not in shell.before
+    assert "got-" not in shell.before
 
 
 def test_settings_changed_during_the_run_are_put_back(training):
     before = termios.tcgetattr(training.child_fd)
     changed = termios.tcgetattr(training.child_fd)
     changed[3] &= ~termios.ECHO
-    changed[0] &= ~termios.IXON
     termios.tcsetattr(training.child_fd, termios.TCSANOW, changed)
     leaves(training)
-    assert before != changed and termios.tcgetattr(training.child_fd) == before
+    assert termios.tcgetattr(training.child_fd) == before
 
 
 # ---- screen
@@ -225,33 +196,5 @@ def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(s
     assert child.exitstatus == 0 and output.count("\n") < 20
     drawn = [part for part in output.partition("Final")[0].split("\r") if "step " in part]
     assert len(drawn) > 3
-    # All that were drawn after the resize was seen.
-    assert all(len(part) < 40 for part in drawn[len(drawn) // 2 :])
-
-
-def test_a_plain_line_for_every_log_interval_where_there_is_no_terminal(options):
-    output = run(*options, "--steps", "40", "--log-every", "10").stdout
-    steps = [line.split()[1] for line in output.splitlines() if line.startswith("step")]
-    assert steps == ["10/40", "20/40", "30/40", "40/40"] and "\r" not in output
-
-
-@pytest.mark.parametrize(
-    "columns, expected",
-    [
-        (120, "step 5/10 | loss 2.1559 | 0:04:54 left"),
-        (40, "step 5/10 | loss 2.1559 | 0:04:54 "),
-        (20, "step 5/10 | lo"),
-        (5, "s"),
-    ],
-)
-def test_the_status_line_leaves_room_for_a_command(monkeypatch, columns, expected):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with open(theirs, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        t.Screen().status(lambda: "step 5/10 | loss 2.1559 | 0:04:54 left")
-        drawn = os.read(ours, 1000).decode()
-    os.close(ours)
-    assert drawn == f"{expected} "
-    # In the last column a terminal would wrap.
-    assert columns < 20 or len(expected + " quit") < columns
+    # After the resize was seen; columns stay free for a command.
+    assert max(map(len, drawn[len(drawn) // 2 :])) == 40 - 5

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import MODES, TABLE, Child, assert_same_run, corpus_of
+from helpers import MODES, TABLE, Child, Moment, assert_same_run, corpus_of
 
 SMALL = "--context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 2 --dropout 0.1".split()
 SCHEDULE = "--steps 7 --save-every 2 --eval-every 3 --log-every 1 --keep 2".split()
@@ -33,9 +33,16 @@ class Campaign:
             assert self.cases and not self.failures, "\n".join(self.failures[:5])
 
 
-def ended(child: Child, code: int = 0, settings: list | None = None) -> str:
-    """What it printed since the last match; its exit code and its terminal's settings are these."""
-    output = child.finish(settings)
+def waiting(fork, moment: Moment, *words: object, **how) -> Child:
+    """One that has come to this moment, and waits there for go()."""
+    child = fork(*words, plan=[(moment, None)], **how)
+    child.paused()
+    return child
+
+
+def ended(child: Child, code: int = 0) -> str:
+    """What it printed since the last match; it ended with this exit code."""
+    output = child.finish()
     assert child.exitcode == code, output
     return output
 

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import itertools
 import os
 import re
 import resource
@@ -32,7 +33,7 @@ SAVES = {
     "final": ("final.pt", 6),
     "emergency": ("emergency_step_5.pt", 4),
 }
-ERRORS = ["ENOSPC", "EIO", "EDQUOT", "EROFS"]
+ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS]
 FAILING = ("openat", "write", "fsync", "rename", "close", "unlink")
 needs_strace = pytest.mark.skipif(
     shutil.which("strace") is None, reason="strace is missing: apt install strace"
@@ -49,15 +50,18 @@ def small_pieces(frame) -> None:
     frame.f_globals["PIECE_BYTES"] = 512
 
 
-def at(save: str) -> list:
+def asks_as_q_does(frame) -> None:
+    frame.f_locals["self"].monitor.request(t.USER_REQUEST, 0)
+
+
+def at(save: str, ask=frame_asks_to_leave) -> list:
     """A plan: to wait where the save begins, and to look for /saved, for strace to show, behind."""
-    name, _ = SAVES[save]
     plan = [(Moment("train"), small_pieces)]
     if save == "emergency":
-        plan += [(batch_complete(5), frame_asks_to_leave)]
+        plan += [(batch_complete(5), ask)]
 
     def is_it(frame) -> bool:
-        return Path(frame.f_locals["name"]).name == name
+        return Path(frame.f_locals["name"]).name == SAVES[save][0]
 
     begins = Moment("save", 2 if save == "best" else 1, where=is_it)
     ends = Moment("save", event="return")
@@ -87,8 +91,7 @@ def calls_of(fork, options, directory: Path, save: str) -> list[str]:
 
 def points_of(calls: list[str]) -> list[tuple[str, int]]:
     """Every system call in turn that changes something: (name, how many of that name so far)."""
-    counts: collections.Counter = collections.Counter()
-    points, other = [], None
+    counts, points, other = collections.Counter(), [], None
     for call in calls:
         name = call.partition("(")[0]
         if name in ("lseek", "read", "pread64", "newfstatat", "fstat", "fadvise64"):
@@ -102,6 +105,11 @@ def points_of(calls: list[str]) -> list[tuple[str, int]]:
             points.append((name, counts[name]))
     assert ("rename", 1) in points
     return points
+
+
+def some_of(points: list, turn: int) -> list:
+    """In the short versions, every second kind of call for the first time."""
+    return [(call, nth) for call, nth in points if nth == 1 and call in FAILING][turn % 2 :: 2]
 
 
 @needs_strace
@@ -138,36 +146,28 @@ def test_killed_at_every_point_of_a_save(fork, small, tmp_path, whole):
             options, reference = small(mode)
             for turn, save in enumerate(SAVES):
                 points = points_of(calls_of(fork, options, tmp_path / "dry", save))
-                if not whole:  # each kind of call, the first time and the last, in turn
-                    last = {call: nth for call, nth in points}
-                    ends = [(call, nth) for call, nth in points if nth in (1, last[call])]
-                    points = [point for point in ends if point[0] in FAILING][turn % 2 :: 2]
-                for call, nth in points:
+                for call, nth in points if whole else some_of(points, turn):
                     directory = tmp_path / f"{mode}-{save}-{call}-{nth}"
                     how = directory, save, call, nth
                     campaign.case(directory.name, killed, fork, options, reference, *how)
                     shutil.rmtree(directory)
 
 
-def failing(child: Child, directory: Path, error: str, call: str, when) -> str:
-    """A child that waits goes on, with a system call that fails; what the program says of it."""
-    fault = f"inject={call}:error={error}:when={when}"
+def fails(fork, options, directory, save, check, error, call, nth) -> None:
+    """A system call of a save does, once or (for_good) from then on."""
+    fallback = directory.with_name("tmp")
+    fallback.mkdir(parents=True)
+    ask, steps = (asks_as_q_does, 10**6) if check is after_q else (frame_asks_to_leave, 7)
+    words = *options, "--steps", steps, "--checkpoint-dir", directory
+    child = fork(*words, plan=at(save, ask), TMPDIR=str(fallback))
+    fault = f"inject={call}:error={errno.errorcode[error]}:when={nth}"
+    fault += "+" if check is for_good else ""
     traced(child, directory.with_suffix(".trace"), "-e", fault)
-    return os.strerror(getattr(errno, error))
+    check(fork, child, directory, fallback, save, os.strerror(error), call)
 
 
-def fails_after_q(fork, options, directory, save, fallback, error, call, nth) -> None:
+def after_q(fork, child, directory, fallback, save, why, call) -> None:
     """The run says so in one line and trains on; q again saves and leaves."""
-    # It may be heard a moment after it has been acknowledged: after this batch, or the next.
-    begins = Moment("save", where=lambda frame: frame.f_locals["name"].startswith("emergency"))
-    plan = [(batch_complete(5), None), (begins, None)]
-    words = ["--steps", 10**6, "--checkpoint-dir", directory]
-    child = fork(*options, *words, plan=plan, TMPDIR=str(fallback))
-    child.paused()
-    child.terminal.send("q\n")
-    child.terminal.expect("Exit requested!")
-    child.go()
-    why = re.escape(failing(child, directory, error, call, nth))
     failed = f"❌ Emergency checkpoint not saved: {why}. Training goes on: make room.*\n"
     if child.terminal.expect([failed, "✅ Emergency checkpoint saved"]) == 0:
         child.terminal.expect("step [0-9]+/")
@@ -178,32 +178,30 @@ def fails_after_q(fork, options, directory, save, fallback, error, call, nth) ->
     assert list(fallback.iterdir()) == []
 
 
-def fails_after_a_signal(fork, options, directory, save, fallback, error, call, nth) -> None:
+def after_a_signal(fork, child, directory, fallback, save, why, call) -> None:
     """The temporary directory is used and named, and the run goes on from there."""
-    child = fork(*options, "--checkpoint-dir", directory, plan=at(save), TMPDIR=str(fallback))
-    why = failing(child, directory, error, call, nth)
     output = ended(child, 143)
     saved = re.search(r"✅ Emergency checkpoint saved: (\S+)", output)[1]
-    assert t.load_checkpoint(saved)["step"] == 5
+    assert t.load_checkpoint(saved)["exit_reason"] == "signal_SIGTERM"
     if "Trying the temporary directory" in output:
         assert f"❌ Emergency checkpoint not saved: {why}" in output
-        assert saved.startswith(str(fallback))
+        assert saved.startswith(f"{fallback}/train_graceful_")
+        assert f"   Emergency checkpoint: {saved}\r" in output
     output = ended(fork("--resume", saved, TMPDIR=str(fallback)))
     assert "Resumed at step 5 of 7" in output and f"saves in {directory}\r" in output
 
 
-def fails_for_good(fork, options, directory, save, fallback, error, call, nth) -> None:
-    """Everything fails from there on: exit code 1, the earlier checkpoints are whole."""
-    child = fork(*options, "--checkpoint-dir", directory, plan=at(save), TMPDIR=str(fallback))
-    failing(child, directory, error, call, f"{nth}+")
-    ended(child, 1)
+def for_good(fork, child, directory, fallback, save, why, call) -> None:
+    """Exit code 1, and the earlier checkpoints are whole."""
+    output = ended(child, 1)
+    assert "Graceful exit completed" not in output
+    # Where no file can be opened any more, none is found.
+    assert f"Newest whole checkpoint: {directory}/step_4.pt" in output or call == "openat"
     assert "step_4.pt" in whole_files(directory)
 
 
-def fails_in_between(fork, options, directory, save, fallback, error, call, nth) -> None:
+def in_between(fork, child, directory, fallback, save, why, call) -> None:
     """A periodic or best save that fails is reported; the run ends as if nothing had been."""
-    child = fork(*options, "--checkpoint-dir", directory, plan=at(save)[:-1], TMPDIR=str(fallback))
-    why = failing(child, directory, error, call, nth)
     output, files, name = ended(child), whole_files(directory), SAVES[save][0]
     if f"⚠️ {name} not saved: {why}. Training goes on." in output:
         assert save != "periodic" or {"step_2.pt", "step_4.pt"} <= set(files)
@@ -213,11 +211,11 @@ def fails_in_between(fork, options, directory, save, fallback, error, call, nth)
 
 
 FAILURES = [
-    ("emergency", fails_after_q),
-    ("emergency", fails_after_a_signal),
-    ("emergency", fails_for_good),
-    ("periodic", fails_in_between),
-    ("best", fails_in_between),
+    ("emergency", after_q),
+    ("emergency", after_a_signal),
+    ("emergency", for_good),
+    ("periodic", in_between),
+    ("best", in_between),
 ]
 
 
@@ -232,38 +230,29 @@ def test_every_write_of_a_save_fails(fork, small, tmp_path, whole):
                 # One piece is like the next.
                 points = [(call, nth) for call, nth in points if call != "write" or nth % 8 == 1]
                 points = [point for point in points if point[0] in FAILING]
-                if check is fails_for_good:
+                if check is for_good:
                     points = [("fsync", 1), ("fsync", 2), ("rename", 1), ("openat", 1)]
-                cases = [(error, *point) for error in ERRORS for point in points]
-                if not whole:  # every second kind of call, the errors in turn
-                    firsts = [point for point in points if point[1] == 1]
-                    cases = [(ERRORS[i % 4], *point) for i, point in enumerate(firsts)]
-                    cases = cases[turn % 2 :: 2]
-                for error, call, nth in cases:
-                    name = f"{mode}-{save}-{check.__name__}-{error}-{call}-{nth}"
-                    directory, fallback = tmp_path / name, tmp_path / "fallback"
-                    fallback.mkdir()
-                    how = directory, save, fallback, error, call, nth
-                    campaign.case(name, check, fork, options, *how)
-                    shutil.rmtree(directory)
-                    shutil.rmtree(fallback)
+                errors = ERRORS if whole else [ERRORS[turn % 4]]
+                for error, point in itertools.product(errors, points):
+                    if whole or point in some_of(points, turn):
+                        folder = tmp_path / f"{mode}-{turn}-{error}-{'-'.join(map(str, point))}"
+                        how = folder / "ck", save, check, error, *point
+                        campaign.case(folder.name, fails, fork, options, *how)
+                        shutil.rmtree(folder)
 
 
 def test_q_on_a_full_disk_trains_on_until_there_is_room(fork, small, tmp_path):
     """A limit on the size of files is like one. The rows of metrics.csv that do not fit wait, too."""
-    options, _ = small("geometric")
-    child = fork(*options, *ENDLESS, "--checkpoint-dir", tmp_path / "ck")
+    child = fork(*small("geometric")[0], *ENDLESS, "--checkpoint-dir", tmp_path)
     child.terminal.expect("step [0-9]+/")
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     for _ in range(2):
         child.terminal.send("q\n")
-        why = "File too large. Training goes on: make room"
-        child.terminal.expect(f"❌ Emergency checkpoint not saved: {why}")
+        child.terminal.expect("❌ Emergency checkpoint not saved: File too large. Training goes on")
         child.terminal.expect("step [0-9]+/")
-    assert not list(tmp_path.rglob("*.pt*"))
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     child.terminal.send("q\n")
     assert "Graceful exit completed" in ended(child)
     assert len(whole_files(tmp_path)) == 1
-    steps = [int(row["step"]) for row in metrics_without_times(tmp_path / "ck")]
+    steps = [int(row["step"]) for row in metrics_without_times(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))

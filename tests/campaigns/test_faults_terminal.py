@@ -3,7 +3,9 @@
 The run that was disturbed has the bits of the one that was not.
 """
 
+import contextlib
 import fcntl
+import functools
 import os
 import random
 import select
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from driver import Campaign, ended, undisturbed
+from driver import Campaign, ended, undisturbed, waiting
 from helpers import (
     MODES,
     SCRIPT,
@@ -58,27 +60,22 @@ def type_at(child: Child, text: bytes) -> None:
     """As fast as the terminal takes it, while somebody is there; reads what it shows meanwhile."""
     terminal = child.terminal.fileno()
     os.set_blocking(terminal, False)
-    while text:
+    while text and not child.ended():
         readable, writable, _ = select.select([terminal], [terminal], [], 60)
-        try:
+        with contextlib.suppress(OSError):  # it takes none now, or the run has ended
             if readable:
                 os.read(terminal, 65536)
             if writable:
                 text = text[os.write(terminal, text[:1024]) :]
-        except BlockingIOError:
-            continue
-        except OSError:  # the run has ended
-            break
     os.set_blocking(terminal, True)
 
 
-def typed(start, text: bytes) -> Child:
+def typed(text: bytes, fork, *words: object) -> Child:
     """Most of it while the run waits in a batch, so that all is typed; the rest while it trains."""
-    child = start([(batch_complete(2), None)])
-    child.paused()
-    type_at(child, text[: len(text) * 3 // 4])
+    child = waiting(fork, batch_complete(2), *words)
+    type_at(child, text[:-1000])
     child.go()
-    type_at(child, text[len(text) * 3 // 4 :])
+    type_at(child, text[-1000:])
     return child
 
 
@@ -90,25 +87,16 @@ def closed_pipe() -> int:
 
 def full_pipe() -> int:
     """One that nobody reads, nor will."""
-    reader, writer = os.pipe()
-    os.set_inheritable(reader, True)
-    os.set_blocking(writer, False)
-    try:
-        while True:
-            os.write(writer, bytes(4096))
-    except BlockingIOError:
-        os.set_blocking(writer, True)
+    _, writer = os.pipe()
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)))
     return writer
 
 
-OUTPUTS = {
-    "closed pipe": closed_pipe,
-    "full pipe": full_pipe,
-    "full disk": lambda: os.open("/dev/full", os.O_WRONLY),
-}
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
 
 
-def redirected(start, target) -> Child:
+def redirected(target, fork, *words: object) -> Child:
     """The run has another standard output and standard error before it looks at them."""
 
     def redirect(frame) -> None:
@@ -116,20 +104,20 @@ def redirected(start, target) -> Child:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
 
-    return start([(Moment("start"), redirect)])
+    return fork(*words, plan=[(Moment("start"), redirect)])
 
 
-def stopped_terminal(start, directory: Path) -> Child:
-    child = start([])
+def stopped_terminal(fork, *words: object) -> Child:
+    child = fork(*words)
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("\x13")
-    wait_until(lambda: (directory / "final.pt").exists())
+    wait_until(Path(words[-1], "final.pt").exists)
     child.terminal.send("\x11")
     return child
 
 
-def resized(start, directory: Path) -> Child:
-    child = start([])
+def resized(fork, *words: object) -> Child:
+    child = fork(*words)
     child.terminal.expect("step [0-9]+/")
     while not child.ended():
         for columns in (1, 0, 10, 40, 200, 500):
@@ -140,9 +128,8 @@ def resized(start, directory: Path) -> Child:
     return child
 
 
-def suspended_in_a_save(start, directory: Path) -> Child:
-    child = start([(saving("step_40.pt"), None)])
-    child.paused()
+def suspended_in_a_save(fork, *words: object) -> Child:
+    child = waiting(fork, saving("step_40.pt"), *words)
     for _ in range(20):
         child.kill(signal.SIGSTOP)
         os.waitpid(child.pid, os.WUNTRACED)
@@ -152,34 +139,34 @@ def suspended_in_a_save(start, directory: Path) -> Child:
     return child
 
 
-OTHERS = {
+DISTURBANCES = {
+    **{name: functools.partial(typed, text) for name, text in TYPING.items()},
+    "closed pipe": functools.partial(redirected, closed_pipe),
+    "full pipe": functools.partial(redirected, full_pipe),
+    "full disk": functools.partial(redirected, full_disk),
     "Ctrl-S": stopped_terminal,
     "resized": resized,
     "suspended in a save": suspended_in_a_save,
 }
 
 
-def not_disturbed(fork, options, reference, directory, disturbed, by) -> None:
+def not_disturbed(fork, options, reference, directory, disturbed) -> None:
     """Exit code 0, the weights of the run that nobody disturbed, the terminal as before."""
-    child = disturbed(
-        lambda plan: fork(*options, "--checkpoint-dir", directory, plan=plan), by or directory
-    )
-    ended(child, 0, termios.tcgetattr(child.terminal.fileno()))
+    child = disturbed(fork, *options, "--checkpoint-dir", directory)
+    child.finish(termios.tcgetattr(child.terminal.fileno()))
+    assert child.exitcode == 0
     assert_same_run(directory, reference)
 
 
 def hung_up_in_a_save(fork, options, directory, first: str, code: int, reason: str) -> None:
     """The save is finished and whole; the first request decides, and a hang-up is one."""
-    plan = [(saving("step_40.pt"), None)]
-    if first:
-        plan = [(batch_complete(40), None), (saving("emergency"), None)]
+    plan = [(batch_complete(40), None), (saving("emergency" if first else "step_40.pt"), None)]
     child = fork(*options, "--checkpoint-dir", directory, plan=plan)
     child.paused()
-    if first:
-        child.terminal.send(first)
-        child.terminal.expect("Exit requested!")
-        child.go()
-        child.paused()
+    child.terminal.send(first)
+    child.terminal.expect("Exit requested!" if first else "")
+    child.go()
+    child.paused()
     child.terminal.close()
     child.go()
     child.wait()
@@ -194,6 +181,7 @@ HANG_UPS = [
     ("q\n", 0, "user_requested_graceful_exit"),
     ("\3", 130, "signal_SIGINT"),
 ]
+ENVIRONMENTS = [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}, {"TERM": "dumb"}]
 
 
 def in_an_environment(options, reference, directory, environment: dict[str, str]) -> None:
@@ -201,41 +189,29 @@ def in_an_environment(options, reference, directory, environment: dict[str, str]
     how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
     result = subprocess.run(command, env={**os.environ, **environment}, **how)
     assert result.returncode == 0 and result.stderr == b""
-    text = result.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8"))
-    assert "Training started. Press 'q' + Enter to exit gracefully..." in text
+    assert b"Training started. Press 'q' + Enter to exit gracefully..." in result.stdout
     assert_same_run(directory, reference)
 
 
 def test_terminal_and_output(fork, longer_run, tmp_path, whole):
     what = "closed and full outputs, hang-ups, junk, Ctrl-D, Ctrl-S, suspending, resizing"
     with Campaign(f"{what}, odd locales") as campaign:
-        cases = [(name, typed, text) for name, text in TYPING.items()]
-        cases += [(name, redirected, target) for name, target in OUTPUTS.items()]
-        cases += [(name, disturbed, None) for name, disturbed in OTHERS.items()]
         for mode in MODES if whole else ["standard"]:
-            for name, *how in cases:
-                directory = tmp_path / f"{mode}-{name}".replace(" ", "-")
-                campaign.case(name, not_disturbed, fork, *longer_run(mode), directory, *how)
+            for name, disturbed in DISTURBANCES.items():
+                how = *longer_run(mode), tmp_path / f"{mode}-{name}".replace(" ", "-"), disturbed
+                campaign.case(name, not_disturbed, fork, *how)
             for first, code, reason in HANG_UPS:
-                directory = tmp_path / f"{mode}-{reason}"
-                how = longer_run(mode)[0], directory, first, code, reason
-                campaign.case(directory.name, hung_up_in_a_save, fork, *how)
-        environments = [
-            {"PYTHONIOENCODING": "ascii"},
-            {"LANG": "C", "LC_ALL": "C"},
-            {"TERM": "dumb"},
-        ]
-        for one in environments if whole else environments[:1]:
+                how = longer_run(mode)[0], tmp_path / f"{mode}-{reason}", first, code, reason
+                campaign.case(f"{mode}: {reason}", hung_up_in_a_save, fork, *how)
+        for one in ENVIRONMENTS if whole else ENVIRONMENTS[:1]:
             how = *longer_run("standard"), tmp_path / "-".join(one), one
             campaign.case(one, in_an_environment, *how)
 
 
 def all_at_once(fork, options, directory) -> None:
     """Exactly one of them runs; the others name its pid, if it has come to write it down."""
-    words = ["--steps", 10**6, "--checkpoint-dir", directory]
-    children = [fork(*options, *words, plan=[(Moment("lock"), None)]) for _ in range(10)]
-    for child in children:
-        child.paused()
+    words = *options, "--steps", 10**6, "--checkpoint-dir", directory
+    children = [waiting(fork, Moment("lock"), *words) for _ in range(10)]
     for child in children:
         child.go()
     winners, named = [], set()
@@ -263,12 +239,9 @@ def lock_of_a_killed_run(fork, options, directory) -> None:
 
 def test_two_at_once(fork, longer_run, tmp_path, whole):
     options, _ = longer_run("standard")
-    with Campaign(
-        "ten starts at the same instant on one directory; locks of killed runs"
-    ) as campaign:
-        for number in range(30 if whole else 3):
-            name = f"ten at once, {number}"
-            campaign.case(name, all_at_once, fork, options, tmp_path / f"ten-{number}")
-        for number in range(30 if whole else 1):
-            directory = tmp_path / f"killed-{number}"
-            campaign.case(directory.name, lock_of_a_killed_run, fork, options, directory)
+    what = "ten starts at the same instant on one directory; locks of killed runs"
+    with Campaign(what) as campaign:
+        for number in range(30 if whole else 2):
+            for check in all_at_once, lock_of_a_killed_run:
+                name = f"{check.__name__}-{number}"
+                campaign.case(name, check, fork, options, tmp_path / name)
