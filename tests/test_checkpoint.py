@@ -1,4 +1,4 @@
-"""A checkpoint is one ordinary file, whole at every instant, and refused in a line where it is not."""
+"""A checkpoint is one ordinary file, whole at every instant; one that is not is refused."""
 
 import collections
 import datetime
@@ -31,8 +31,8 @@ from helpers import (
 import train_graceful as t
 
 KEYS = """format_version model_state_dict optimizer_state_dicts scheduler_state_dicts state_dicts
-step best evaluation metrics config data_fingerprint stream loop made_by exit_reason torch_version run_id
-saved_at""".split()
+step best evaluation metrics config data_fingerprint stream loop made_by exit_reason torch_version
+run_id saved_at""".split()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def finished(corpus, tmp_path_factory):
 
 @pytest.fixture
 def altered(finished, tmp_path):
-    """altered(change) is final.pt as change(its state) has made it, and the words that resume it."""
+    """altered(change): final.pt as change(its state) has made it, and the words that resume it."""
 
     def alter(change) -> tuple[Path, list]:
         state, path = t.load_checkpoint(finished / "final.pt"), tmp_path / "altered.pt"
@@ -263,7 +263,7 @@ step_25                          mine  2 25  2026-01-05 step_25
 
 
 def test_latest_is_the_furthest_of_the_last_session_of_the_run_that_has_saved_last(tmp_path):
-    """One that was stopped before its first step hides no trained run; times of files say nothing."""
+    """One stopped before its first step hides no trained run; times of files say nothing."""
     for line in SAVED:
         name, run_id, session, step, saved_at, latest = line.split()
         path = tmp_path / f"{name}.pt"

@@ -1,4 +1,4 @@
-"""The program is a good guest: debuggers, print(), sweeps and notebooks work as they do without it."""
+"""The program is a good guest: debuggers, print(), sweeps, notebooks work as without it."""
 
 import gc
 import io

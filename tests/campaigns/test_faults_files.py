@@ -360,7 +360,7 @@ WRONG = [
 # What is inside of these is this program's own: no stranger gains by it.
 OWN = {"config", "best", "evaluation", "metrics", "data_fingerprint", "loop", "stream"}
 # And what a finished run does not need may be anything.
-UNUSED = {"exit_reason", "torch_version", "saved_at", "evaluation", "metrics"}
+UNUSED = {"exit_reason", "torch_version", "saved_at", "made_by", "evaluation", "metrics"}
 
 
 def every_place(state, keys=()) -> Iterator[tuple[tuple, object]]:

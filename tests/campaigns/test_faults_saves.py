@@ -153,7 +153,7 @@ def test_killed_at_every_point_of_a_save(fork, small, tmp_path, whole):
                     shutil.rmtree(directory)
 
 
-def fails(fork, options, directory, save, check, error, call, nth) -> None:
+def fails(fork, options, directory, save, check, error, needed, call, nth) -> None:
     """A system call of a save does, once or (for_good) from then on."""
     fallback = directory.with_name("tmp")
     fallback.mkdir(parents=True)
@@ -163,22 +163,22 @@ def fails(fork, options, directory, save, check, error, call, nth) -> None:
     fault = f"inject={call}:error={errno.errorcode[error]}:when={nth}"
     fault += "+" if check is for_good else ""
     traced(child, directory.with_suffix(".trace"), "-e", fault)
-    check(fork, child, directory, fallback, save, os.strerror(error), call)
+    check(fork, child, directory, fallback, save, os.strerror(error), needed)
 
 
-def after_q(fork, child, directory, fallback, save, why, call) -> None:
+def after_q(fork, child, directory, fallback, save, why, needed) -> None:
     """The run says so in one line and trains on; q again saves and leaves."""
     failed = f"❌ Emergency checkpoint not saved: {why}. Training goes on: make room.*\n"
     if child.terminal.expect([failed, "✅ Emergency checkpoint saved"]) == 0:
         child.terminal.expect("step [0-9]+/")
         child.terminal.send("q\n")
     else:
-        assert call == "write", "a fault that a save may take"
+        assert not needed
     assert "Graceful exit completed" in ended(child)
     assert list(fallback.iterdir()) == []
 
 
-def after_a_signal(fork, child, directory, fallback, save, why, call) -> None:
+def after_a_signal(fork, child, directory, fallback, save, why, needed) -> None:
     """The temporary directory is used and named, and the run goes on from there."""
     output = ended(child, 143)
     saved = re.search(r"✅ Emergency checkpoint saved: (\S+)", output)[1]
@@ -191,22 +191,21 @@ def after_a_signal(fork, child, directory, fallback, save, why, call) -> None:
     assert "Resumed at step 5 of 7" in output and f"saves in {directory}\r" in output
 
 
-def for_good(fork, child, directory, fallback, save, why, call) -> None:
+def for_good(fork, child, directory, fallback, save, why, needed) -> None:
     """Exit code 1, and the earlier checkpoints are whole."""
     output = ended(child, 1)
     assert "Graceful exit completed" not in output
-    # Where no file can be opened any more, none is found.
-    assert f"Newest whole checkpoint: {directory}/step_4.pt" in output or call == "openat"
+    assert f"Newest whole checkpoint: {directory}/step_4.pt" in output
     assert "step_4.pt" in whole_files(directory)
 
 
-def in_between(fork, child, directory, fallback, save, why, call) -> None:
+def in_between(fork, child, directory, fallback, save, why, needed) -> None:
     """A periodic or best save that fails is reported; the run ends as if nothing had been."""
     output, files, name = ended(child), whole_files(directory), SAVES[save][0]
     if f"⚠️ {name} not saved: {why}. Training goes on." in output:
         assert save != "periodic" or {"step_2.pt", "step_4.pt"} <= set(files)
     else:
-        assert name in files and call in ("write", "unlink")
+        assert name in files and not needed
     assert files["final.pt"] == 7 and not list(directory.rglob(".*.tmp"))
 
 
@@ -227,22 +226,26 @@ def test_every_write_of_a_save_fails(fork, small, tmp_path, whole):
             options, _ = small(mode)
             for turn, (save, check) in enumerate(FAILURES):
                 points = points_of(calls_of(fork, options, tmp_path / "dry", save))
+                # What comes behind, when old ones go, and what is said, may fail.
+                count = sum(call == "fsync" for call, _ in points)
+                needed = points[: points.index(("fsync", count)) + 1]
                 # One piece is like the next.
                 points = [(call, nth) for call, nth in points if call != "write" or nth % 8 == 1]
                 points = [point for point in points if point[0] in FAILING]
                 if check is for_good:
-                    points = [("fsync", 1), ("fsync", 2), ("rename", 1), ("openat", 1)]
+                    points = [("fsync", 1), ("fsync", 2), ("rename", 1)]
                 errors = ERRORS if whole else [ERRORS[turn % 4]]
                 for error, point in itertools.product(errors, points):
                     if whole or point in some_of(points, turn):
                         folder = tmp_path / f"{mode}-{turn}-{error}-{'-'.join(map(str, point))}"
-                        how = folder / "ck", save, check, error, *point
+                        is_needed = point in needed and point[0] != "write"
+                        how = folder / "ck", save, check, error, is_needed, *point
                         campaign.case(folder.name, fails, fork, options, *how)
                         shutil.rmtree(folder)
 
 
 def test_q_on_a_full_disk_trains_on_until_there_is_room(fork, small, tmp_path):
-    """A limit on the size of files is like one. The rows of metrics.csv that do not fit wait, too."""
+    """A limit on the size of files is like one. Rows of metrics.csv that do not fit wait, too."""
     child = fork(*small("geometric")[0], *ENDLESS, "--checkpoint-dir", tmp_path)
     child.terminal.expect("step [0-9]+/")
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
