@@ -604,8 +604,9 @@ class FileForDisk(io.FileIO):
             done += super().write(view[done : done + PIECE_BYTES]) or 0
             length = self.tell() - self._advised
             # The advice that they need not stay in memory halves the time of a large file's flush.
-            if length >= PIECE_BYTES and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.fileno(), self._advised, length, os.POSIX_FADV_DONTNEED)
+            if length >= PIECE_BYTES:
+                with contextlib.suppress(AttributeError, OSError):
+                    os.posix_fadvise(self.fileno(), self._advised, length, os.POSIX_FADV_DONTNEED)
                 self._advised += length
         return done
 
@@ -2488,6 +2489,8 @@ def choose_device(name: str) -> torch.device:
 
 # ---- The built-in program: text and model -----------------------------------------------------
 
+MAX_ANGLE = math.pi / 4
+
 
 def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Tensor]:
     """Training and validation data: the first 95 % of the files in paths, and the rest.
@@ -2512,9 +2515,6 @@ def text_datasets(paths: Sequence[str], context: int, left_out: Path) -> list[Te
         raise UserError(f"--data {' '.join(paths)}: {len(content):,} bytes are too few")
     text = torch.frombuffer(content, dtype=torch.uint8)
     return [part.unfold(0, context + 1, context) for part in (text[:-rest], text[-rest:])]
-
-
-MAX_ANGLE = math.pi / 4
 
 
 class Attention(nn.Module):
