@@ -94,12 +94,14 @@ def stopped(fork, options, reference, directory, moment, steps, means) -> None:
     child.terminal.expect("Exit requested!")
     output = child.terminal.before
     child.go()
-    code, reason = MEANS[means] if steps else (0, "completed")
-    saved = t.load_checkpoint(saved_path(output + ended(child, code)))
-    assert saved["exit_reason"] == reason
-    if not steps:
-        return assert_same_run(directory, reference)
+    output += child.finish()
+    saved = t.load_checkpoint(saved_path(output))
     # It may be heard a moment after it has been acknowledged: after this batch, or the next.
+    done = not steps or steps.stop > STEPS and saved["exit_reason"] == "completed"
+    outcome = (0, "completed") if done else MEANS[means]
+    assert (child.exitcode, saved["exit_reason"]) == outcome, output
+    if done:
+        return assert_same_run(directory, reference)
     assert saved["step"] in steps or saved["step"] == steps.stop < STEPS
     output = comes_to_the_same_end(fork, directory, reference)
     assert f"Resumed at step {saved['step']} of" in output
