@@ -182,7 +182,7 @@ def saving(name: str) -> Moment:
 def frame_asks_to_leave(frame: types.FrameType) -> None:
     """For a method of Run: SIGTERM, and the monitor has heard it before the method goes on."""
     os.kill(os.getpid(), signal.SIGTERM)
-    while not frame.f_locals["self"].monitor.exit_requested:
+    while not frame.f_locals["self"].monitor.heard:
         pass
 
 
