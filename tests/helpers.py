@@ -821,10 +821,16 @@ def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
     return [{key: value for key, value in row.items() if key not in own} for row in rows]
 
 
-def assert_same_run(left: Path, right: Path) -> None:
-    """Two directories hold the same finished run: all that was kept, and metrics."""
+def assert_same_state(left: Path, right: Path) -> None:
+    """Two directories hold the same end of a run, whatever its rows say."""
     a, b = final(left), final(right)
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Two directories hold the same finished run: all that was kept, and metrics."""
+    assert_same_state(left, right)
+    a, b = final(left), final(right)
     assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     assert metrics_without_times(left) == metrics_without_times(right)
 
