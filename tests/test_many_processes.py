@@ -281,14 +281,6 @@ def test_a_mistake_that_the_second_process_makes_alone_is_said(group, tmp_path):
 # ---- torchrun itself
 
 
-def left_behind(child, workers: list[int], code: int) -> str:
-    """What a torchrun that has been asked to leave has printed; its workers have ended with it."""
-    text = finish(child)
-    assert child.exitstatus == code and "Graceful exit completed" in text, text
-    assert "Traceback" not in text and not any(map(alive, workers))
-    return text
-
-
 @pytest.mark.parametrize("trains", [False, True])
 def test_q_in_torchruns_terminal_while_its_processes_start_or_train(spawn, endless, trains):
     """Nobody is left waiting for a rank that has gone."""
@@ -298,35 +290,45 @@ def test_q_in_torchruns_terminal_while_its_processes_start_or_train(spawn, endle
         child.send("s\n")
         child.expect("Checkpoint saved: ")
     child.send("q\n")
-    text = left_behind(child, worker_pids(child.pid), 0)
+    workers, text = worker_pids(child.pid), finish(child)
+    assert child.exitstatus == 0 and "Graceful exit completed" in text, text
+    assert "Traceback" not in text and not any(map(alive, workers))
     # It may come in the first batch.
     assert trains or t.load_checkpoint(saved_path(text))["step"] <= 1
     command = f"-m torch.distributed.run --nproc-per-node=2 {SCRIPT} --resume /"
     assert command in text.partition("Resume with: ")[2], text
 
 
-def test_started_for_real_it_warns_of_nothing_and_ctrl_c_counts_once(spawn, endless):
-    """A hangup that nohup has ignored counts not at all, though torchrun itself hears it."""
-
-    def ignore() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    environment = {**os.environ, "PYTHON": sys.executable}
+def test_in_the_background_it_leaves_the_keyboard_to_the_shell_and_warns_of_nothing(spawn, endless):
+    """All of it for real; a hangup that nohup has ignored counts not at all, Ctrl-C once."""
+    environment = {**os.environ, "PS1": "$ ", "PYTHON": sys.executable}
     # The script sets them itself.
     del environment["TORCH_CPP_LOG_LEVEL"], environment["LOGLEVEL"]
-    command = [str(ROOT / "scripts" / "train_torchrun.sh"), "2", *map(str, endless)]
-    child = spawn(command=command, env=environment, preexec_fn=ignore)
-    child.expect(r"step \d+/")
-    text = child.before
-    workers = worker_pids(child.pid)
-    assert len(workers) == 2
-    for pid in (child.pid, *workers):
-        os.kill(pid, signal.SIGHUP)
+    shell = spawn(command=["bash", "--norc", "--noprofile", "-i"], env=environment)
+    words = ["trap '' HUP;", ROOT / "scripts" / "train_torchrun.sh", 2, *endless, "&"]
+    shell.sendline(" ".join(map(str, words)))
+    shell.expect(r"step \d+/")
+    text = shell.before
     for _ in range(5):
-        child.expect(r"step \d+/")
-    child.sendintr()
-    text += left_behind(child, workers, 130)
-    for unwanted in ("Second Ctrl-C", "SIGHUP", "Warning", "[W"):
+        shell.sendline("echo pid $!")
+        shell.expect(r"pid (\d+)\r")
+    job = int(shell.match[1])
+    workers = worker_pids(job)
+    for pid in (job, *workers):
+        os.kill(pid, signal.SIGHUP)
+    shell.sendline("fg")
+    # What the job prints in the background looks the same; Ctrl-C would take the line from bash.
+    wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
+    for _ in range(5):
+        shell.expect(r"step \d+/")
+    shell.sendintr()
+    shell.expect("Graceful exit completed")
+    text += shell.before
+    shell.sendline("echo code $?")
+    shell.expect("code 130\r")
+    text += shell.before
+    assert len(workers) == 2 and not any(map(alive, workers))
+    for unwanted in ("Second Ctrl-C", "SIGHUP", "Warning", "[W", "Traceback"):
         assert unwanted not in text, text
     assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume /", text), text
     assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
