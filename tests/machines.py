@@ -107,7 +107,7 @@ class Host:
 class Hosts:
     """hosts[0] and so on, each made when it is first asked for, all on one switch."""
 
-    def __init__(self, folder: Path, spawn) -> None:
+    def __init__(self, folder: Path, spawn=None) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         if missing or os.getuid() or sys.platform != "linux":
             pytest.skip(f"hosts of their own need Linux, root and iproute2 (missing: {missing})")
