@@ -17,11 +17,11 @@ from helpers import (
     Residual,
     assert_close_run,
     classify,
-    cnn,
     finished,
     flip_a_weight,
     frame_asks_to_leave,
     metrics_without_times,
+    mlp,
     program,
     refused,
     saved_path,
@@ -83,13 +83,13 @@ def layers_in_two_lists() -> nn.Module:
     return model
 
 
-OWN = {"cnn": (classify(lambda: cnn(dropout=0.0)), 4), "gan": (train_gan, 2)}
+OWN = {"mlp": (classify(lambda: mlp(dropout=0.0)), 4), "gan": (train_gan, 2)}
 OWN["layers"] = (classify(layers_in_two_lists), 2)
 
 
 @pytest.mark.parametrize("train, size", OWN.values(), ids=OWN)
 def test_a_model_of_ones_own_trains_as_without_shard(ended, tmp_path, train, size):
-    """Four share out the CNN's ten rows unequally; a layer that is in two lists is one unit."""
+    """Four share out its ten rows unequally; a layer that is in two lists is one unit."""
     ended("plain", size, program=program(train))
     ended("shared", size, "--shard", program=program(train))
     assert_close_run(tmp_path / "shared", tmp_path / "plain")
