@@ -180,9 +180,7 @@ def saving(name: str) -> Moment:
 
 def frame_asks_to_leave(frame: types.FrameType) -> None:
     """For a method of Run: SIGTERM, and the monitor has heard it before the method goes on."""
-    os.kill(os.getpid(), signal.SIGTERM)
-    while not frame.f_locals["self"].monitor.heard:
-        pass
+    ask_to_leave(frame.f_locals["self"])
 
 
 def fail(frame) -> None:
@@ -603,40 +601,33 @@ def classify(make):
     return learning(begin, body, data, make, best="max accuracy")
 
 
-class Gan(nn.Module):
-    """Two networks in one module: each of its losses leaves parameters without a gradient."""
+class Halves(nn.Module):
+    """As in a GAN, each of its losses leaves parameters without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
-        self.discriminator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.halves = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
 
-    def forward(self, noise: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The generator's loss, or with rows the discriminator's; one for each sample."""
-        made = self.generator(noise)
-        if rows is None:
-            return F.softplus(-self.discriminator(made)).squeeze(1)
-        seen = self.discriminator(torch.cat([made.detach(), rows]))
-        fake, real = seen.squeeze(1).chunk(2)
-        return F.softplus(fake) + F.softplus(-real)
+    def forward(self, rows: torch.Tensor, number: int) -> torch.Tensor:
+        return self.halves[number](rows)
 
 
-def train_gan(run: t.Run) -> None:
-    """Its noise is a function of the rows: the same on any number of ranks."""
+def train_halves(run: t.Run) -> None:
     run.data(Rows(43), Rows(13))
-    model, adam = run.model(Gan()), functools.partial(torch.optim.Adam, lr=run.options.lr)
-    generator = run.keep(generator=adam(run.module.generator.parameters()))
-    discriminator = run.keep(discriminator=adam(run.module.discriminator.parameters()))
-    for rows, *_ in run.batches(lambda batch: {"loss": model(batch[0].sin(), batch[0])}):
-        discriminator.zero_grad()
-        loss = model(rows.sin(), rows).mean()
-        loss.backward()
-        discriminator.step()
-        generator.zero_grad()
-        generator_loss = model(rows.sin()).mean()
-        generator_loss.backward()
-        generator.step()
-        run.log(loss=loss, generator_loss=generator_loss)
+    model, adam = run.model(Halves()), functools.partial(torch.optim.Adam, lr=run.options.lr)
+    optimizers = [adam(half.parameters()) for half in run.module.halves]
+    run.keep(first=optimizers[0], second=optimizers[1])
+
+    def losses_of(batch, number: int) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0], number), batch[1], reduction="none")
+
+    for batch in run.batches(lambda batch: {"loss": losses_of(batch, 1)}):
+        for number, optimizer in enumerate(optimizers):
+            optimizer.zero_grad()
+            loss = losses_of(batch, number).mean()
+            loss.backward()
+            optimizer.step()
+        run.log(loss=loss)
 
 
 # ---- what is started, and what is looked at

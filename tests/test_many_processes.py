@@ -38,7 +38,7 @@ from helpers import (
     saved_path,
     sgd,
     torchrun,
-    train_gan,
+    train_halves,
     update,
     wait_until,
     whole_files,
@@ -76,7 +76,7 @@ def by_sgd(in_batch=lambda run: None):
 @pytest.fixture
 def of(forty_windows):
     """of("mlp --shard"): the options of a run, and its program if it is not the built-in one."""
-    own = {"gan": train_gan, "mlp": classify(mlp), "workers": classify(mlp)}
+    own = {"halves": train_halves, "mlp": classify(mlp), "workers": classify(mlp)}
     # Gradients in a bucket of 1 MiB and others of 25: the order of sums depends on it.
     own["wide"] = classify(lambda: Residual(width=640, layers=4))
 
@@ -98,16 +98,16 @@ def endless(forty_windows, tmp_path) -> list:
 # ---- the same batches
 
 
-@pytest.mark.parametrize("model", ["geometric", "geometric --shard", "gan"])
+@pytest.mark.parametrize("model", ["geometric", "geometric --shard", "halves"])
 def test_one_two_and_four_processes_train_the_same_model(ended, of, float32_muon, tmp_path, model):
-    """Of a GAN two optimizers step in turn, and each backward pass leaves half of it out."""
+    """Of halves two optimizers step in turn, and each backward pass leaves one out, as a GAN's."""
     options, own = of(model)
     one = tmp_path / "1"
     for size in (1, 2, 4):
         folder = tmp_path / str(size)
         texts = ended(folder.name, size, *options, **own)
         assert "All steps done" in texts[0] and not any(texts[1:]), texts
-        assert model == "gan" or size == 1 or f" parameters, on {size} x cpu: " in texts[0]
+        assert model == "halves" or size == 1 or f" parameters, on {size} x cpu: " in texts[0]
         names = {path.name for path in folder.iterdir()} - {"best.pt"}
         assert names == {"final.pt", "metrics.csv", "run.lock", "step_3.pt", "step_6.pt"}
         assert_close_run(folder, one)
@@ -179,8 +179,8 @@ def test_a_request_to_one_rank_is_one_to_all_at_the_same_step(group, tmp_path, b
 
 # ---- the same run after it
 
-RUNS = [("standard", 2), ("geometric", 2), ("mlp", 2), ("workers", 2), ("wide", 4), ("gan", 2)]
-RUNS += [("geometric --shard", 2), ("mlp --shard", 2), ("gan --shard", 2)]
+RUNS = [("standard", 2), ("geometric", 2), ("mlp", 2), ("workers", 2), ("wide", 4), ("halves", 2)]
+RUNS += [("geometric --shard", 2), ("mlp --shard", 2), ("halves --shard", 2)]
 
 
 @pytest.mark.parametrize("model, size", RUNS)

@@ -25,7 +25,7 @@ from helpers import (
     program,
     refused,
     saved_path,
-    train_gan,
+    train_halves,
     wait_until,
     whole_files,
 )
@@ -83,7 +83,7 @@ def layers_in_two_lists() -> nn.Module:
     return model
 
 
-OWN = {"mlp": (classify(lambda: mlp(dropout=0.0)), 4), "gan": (train_gan, 2)}
+OWN = {"mlp": (classify(lambda: mlp(dropout=0.0)), 4), "halves": (train_halves, 2)}
 OWN["layers"] = (classify(layers_in_two_lists), 2)
 
 
