@@ -848,7 +848,7 @@ def learning(
     evaluate=losses,
     **how,
 ):
-    """train(run): begin(run, module) keeps what it is about, body(run, module, it, batch) trains."""
+    """train(run): begin(run, module) keeps what it needs, body(run, module, it, batch) trains."""
 
     def train(run: t.Run) -> None:
         data(run)

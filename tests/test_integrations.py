@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import runpy
 import signal
 import struct
@@ -200,11 +199,3 @@ def test_a_tracker_has_each_row_once_however_the_run_was_stopped(
     assert points.keys() == wanted.keys()
     for key, values in points.items():
         assert values == [pytest.approx(wanted[key], rel=1e-6)], key
-
-
-def test_every_example_fits_on_a_screen():
-    """Except those whose data and model are made up there too."""
-    for path in sorted(EXAMPLES.glob("*.py")):
-        code = re.sub('""".*?"""', "", path.read_text(), flags=re.S)
-        lines = [line for line in code.splitlines() if line.strip() and "#" not in line]
-        assert len(lines) <= (63 if "tg.main(" in code else 36), path
