@@ -80,6 +80,19 @@ def group(fork):
 
 
 @pytest.fixture
+def ended(group, tmp_path):
+    """ended("ck", 2, *options): so many ranks train in tmp_path / "ck"; what each has printed."""
+
+    def ended(folder: str, size: int, *options: object, code: int = 0, **settings) -> list[str]:
+        ranks = group(size, *options, "--checkpoint-dir", tmp_path / folder, **settings)
+        texts, codes = helpers.finished(ranks)
+        assert codes == [code] * size, texts
+        return texts
+
+    return ended
+
+
+@pytest.fixture
 def spawn():
     """spawn(*args) is pexpect's child on the real script, killed and reaped after the test.
 

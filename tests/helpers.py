@@ -12,7 +12,6 @@ import logging
 import multiprocessing.util
 import os
 import pty
-import random
 import re
 import select
 import shutil
@@ -181,9 +180,7 @@ def saving(name: str) -> Moment:
 
 def frame_asks_to_leave(frame: types.FrameType) -> None:
     """For a method of Run: SIGTERM, and the monitor has heard it before the method goes on."""
-    os.kill(os.getpid(), signal.SIGTERM)
-    while not frame.f_locals["self"].monitor.exit_requested:
-        pass
+    ask_to_leave(frame.f_locals["self"])
 
 
 def fail(frame) -> None:
@@ -555,37 +552,13 @@ def program(train, **options):
     return lambda: t.main(train, **{**defaults, "lr": 1e-2, **options})
 
 
-class Images(torch.utils.data.Dataset):
-    """Images of four classes in a noise of their own, augmented by every generator there is."""
+def mlp(dropout: float = 0.3) -> nn.Module:
+    """With BatchNorm; 10 rows of weights cannot be shared out equally among four.
 
-    def __init__(self, count: int, augmented: bool) -> None:
-        generator = torch.Generator().manual_seed(count)
-        self.labels = torch.randint(4, (count,), generator=generator)
-        noise = torch.randn(count, 3, 8, 8, generator=generator)
-        self.images = noise + self.labels.view(-1, 1, 1, 1)
-        self.augmented = augmented
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        image = self.images[index]
-        if self.augmented:
-            image = image.flip(-1) if random.random() < 0.5 else image
-            image = image.roll(int(np.random.randint(3)), dims=-1) + 0.1 * torch.randn(())
-        return image, self.labels[index]
-
-
-def cnn(dropout: float = 0.3) -> nn.Module:
-    """A plain one, with BatchNorm; 10 rows of weights cannot be shared out equally among four.
-
-    No bias comes before a BatchNorm: its gradient would be rounding errors, and Adam's step as long
-    as any.
+    No bias comes before it: its gradient would be rounding errors, and Adam's step as long as any.
     """
-    first = [nn.Conv2d(3, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU()]
-    second = [nn.Conv2d(10, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    last = [nn.Flatten(), nn.Dropout(dropout), nn.Linear(8 * 36, 4)]
-    return nn.Sequential(*first, *second, *last)
+    layers = nn.Linear(4, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout)
+    return nn.Sequential(*layers, nn.Linear(10, 2))
 
 
 class Residual(nn.Module):
@@ -593,88 +566,68 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 24, layers: int = 3) -> None:
         super().__init__()
-        self.first = nn.Linear(3 * 64, width)
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 2)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.last = nn.Linear(width, 4)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.first(images.flatten(1))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
         for layer in self.layers:
             x = x + layer(x).relu()
         return self.last(x)
 
 
 def classify(make):
-    """A train(run) for images with the model that make() returns."""
+    """A train(run) with what scripts have: a schedule, clipping, a best accuracy."""
 
-    def train(run: t.Run) -> None:
-        o = run.options
-        run.data(Images(43, True), Images(13, False))
-        model = run.model(make())
-        optimizer = run.keep(optimizer=torch.optim.AdamW(model.parameters(), o.lr))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=run.total_steps)
-        scheduler = run.keep(scheduler=schedule)
+    def begin(run: t.Run, module: nn.Module):
+        rate = run.options.lr
+        optimizer = run.keep(optimizer=torch.optim.AdamW(module.parameters(), rate))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, run.total_steps)
+        return optimizer, run.keep(scheduler=schedule)
 
-        def evaluate(batch):
-            images, labels = batch
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            return {"loss": loss, "accuracy": logits.argmax(1) == labels}
+    def body(run: t.Run, module: nn.Module, kept, batch) -> torch.Tensor:
+        optimizer, scheduler = kept
+        optimizer.zero_grad()
+        loss = loss_of(module, batch)
+        loss.backward()
+        run.clip_gradients(1.0)
+        optimizer.step()
+        scheduler.step()
+        return loss
 
-        for images, labels in run.batches(evaluate, best="max accuracy"):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            run.clip_gradients(1.0)
-            optimizer.step()
-            scheduler.step()
-            run.log(loss=loss)
+    def data(run: t.Run) -> None:
+        run.data(Rows(43), Rows(13, moved=False))
 
-    return train
+    return learning(begin, body, data, make, best="max accuracy")
 
 
-class Gan(nn.Module):
-    """Two networks in one module: each of its losses leaves parameters without a gradient."""
+class Halves(nn.Module):
+    """As in a GAN, each of its losses leaves parameters without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3 * 64))
-        self.discriminator = nn.Sequential(nn.Linear(3 * 64, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.halves = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
 
-    def forward(self, noise: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
-        """The generator's loss, or with images the discriminator's; one for each sample."""
-        made = self.generator(noise)
-        if images is None:
-            return F.softplus(-self.discriminator(made)).squeeze(1)
-        seen = self.discriminator(torch.cat([made.detach(), images.flatten(1)]))
-        fake, real = seen.squeeze(1).chunk(2)
-        return F.softplus(fake) + F.softplus(-real)
+    def forward(self, rows: torch.Tensor, number: int) -> torch.Tensor:
+        return self.halves[number](rows)
 
 
-def train_gan(run: t.Run) -> None:
-    run.data(Images(43, False), Images(13, False))
-    model, adam = run.model(Gan()), functools.partial(torch.optim.Adam, lr=run.options.lr)
-    generator = run.keep(generator=adam(run.module.generator.parameters()))
-    discriminator = run.keep(discriminator=adam(run.module.discriminator.parameters()))
+def train_halves(run: t.Run) -> None:
+    run.data(Rows(43), Rows(13))
+    model, adam = run.model(Halves()), functools.partial(torch.optim.Adam, lr=run.options.lr)
+    optimizers = [adam(half.parameters()) for half in run.module.halves]
+    run.keep(first=optimizers[0], second=optimizers[1])
 
-    def noise_for(images: torch.Tensor) -> torch.Tensor:
-        """A function of the images: the same on any number of ranks."""
-        return images[:, 0, 0, :4]
+    def losses_of(batch, number: int) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0], number), batch[1], reduction="none")
 
-    def evaluate(batch):
-        images, _ = batch
-        return {"loss": model(noise_for(images), images)}
-
-    for images, _ in run.batches(evaluate):
-        discriminator.zero_grad()
-        loss = model(noise_for(images), images).mean()
-        loss.backward()
-        discriminator.step()
-        generator.zero_grad()
-        generator_loss = model(noise_for(images)).mean()
-        generator_loss.backward()
-        generator.step()
-        run.log(loss=loss, generator_loss=generator_loss)
+    for batch in run.batches(lambda batch: {"loss": losses_of(batch, 1)}):
+        for number, optimizer in enumerate(optimizers):
+            optimizer.zero_grad()
+            loss = losses_of(batch, number).mean()
+            loss.backward()
+            optimizer.step()
+        run.log(loss=loss)
 
 
 # ---- what is started, and what is looked at
@@ -735,15 +688,6 @@ def finish(child) -> str:
     child.expect(pexpect.EOF)
     child.wait()
     return child.before
-
-
-def end_groups(children) -> None:
-    """Kills and reaps forks that lead a group of their own, as far as they are still there."""
-    for child in children:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.killpg(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-        child.close()
 
 
 def wait_until(condition, process=None, timeout=60) -> None:
@@ -821,10 +765,16 @@ def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
     return [{key: value for key, value in row.items() if key not in own} for row in rows]
 
 
-def assert_same_run(left: Path, right: Path) -> None:
-    """Two directories hold the same finished run: all that was kept, and metrics."""
+def assert_same_state(left: Path, right: Path) -> None:
+    """Two directories hold the same end of a run, whatever its rows say."""
     a, b = final(left), final(right)
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Two directories hold the same finished run: all that was kept, and metrics."""
+    assert_same_state(left, right)
+    a, b = final(left), final(right)
     assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     assert metrics_without_times(left) == metrics_without_times(right)
 
@@ -852,7 +802,8 @@ OWN |= {"lr": t.option(0.05, fixed=False), "fails": t.option(-1, fixed=False)}
 class Rows(torch.utils.data.Dataset):
     """Rows of two classes with their index, moved at random each time that they are looked at."""
 
-    def __init__(self, count: int = 22) -> None:
+    def __init__(self, count: int = 22, moved: bool = True) -> None:
+        self.moved = moved
         self.rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
 
     def __len__(self) -> int:
@@ -860,7 +811,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         row = self.rows[index]
-        noise = 0.1 * torch.randn(4) + np.random.uniform(0, 0.1)
+        noise = self.moved * (0.1 * torch.randn(4) + np.random.uniform(0, 0.1))
         return row + noise, (row.sum() > 0).long(), index
 
 
@@ -897,7 +848,7 @@ def learning(
     evaluate=losses,
     **how,
 ):
-    """train(run): begin(run, module) keeps what a test is about, body(run, module, it, batch) trains."""
+    """train(run): begin(run, module) keeps what it needs, body(run, module, it, batch) trains."""
 
     def train(run: t.Run) -> None:
         data(run)

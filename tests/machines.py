@@ -1,5 +1,6 @@
 """Machines made of Linux namespaces: hosts with addresses and processes of their own."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -7,10 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pexpect
 import pytest
-from helpers import by_script
+from helpers import by_script, worker_pids
 
 TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
 NETWORK = "10.213.7"
@@ -26,21 +28,14 @@ class Host:
     """
 
     def __init__(self, number: int, switch: int, folder: Path, spawn) -> None:
-        self.name, self.address = f"host{number}", f"{NETWORK}.{number}"
         self._spawn = spawn
         alone = "unshare --net --uts --mount --pid --fork --kill-child --mount-proc".split()
-        self._unshare = subprocess.Popen(
-            [*alone, sys.executable, "-c", INIT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "start_new_session": True}
+        self._unshare = subprocess.Popen([*alone, sys.executable, "-c", INIT], **how)
         self._unshare.stdout.readline()
-        pid = self._unshare.pid
-        self.init = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        [self.init] = worker_pids(self._unshare.pid)
         self.enter = f"nsenter --target={self.init} --net --uts --mount --pid".split()
-        hosts, plug = folder / f"{self.name}.hosts", f"plug{number}"
+        hosts, plug = folder / f"host{number}.hosts", f"plug{number}"
         lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{n} host{n}" for n in range(1, 10))]
         hosts.write_text("\n".join(lines) + "\n")
         for command in (
@@ -48,9 +43,9 @@ class Host:
             f"nsenter --target={switch} --net ip link set {plug} master switch up",
         ):
             subprocess.run(command.split(), check=True)
-        self.run(f"hostname {self.name}")
+        self.run(f"hostname host{number}")
         self.run(f"mount --bind {hosts} /etc/hosts")
-        self.run(f"ip address add {self.address}/24 dev eth0")
+        self.run(f"ip address add {NETWORK}.{number}/24 dev eth0")
         self.run("ip link set lo up")
         self.run("ip link set eth0 up")
 
@@ -77,22 +72,13 @@ class Host:
 
     def pids(self) -> list[int]:
         """Of the processes that live on this host, but for init."""
-        space = os.readlink(f"/proc/{self.init}/ns/pid")
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != self.init:
-                try:
-                    if os.readlink(entry / "ns" / "pid") == space:
-                        found.append(int(entry.name))
-                except OSError:
-                    # It has just ended, or waits to be reaped.
-                    continue
-        return found
-
-    def kill(self, signum: int) -> None:
-        """To each of them."""
-        for pid in self.pids():
-            os.kill(pid, signum)
+        space, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
+        for entry in Path("/proc").glob("[0-9]*"):
+            # It may just have ended, or wait to be reaped.
+            with contextlib.suppress(OSError):
+                if os.readlink(entry / "ns" / "pid") == space:
+                    found.append(int(entry.name))
+        return [pid for pid in found if pid != self.init]
 
     def switch_off(self) -> None:
         """No packet says good-bye."""
@@ -107,14 +93,13 @@ class Host:
 class Hosts:
     """hosts[0] and so on, each made when it is first asked for, all on one switch."""
 
-    def __init__(self, folder: Path, spawn) -> None:
+    def __init__(self, folder: Path, spawn=None) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
         if missing or os.getuid() or sys.platform != "linux":
             pytest.skip(f"hosts of their own need Linux, root and iproute2 (missing: {missing})")
         self._folder, self._spawn, self._hosts = folder, spawn, {}
         wait = ["unshare", "--net", "sh", "-c", "echo; read wait"]
-        pipe = subprocess.PIPE
-        self._switch = subprocess.Popen(wait, stdin=pipe, stdout=pipe)
+        self._switch = subprocess.Popen(wait, stdin=PIPE, stdout=PIPE)
         if not self._switch.stdout.readline():
             pytest.skip("this machine lets nobody make namespaces")
         ip = ["nsenter", f"--target={self._switch.pid}", "--net", "ip", "link"]
@@ -141,8 +126,8 @@ import train_graceful as tg
 def train(run):
     inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     run.data(torch.utils.data.TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)))
-    layers = nn.BatchNorm1d(16), nn.Dropout(0.1), nn.GELU(), nn.Linear(16, 1)
-    model = run.model(nn.Sequential(nn.Linear(8, 16), *layers))
+    layers = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.GELU(), nn.Linear(16, 1)
+    model = run.model(nn.Sequential(*layers))
     optimizer = run.keep(optimizer=torch.optim.AdamW(model.parameters(), run.options.lr))
     for inputs, targets in run.batches():
         loss = (model(inputs) - targets).square().mean()

@@ -1,6 +1,5 @@
 """Samples, their order and all that is random are the same with any workers, ranks and stops."""
 
-import os
 import random
 import sysconfig
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import go, refused, resume, sgd
+from helpers import go, resume, sgd
 
 import train_graceful as t
 
@@ -27,8 +26,6 @@ def draw() -> tuple:
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Sample i is i and what is random."""
-
     def __init__(self, length: int) -> None:
         self.length = length
 
@@ -63,24 +60,21 @@ def indices(batches: t.Batches, split: str, number: int) -> list[int]:
 
 def test_an_epoch_is_one_pass_over_the_samples_in_whole_batches():
     """What fills no batch, another part in each epoch, is left out."""
-    batches = batches_of()
-    assert batches.per_epoch == 10
-    orders = []
+    batches, seen = batches_of(), set()
     for epoch in (0, 1, 7):
         order = [indices(batches, "training", 10 * epoch + number) for number in range(10)]
         assert all(len(batch) == 10 for batch in order)
-        orders.append(sum(order, []))
-        assert len(set(orders[-1])) == 100 and set(orders[-1]) < set(range(103))
-    assert len({frozenset(order) for order in orders}) == 3
+        samples = frozenset(sum(order, []))
+        assert len(samples) == 100 and samples < set(range(103))
+        seen.add(samples)
+    assert batches.per_epoch == 10 and len(seen) == 3
 
 
 def test_a_batch_and_its_randomness_are_a_pure_function_of_seed_and_number():
     """In any order, whatever was drawn between."""
     batches, other, numbers = batches_of(), batches_of(seed=1), [25, 3, 24, 25, 0]
     found = {number: batches["training", number] for number in numbers}
-    torch.manual_seed(5)
-    random.seed(6)
-    np.random.seed(7)
+    draw()
     again = batches_of()
     assert all(again["training", number] == found[number] for number in reversed(numbers))
     assert all(other["training", number] != found[number] for number in numbers)
@@ -115,9 +109,7 @@ def test_every_rank_has_an_equal_part_of_every_batch(size):
     assert len({part["training", 0][0][-1] for part in parts}) == size
 
 
-@pytest.mark.parametrize(
-    "validation, validated", [(1, 1), (9, 9), (10, 10), (23, 23), (30, 30), (1000, 20)]
-)
+@pytest.mark.parametrize("validation, validated", [(1, 1), (10, 10), (23, 23), (1000, 20)])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_an_evaluation_has_evenly_spread_samples_once_on_any_number_of_ranks(
     validation, validated, size
@@ -160,8 +152,7 @@ def test_what_is_random_in_the_loop_is_the_same_with_any_workers_and_after_a_res
     assert len({tuple(numbers) for _, *numbers in bodies}) == 12
     assert evaluations.keys() == {5, 10, 12} and len(evaluations[5]) == 2
     assert evaluations[5] == evaluations[10] == evaluations[12]
-    for workers in (2, 3):
-        assert drawn(go, "--workers", workers) == (bodies, evaluations)
+    assert drawn(go, "--workers", 2) == (bodies, evaluations)
     assert drawn(go, "--workers", 1, stop=7)[0] + drawn(resume)[0] == bodies
 
 
@@ -184,16 +175,11 @@ def datasets(*paths: Path, context=8, left_out=Path("/nowhere")):
     return t.text_datasets([str(path) for path in paths], context, left_out)
 
 
-def text_of(windows: torch.Tensor) -> bytes:
-    """What windows consist of, end to end."""
-    return windows[:, :-1].numpy().tobytes() + windows[-1, -1:].numpy().tobytes()
-
-
 def assert_windows_of(both: list[torch.Tensor], text: bytes) -> None:
     """Over all of it, but for what fills no window at the end of its two parts."""
     cut = len(text) - len(text) // 20
     for windows, part in zip(both, (text[:cut], text[cut:]), strict=True):
-        seen = text_of(windows)
+        seen = windows[:, :-1].numpy().tobytes() + windows[-1, -1:].numpy().tobytes()
         assert part.startswith(seen) and len(part) - len(seen) < windows.shape[1] - 1
 
 
@@ -216,20 +202,17 @@ def test_a_run_that_saves_beside_its_data_can_be_resumed(folder, monkeypatch):
     link.symlink_to(path)
     monkeypatch.chdir(link)
     options = "--data . --context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 4".split()
-    for name in "final.pt", "final_2.pt":
-        go(t.train, None, *options, "--steps", 4, defaults=t.OPTIONS)
-        assert (path / "checkpoints" / name).exists()
+    go(t.train, None, *options, "--steps", 4, defaults=t.OPTIONS)
+    go(t.train, None, "--resume", "latest", "--steps", 6, defaults=t.OPTIONS)
+    assert t.load_checkpoint(path / "checkpoints" / "final.pt")["step"] == 6
     assert_windows_of(datasets(path, left_out=path / "checkpoints"), text)
     assert len(datasets(path)[0]) > len(text) / 8
-    go(t.train, None, "--resume", "latest", "--steps", 6, defaults=t.OPTIONS)
-    assert t.load_checkpoint(path / "checkpoints" / "final_2.pt")["step"] == 6
 
 
 def test_the_fingerprint_knows_content_and_not_place(folder):
     path, _ = folder
     before = [t.fingerprint(one) for one in datasets(path)]
     (path / "sub").rename(path / "sub2")
-    (path / "sub2" / ".later").write_bytes(b"zzz")
     assert [t.fingerprint(one) for one in datasets(path)] == before and before[0] != before[1]
     whole = (path / "sub2" / "d").read_bytes()
     # The last one that is in a window is validation data.
@@ -244,28 +227,7 @@ def test_the_fingerprint_knows_content_and_not_place(folder):
 def test_the_default_data_is_pythons_own_source():
     top = Path(sysconfig.get_path("stdlib"))
     omitted = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = [
-        path
-        for path in sorted(top.rglob("*.py"))
-        if path.is_file() and omitted.isdisjoint(path.relative_to(top).parts)
-    ]
-    both = training, validation = datasets(context=128)
-    assert len(files) > 300
-    assert_windows_of(both, b"".join(path.read_bytes() for path in files))
-    assert len(training) > 18 * len(validation) > 0
-
-
-def test_many_files_hold_no_descriptors(tmp_path):
-    for i in range(300):
-        (tmp_path / f"{i:03}").write_bytes(bytes([i % 256]) * 50)
-    before = len(os.listdir("/dev/fd"))
-    training, _ = datasets(tmp_path)
-    assert training[1700].tolist() == [272 % 256] * 9
-    assert {len(row) for row in training} == {9} and len(os.listdir("/dev/fd")) == before
-
-
-def test_text_that_is_too_short_is_refused(tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_bytes(b"x" * 300)
-    message = refused("--data", short, "--context", 16, "--checkpoint-dir", tmp_path / "ck")
-    assert message == f"--data {short}: 300 bytes are too few" and not (tmp_path / "ck").exists()
+    files = sorted(path for path in top.rglob("*.py") if path.is_file())
+    kept = [path for path in files if omitted.isdisjoint(path.relative_to(top).parts)]
+    assert_windows_of(datasets(context=128), b"".join(path.read_bytes() for path in kept))
+    assert len(kept) > 300
