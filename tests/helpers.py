@@ -41,6 +41,7 @@ from pexpect.fdpexpect import fdspawn
 from torch import nn
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.launcher.api import LaunchConfig
 from torch.nn import functional as F
 
 # Whatever the tests are started by (nohup, a script's background, a closed standard input): their
@@ -66,6 +67,9 @@ MODES = {
     "controller": ["--mode", "standard", "--loop", "controller"],
     "geometric": ["--mode", "geometric"],
 }
+NEWER_TORCHRUN = pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="this PyTorch's torchrun lacks options"
+)
 # Campaign, cases, failures: printed when all tests have run.
 TABLE: list[tuple[str, int, int]] = []
 
@@ -431,6 +435,8 @@ class Group:
 
     def __call__(self, size: int, *options: object, plans: dict | None = None, **settings) -> list:
         """Starts so many ranks; plans are {rank: its plan}, the rest is for all (see Child)."""
+        if "--shard" in options and not hasattr(torch.cpu.Stream, "record_event"):
+            pytest.skip("this PyTorch shards on no CPU")
         listener = socket.create_server(("127.0.0.1", 0))
         settings |= {**FROM_TORCHRUN, "MASTER_PORT": str(listener.getsockname()[1])}
         settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
+import helpers as h
 import pexpect
 import pytest
-from helpers import by_script, worker_pids
 
 TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
 NETWORK = "10.213.7"
@@ -33,7 +33,7 @@ class Host:
         how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "start_new_session": True}
         self._unshare = subprocess.Popen([*alone, sys.executable, "-c", INIT], **how)
         self._unshare.stdout.readline()
-        [self.init] = worker_pids(self._unshare.pid)
+        [self.init] = h.worker_pids(self._unshare.pid)
         self.enter = f"nsenter --target={self.init} --net --uts --mount --pid".split()
         hosts, plug = folder / f"host{number}.hosts", f"plug{number}"
         lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{n} host{n}" for n in range(1, 10))]
@@ -55,7 +55,7 @@ class Host:
     def train(self, *options: object, size: int = 2, **environment: object) -> pexpect.spawn:
         """What scripts/train_torchrun.sh starts; it meets another host's unless NNODES is 1."""
         together = {"NNODES": 2, "RENDEZVOUS": "host1:29500", "OMP_NUM_THREADS": 1, **environment}
-        return by_script(self._spawn, size, *options, enter=self._go_in, **together)
+        return h.by_script(self._spawn, size, *options, enter=self._go_in, **together)
 
     def _go_in(self) -> None:
         """For a fork: goes on in a fork of its own, whose parent has its exit code."""

@@ -3,15 +3,15 @@
 import subprocess
 import sys
 
-from helpers import ROOT
+import helpers as h
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(h.ROOT / "scripts"))
 import bench
 
 
 def test_a_short_benchmark_prints_a_row_for_every_figure(tmp_path, whole):
     sections = list(bench.SECTIONS) if whole else ["hearing", "saving"]
-    script = ROOT / "scripts" / "bench.py"
+    script = h.ROOT / "scripts" / "bench.py"
     command = [sys.executable, script, "--quick", "--dir", tmp_path, "--only", *sections]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr

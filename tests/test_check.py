@@ -4,10 +4,10 @@ import re
 import subprocess
 import sys
 
+import helpers as h
 import pytest
-from helpers import ROOT, SCRIPT, TINY, Forked
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(h.ROOT / "scripts"))
 import check_resume
 
 RIGHT = """
@@ -97,7 +97,7 @@ a learning rate set by hand
 @pytest.fixture
 def checked(tmp_path, monkeypatch, capsys):
     """checked(*options, source=...) runs the check in forks of this process: exit code, output."""
-    monkeypatch.setattr(subprocess, "Popen", Forked)
+    monkeypatch.setattr(subprocess, "Popen", h.Forked)
 
     def check(*options, source: str = RIGHT, script=tmp_path / "mine.py") -> tuple[int, str]:
         (tmp_path / "mine.py").write_text(source)
@@ -120,8 +120,8 @@ def test_a_mistake_is_named(checked, mistake):
 def test_a_script_that_is_right_passes(checked, corpus, tmp_path):
     for script, *options in (
         (tmp_path / "mine.py",),
-        (ROOT / "scripts" / "examples" / "own_model.py", "--batch-size", "16"),
-        (SCRIPT, "--mode", "geometric", "--data", str(corpus), *TINY),
+        (h.ROOT / "scripts" / "examples" / "own_model.py", "--batch-size", "16"),
+        (h.SCRIPT, "--mode", "geometric", "--data", str(corpus), *h.TINY),
     ):
         code, said = checked(*options, script=script)
         assert code == 0 and "✅ The same bits" in said and "⚠️" not in said, said
@@ -135,7 +135,7 @@ def test_a_script_that_does_not_learn_proves_nothing(checked):
 def test_make_shows_how_a_script_fails_with_its_options(tmp_path):
     fails = RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / (run.options.batch_size - 5))")
     (tmp_path / "mine.py").write_text(fails)
-    make = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
+    make = ["make", "-C", str(h.ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
     command = [*make, "check", f"SCRIPT={tmp_path}/mine.py", "ARGS=--batch-size 5"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 2 and "ZeroDivisionError: division by zero" in result.stdout

@@ -11,22 +11,10 @@ import resource
 import shutil
 from pathlib import Path
 
+import helpers as h
 import numpy
 import pytest
 import torch
-from helpers import (
-    TINY,
-    Moment,
-    assert_same,
-    fail,
-    flip_a_weight,
-    metrics_without_times,
-    refused,
-    run,
-    saving,
-    session,
-    whole_files,
-)
 
 import train_graceful as t
 
@@ -40,7 +28,7 @@ def finished(corpus, tmp_path_factory):
     """A directory with the checkpoints of a finished small run, not to be changed."""
     directory = tmp_path_factory.mktemp("finished") / "ck"
     schedule = "--steps 12 --eval-every 5 --save-every 2 --keep 2".split()
-    result = run("--data", corpus, "--checkpoint-dir", directory, *TINY, *schedule)
+    result = h.run("--data", corpus, "--checkpoint-dir", directory, *h.TINY, *schedule)
     assert result.returncode == 0, result.stderr
     return directory
 
@@ -104,7 +92,7 @@ def zoo() -> dict:
 
 def assert_as_saved(loaded, state) -> None:
     plain = state.keys() - {"parameters"}
-    assert_same({key: loaded[key] for key in plain}, {key: state[key] for key in plain})
+    h.assert_same({key: loaded[key] for key in plain}, {key: state[key] for key in plain})
     weights = loaded["model"]
     assert weights["tied.weight"].data_ptr() == weights["0.weight"].data_ptr()
     assert weights._metadata == state["model"]._metadata
@@ -144,7 +132,7 @@ def test_a_copy_for_saving_is_of_one_moment_and_reuses_its_memory():
 def test_numpys_scalars_are_saved_as_the_numbers_they_are(tmp_path):
     numbers = [numpy.float32(1.5), (numpy.bool_(False),)]
     t.save_checkpoint({numpy.int64(4): numbers, "name": numpy.str_("x")}, tmp_path / "a.pt")
-    assert_same(t.load_checkpoint(tmp_path / "a.pt"), {4: [1.5, (False,)], "name": "x"})
+    h.assert_same(t.load_checkpoint(tmp_path / "a.pt"), {4: [1.5, (False,)], "name": "x"})
 
 
 # ---- how it is saved
@@ -167,15 +155,15 @@ def limit_files(frame) -> None:
 
 def test_a_failed_save_is_reported_and_never_ends_the_run(fork, options, tmp_path):
     """First there is no memory for a copy, then the disk is full."""
-    copied = Moment("copy", where=lambda frame: frame.f_locals["memory"] is not None)
-    plan = [(copied, fail), (saving("best"), limit_files)]
+    copied = h.Moment("copy", where=lambda frame: frame.f_locals["memory"] is not None)
+    plan = [(copied, h.fail), (h.saving("best"), limit_files)]
     schedule = "--steps 7 --save-every 3 --eval-every 7".split()
     child = fork(*options, *schedule, plan=plan, TMPDIR=str(tmp_path))
     output = child.finish()
     assert "⚠️ step_3.pt not saved: injected. Training goes on." in output
     assert "⚠️ best.pt not saved: File too large. Training goes on." in output
     assert "Final checkpoint not saved" in output and "Traceback" not in output
-    assert child.exitcode == 1 and whole_files(tmp_path / "ck") == {"step_6.pt": 6}
+    assert child.exitcode == 1 and h.whole_files(tmp_path / "ck") == {"step_6.pt": 6}
 
 
 def lacking(module, call: str, code: int, concerns, frame) -> None:
@@ -195,13 +183,17 @@ def test_what_a_file_system_lacks_is_no_failed_save(fork, options, tmp_path):
     no_locks = functools.partial(lacking, fcntl, "lockf", errno.ENOLCK, bool)
     no_fsync = functools.partial(lacking, os, "fsync", errno.EINVAL, bool)
     no_list = functools.partial(lacking, os, "open", errno.EACCES, os.path.isdir)
-    plan = [(Moment("train"), no_locks), (saving("step_2"), no_fsync), (saving("final"), no_list)]
+    plan = [
+        (h.Moment("train"), no_locks),
+        (h.saving("step_2"), no_fsync),
+        (h.saving("final"), no_list),
+    ]
     child = fork(*options, "--steps", 4, "--save-every", 2, plan=plan)
     output = child.finish()
     assert child.exitcode == 0 and "not saved" not in output, output
     assert output.count("no locks there (No locks available)") == 1
     names = ["step_4.pt", "best.pt", "final.pt"]
-    assert whole_files(tmp_path / "ck") == dict.fromkeys(names, 4) | {"step_2.pt": 2}
+    assert h.whole_files(tmp_path / "ck") == dict.fromkeys(names, 4) | {"step_2.pt": 2}
 
 
 # ---- what is in a directory, and which is the latest
@@ -219,9 +211,9 @@ def test_layout_keys_and_retention(finished):
 
 def test_another_runs_files_are_never_overwritten(options, tmp_path):
     schedule = "--steps 4 --save-every 2 --eval-every 2".split()
-    assert session(*options, *schedule) == 0
+    assert h.session(*options, *schedule) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "ck").glob("*.[cp]*")}
-    assert session(*options, *schedule, "--seed", 1) == 0
+    assert h.session(*options, *schedule, "--seed", 1) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
     names = "best_2.pt final_2.pt metrics_2.csv step_2_2.pt step_4_2.pt"
     assert {*names.split()} <= {*os.listdir(tmp_path / "ck")}
@@ -232,7 +224,7 @@ def test_latest_reads_no_tensors_in_vain_and_skips_what_is_damaged_or_of_another
 ):
     copied = shutil.copytree(finished, tmp_path / "ck")
     (copied / "best.pt").unlink()
-    flip_a_weight(finished / "final.pt", copied / "final.pt")
+    h.flip_a_weight(finished / "final.pt", copied / "final.pt")
     cut = copied / "step_10.pt"
     cut.write_bytes(cut.read_bytes()[:5000])
     t.save_checkpoint({"step": 4444, "model": torch.ones(3)}, copied / "step_4444.pt")
@@ -243,7 +235,7 @@ def test_latest_reads_no_tensors_in_vain_and_skips_what_is_damaged_or_of_another
         return original(path, map_location, **options)
 
     monkeypatch.setattr(t, "load_checkpoint", load)
-    assert session("--resume", "latest", "--checkpoint-dir", copied, "--steps", 14) == 0
+    assert h.session("--resume", "latest", "--checkpoint-dir", copied, "--steps", 14) == 0
     output = capfd.readouterr().out
     assert f"Skipped {cut}: damaged" in output and f"Skipped {copied}/step_4444.pt: not a" in output
     assert "final.pt: damaged" in output and "Completed Steps: 14" in output
@@ -297,10 +289,10 @@ METRICS = [(with_bom, "metrics.csv"), (torn, "metrics.csv"), (of_another, "metri
 def test_whatever_has_become_of_metrics_csv_the_run_goes_on(finished, tmp_path, change, name):
     copied = shutil.copytree(finished, tmp_path / "ck")
     change(copied / "metrics.csv")
-    assert session("--resume", copied / "final.pt", "--steps", "14") == 0
-    *old, new = metrics_without_times(copied, name)
+    assert h.session("--resume", copied / "final.pt", "--steps", "14") == 0
+    *old, new = h.metrics_without_times(copied, name)
     own = name == "metrics.csv"
-    assert old == (metrics_without_times(finished) if own else []) and new["step"] == "14"
+    assert old == (h.metrics_without_times(finished) if own else []) and new["step"] == "14"
     assert b"\0" not in (copied / name).read_bytes()
     assert own or (copied / "metrics.csv").read_text().startswith("year,rain")
 
@@ -310,15 +302,15 @@ def test_whatever_has_become_of_metrics_csv_the_run_goes_on(finished, tmp_path, 
 
 def test_what_is_damaged_or_no_checkpoint_is_refused(finished, tmp_path):
     path, whole = tmp_path / "other.pt", (finished / "final.pt").read_bytes()
-    flip_a_weight(finished / "final.pt", path)
-    assert "other.pt: damaged checkpoint (record data/" in refused("--resume", path)
+    h.flip_a_weight(finished / "final.pt", path)
+    assert "other.pt: damaged checkpoint (record data/" in h.refused("--resume", path)
     for content in (b"", b"hello", whole[:-300]):
         path.write_bytes(content)
-        assert "other.pt: damaged, or not a checkpoint" in refused("--resume", path)
-    assert "directory" in refused("--resume", tmp_path)
-    assert "missing.pt: No such file" in refused("--resume", tmp_path / "missing.pt")
+        assert "other.pt: damaged, or not a checkpoint" in h.refused("--resume", path)
+    assert "directory" in h.refused("--resume", tmp_path)
+    assert "missing.pt: No such file" in h.refused("--resume", tmp_path / "missing.pt")
     nowhere = ["--checkpoint-dir", tmp_path / "none"]
-    assert "no checkpoint" in refused("--resume", "latest", *nowhere)
+    assert "no checkpoint" in h.refused("--resume", "latest", *nowhere)
 
 
 # PyTorch would take another optimizer's state, as long as there are as many shapes that fit.
@@ -335,7 +327,7 @@ OTHERS = [
 @pytest.mark.parametrize("change, words", OTHERS)
 def test_a_checkpoint_of_another_format_or_run_is_refused(altered, tmp_path, change, words):
     path, resumed = altered(change)
-    message = refused(*resumed)
+    message = h.refused(*resumed)
     assert str(path) in message and words in message
     assert os.listdir(tmp_path) == ["altered.pt"]
 
@@ -344,10 +336,10 @@ def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(altere
     """A newer one has added an option to AdamW's groups; and a newer edition a key."""
 
     def change(state: dict) -> None:
-        state["optimizer_state_dicts"]["adamw"]["param_groups"][0].pop("decoupled_weight_decay")
+        state["optimizer_state_dicts"]["adamw"]["param_groups"][0].pop("differentiable")
         state.update(torch_version="2.6.0", more=[1])
 
-    assert session(*altered(change)[1]) == 0
+    assert h.session(*altered(change)[1]) == 0
 
 
 STRANGE = [None, True, 10**30, "x", float("nan"), [], [1], {}, {1: 2}, torch.ones(2), {"a": None}]
@@ -363,7 +355,7 @@ def test_whatever_stands_in_the_place_of_a_value_is_one_line(altered, key, capfd
     """A traceback would be a bug; what no run needs to go on may be anything."""
     for value in STRANGE:
         change = {key: {"adamw": value} if key in PARTS else value}
-        code = session(*altered(lambda state: state.update(change))[1])
+        code = h.session(*altered(lambda state: state.update(change))[1])
         errors = capfd.readouterr().err
         refusal = code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
         needless = key in NEEDLESS or key == "state_dicts" and value in ([], {})

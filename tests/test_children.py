@@ -5,14 +5,14 @@ import re
 import signal
 import sys
 
+import helpers as h
 import pytest
-from helpers import ROOT, finish, processes_in_session, wait_until
 
 from train_graceful import EXIT_SIGNALS
 
 LOOP = f"""
 import asyncio, multiprocessing, os, signal, subprocess, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(h.ROOT)!r})
 import torch
 from train_graceful import ExitMonitor, begin_worker, save_checkpoint
 
@@ -28,7 +28,7 @@ def program(spawn):
 
 def ended(child) -> int:
     """The exit code, once the program has ended."""
-    finish(child)
+    h.finish(child)
     return child.exitstatus
 
 
@@ -91,7 +91,9 @@ def test_a_child_that_is_meant_does_what_it_would_without_a_monitor_and_one_that
 
 EXECUTED = """
 SHOW = "status = dict(line.split(':') for line in open('/proc/self/status'));"
-SHOW += "print('@', *(status['Sig' + kind].strip() for kind in ('Blk', 'Ign', 'Cgt')))"
+SHOW += "masks = (int(status['Sig' + kind], 16) for kind in ('Blk', 'Ign', 'Cgt'));"
+# Two signals are the C library's own.
+SHOW += "print('@', *(hex(mask & ~0x180000000) for mask in masks))"
 WORDS = [sys.executable, "-Sc", SHOW]
 
 def executed():
@@ -220,8 +222,8 @@ def test_a_signal_to_the_group_costs_no_batch_of_a_loop_with_workers(
     child.expect("@training")
     os.killpg(child.pid, signum)
     child.expect("@more 10")
-    text = finish(child)
+    text = h.finish(child)
     assert child.exitstatus == 128 + signum, text
     assert "Traceback" not in text and "Second" not in text
     assert (tmp_path / "mine.pt").exists()
-    wait_until(lambda: not processes_in_session(child.pid))
+    h.wait_until(lambda: not h.processes_in_session(child.pid))

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
-from helpers import ROOT, TINY, forked, go, mistake, refused, run, session
 from torch import nn
 
 import train_graceful as t
@@ -19,7 +19,7 @@ def wrong(tmp_path, monkeypatch):
 
     def check(*args) -> str:
         before = sorted(tmp_path.rglob("*"))
-        message = refused(*args)
+        message = h.refused(*args)
         assert sorted(tmp_path.rglob("*")) == before
         return message
 
@@ -71,7 +71,7 @@ def test_data_and_directories_that_cannot_be_used_are_named(wrong, tmp_path, cor
         assert str(tmp_path / name) in message and word in message
     assert "where 100000 are needed" in wrong("--data", corpus, "--batch-size", "100000")
     for bad in (tmp_path / "short", tmp_path / "short" / "sub", "/proc/checkpoints"):
-        message = wrong("--data", corpus, *TINY, "--checkpoint-dir", bad)
+        message = wrong("--data", corpus, *h.TINY, "--checkpoint-dir", bad)
         assert f"--checkpoint-dir {bad}: " in message
 
 
@@ -79,7 +79,7 @@ def test_an_error_is_one_line_without_usage_or_traceback_and_main_ends_with_its_
     code = "import train_graceful as tg; tg.main(lambda run: None); print('not reached')"
     for words, expected in (([], 0), (["--steps", "x"], 2), (["--help"], 0)):
         command = [sys.executable, "-c", code, "--checkpoint-dir", tmp_path, *words]
-        result = forked(command, cwd=ROOT, capture_output=True, text=True)
+        result = h.forked(command, cwd=h.ROOT, capture_output=True, text=True)
         assert result.returncode == expected and "not reached" not in result.stdout
         lines = result.stderr.splitlines()
         assert [line[:7] for line in lines] == ["error: "] * (expected == 2)
@@ -123,18 +123,18 @@ def mine(tmp_path, monkeypatch, capfd):
     def session_of_mine(code: int, *args, **changes):
         how = {"defaults": OWN, **changes}
         if code:
-            return mistake(capfd, train_mine, None, *args, **how)
-        return vars(go(train_mine, None, *args, **how).options)
+            return h.mistake(capfd, train_mine, None, *args, **how)
+        return vars(h.go(train_mine, None, *args, **how).options)
 
     return session_of_mine
 
 
 def test_help_groups_the_options_and_says_defaults_and_choices(capsys):
-    common, own = run("--help").stdout.split("\nthis program:\n")
+    common, own = h.run("--help").stdout.split("\nthis program:\n")
     for name in t.declared(t.OPTIONS):
         group = common if name in t.COMMON_OPTIONS else own
         assert f"\n  {t.flag(name)}" in f"\n{group}", name
-    assert session("--help", train=train_mine, **OWN) == 0
+    assert h.session("--help", train=train_mine, **OWN) == 0
     common, own = capsys.readouterr().out.split("\nthis program:\n")
     assert "Fits noise." in common and "(default 2)" in common
     own = " ".join(own.split())
@@ -173,7 +173,7 @@ def test_what_makes_a_run_stays_as_it_is_in_its_checkpoint(mine):
 
 def test_a_checkpoint_of_another_program_is_told_by_its_options(mine, tmp_path):
     mine(0)
-    message = refused("--resume", tmp_path / "mine" / "final.pt")
+    message = h.refused("--resume", tmp_path / "mine" / "final.pt")
     said = "; --weights in the place of --resume begins a new run from its weights"
     assert "final.pt: here is no --" in message and message.endswith(said)
 
@@ -194,7 +194,7 @@ def test_whatever_stands_behind_an_option_is_taken_or_one_line(name, tmp_path, m
     for value in BAD:
         seen = []
         own = {"train": seen.append, **t.OPTIONS, **OWN}
-        code = session(f"{t.flag(name)}={value}", **own)
+        code = h.session(f"{t.flag(name)}={value}", **own)
         errors = capfd.readouterr().err
         assert code == (0 if seen else 2), value
         if code and name not in ("resume", "weights"):

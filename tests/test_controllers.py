@@ -7,19 +7,9 @@ import copy
 import functools
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
-from helpers import (
-    TINY,
-    Rows,
-    assert_resumes,
-    assert_same,
-    final,
-    go,
-    learning,
-    loss_of,
-    mistake,
-)
 from torch import nn
 
 import train_graceful as t
@@ -35,8 +25,8 @@ def built(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(t, "controller_training_loop", keep)
 
     def build(*args):
-        words = ["--data", corpus, *TINY, "--dropout", 0, "--steps", 100, "--loop", "controller"]
-        go(t.train, tmp_path / "ck", *words, *args, defaults=t.OPTIONS)
+        words = ["--data", corpus, *h.TINY, "--dropout", 0, "--steps", 100, "--loop", "controller"]
+        h.go(t.train, tmp_path / "ck", *words, *args, defaults=t.OPTIONS)
         size = 4 * made[-1].options.grad_accum
         data = t.text_datasets([str(corpus)], 16, Path("/nowhere"))[0]
         return made[-1], data[: 60 * size].split(size)
@@ -205,7 +195,7 @@ def test_it_learns_and_a_gradient_that_is_not_finite_updates_nothing(built, monk
     monkeypatch.setattr(controller.run, "clip_gradients", not_finite)
     with pytest.raises(FloatingPointError):
         controller.training_step(batches[0])
-    assert_same(controller.model.state_dict(), before)
+    h.assert_same(controller.model.state_dict(), before)
 
 
 # ---- anybody's own model
@@ -232,7 +222,7 @@ def controlled(model):
     """A train(run) for a model of one's own, with the geometric controller."""
 
     def begin(run: t.Run, module: nn.Module) -> t.GeometricTrainingController:
-        loss = functools.partial(loss_of, module)
+        loss = functools.partial(h.loss_of, module)
         controller = t.GeometricTrainingController(run, module, loss)
         run.keep(optimizers=controller.optimizers, schedulers=controller.schedulers)
         return controller
@@ -240,14 +230,14 @@ def controlled(model):
     def body(run: t.Run, module: nn.Module, controller, batch) -> torch.Tensor:
         return controller.training_step(batch)
 
-    return learning(begin, body, lambda run: run.data(Rows(400), Rows(40)), model)
+    return h.learning(begin, body, lambda run: run.data(h.Rows(400), h.Rows(40)), model)
 
 
 @pytest.mark.parametrize("skipping", [False, True])
 def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, skipping):
     options = {"steps": 60, "batch_size": 20, "eval_every": 20, "warmup_steps": 5, "lr": 3e-3}
-    assert_resumes(controlled(lambda: Own(skipping)), tmp_path, 31, **options)
-    state = final(tmp_path / "whole")
+    h.assert_resumes(controlled(lambda: Own(skipping)), tmp_path, 31, **options)
+    state = h.final(tmp_path / "whole")
     assert state["evaluation"]["values"]["loss"] < 0.4, "chance has log(2) = 0.69"
     names = {name: one["param_names"][0] for name, one in state["optimizer_state_dicts"].items()}
     assert names["rotation"] == ["model.alone.theta", "model.listed.0.theta"]
@@ -257,6 +247,6 @@ def test_the_geometric_controller_trains_any_model_with_experts(tmp_path, skippi
 
 def test_a_model_without_rotated_experts_gets_one_line(tmp_path, capfd):
     train = controlled(lambda: t.Experts(4, 2, rotations=False))
-    error = mistake(capfd, train, tmp_path / "ck")
+    error = h.mistake(capfd, train, tmp_path / "ck")
     assert error.startswith("error: GeometricTrainingController: no tg.Experts(dim, experts) in")
     assert not (tmp_path / "ck").exists()

@@ -4,10 +4,10 @@ import random
 import sysconfig
 from pathlib import Path
 
+import helpers as h
 import numpy as np
 import pytest
 import torch
-from helpers import go, resume, sgd
 
 import train_graceful as t
 
@@ -133,7 +133,7 @@ def test_what_is_random_in_the_loop_is_the_same_with_any_workers_and_after_a_res
 
         def train(run):
             run.data(Numbers(40), Numbers(8))
-            optimizer = sgd(run, model := run.model(torch.nn.Linear(1, 1)))
+            optimizer = h.sgd(run, model := run.model(torch.nn.Linear(1, 1)))
 
             def evaluate(batch):
                 evaluations.setdefault(run.step, []).append(draw())
@@ -147,13 +147,13 @@ def test_what_is_random_in_the_loop_is_the_same_with_any_workers_and_after_a_res
         session(train, tmp_path, *args, lr=1e-9, **how)
         return bodies, evaluations
 
-    bodies, evaluations = drawn(go)
+    bodies, evaluations = drawn(h.go)
     assert [step for step, *_ in bodies] == list(range(12))
     assert len({tuple(numbers) for _, *numbers in bodies}) == 12
     assert evaluations.keys() == {5, 10, 12} and len(evaluations[5]) == 2
     assert evaluations[5] == evaluations[10] == evaluations[12]
-    assert drawn(go, "--workers", 2) == (bodies, evaluations)
-    assert drawn(go, "--workers", 1, stop=7)[0] + drawn(resume)[0] == bodies
+    assert drawn(h.go, "--workers", 2) == (bodies, evaluations)
+    assert drawn(h.go, "--workers", 1, stop=7)[0] + drawn(h.resume)[0] == bodies
 
 
 # ---- what the built-in program reads
@@ -202,8 +202,8 @@ def test_a_run_that_saves_beside_its_data_can_be_resumed(folder, monkeypatch):
     link.symlink_to(path)
     monkeypatch.chdir(link)
     options = "--data . --context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 4".split()
-    go(t.train, None, *options, "--steps", 4, defaults=t.OPTIONS)
-    go(t.train, None, "--resume", "latest", "--steps", 6, defaults=t.OPTIONS)
+    h.go(t.train, None, *options, "--steps", 4, defaults=t.OPTIONS)
+    h.go(t.train, None, "--resume", "latest", "--steps", 6, defaults=t.OPTIONS)
     assert t.load_checkpoint(path / "checkpoints" / "final.pt")["step"] == 6
     assert_windows_of(datasets(path, left_out=path / "checkpoints"), text)
     assert len(datasets(path)[0]) > len(text) / 8

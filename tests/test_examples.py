@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import helpers as h
 import pytest
-from helpers import ROOT, Child, assert_same_run, batch_complete, column, final
 
 import train_graceful as t
 
-EXAMPLES = ROOT / "scripts" / "examples"
+EXAMPLES = h.ROOT / "scripts" / "examples"
 
 
 def program(name: str, folder: Path) -> Callable[[], object]:
@@ -27,7 +27,7 @@ def program(name: str, folder: Path) -> Callable[[], object]:
     return start
 
 
-def left(child: Child, by: str) -> str:
+def left(child: h.Child, by: str) -> str:
     """Asks a child that has come to its moment to leave, and waits for its end."""
     child.paused()
     if by == "q":
@@ -41,16 +41,16 @@ def left(child: Child, by: str) -> str:
     return said
 
 
-def ended(child: Child) -> str:
+def ended(child: h.Child) -> str:
     said = child.finish()
     assert child.exitcode == 0, said
     return said
 
 
 def finds_the_rare_class(straight: Path, parts: Path) -> None:
-    assert final(parts)["evaluation"]["values"]["f1"] > 0.9
+    assert h.final(parts)["evaluation"]["values"]["f1"] > 0.9
     # In batches of any lengths it would be 0.45.
-    assert max(column(parts, "padding")) < 0.2
+    assert max(h.column(parts, "padding")) < 0.2
 
 
 def draws_a_picture_each_epoch(straight: Path, parts: Path) -> None:
@@ -63,7 +63,7 @@ def draws_a_picture_each_epoch(straight: Path, parts: Path) -> None:
 
 
 def thaws_and_stops_early(straight: Path, parts: Path) -> None:
-    state = final(parts)
+    state = h.final(parts)
     assert 40 < state["best"]["step"] == state["step"] - state["config"]["patience"]
     # At the first stop the head had learned alone, at the second one all.
     states = map(t.load_checkpoint, (parts / "emergency_exit").iterdir())
@@ -71,7 +71,7 @@ def thaws_and_stops_early(straight: Path, parts: Path) -> None:
 
 
 def learns_to_walk(straight: Path, parts: Path) -> None:
-    rewards = column(parts, "reward")
+    rewards = h.column(parts, "reward")
     assert len(rewards) == 10 and sum(rewards[-3:]) > 3 * sum(rewards[:3])
 
 
@@ -96,10 +96,10 @@ def test_an_example_that_was_left_is_the_run_that_was_never_stopped(
     ended(fork("--checkpoint-dir", straight, program=begin))
     options, done = ["--checkpoint-dir", parts], 0
     for stop, by in zip(stops, ["q", "SIGTERM"]):
-        left(fork(*options, program=begin, plan=[(batch_complete(stop - done), None)]), by)
+        left(fork(*options, program=begin, plan=[(h.batch_complete(stop - done), None)]), by)
         options, done = ["--checkpoint-dir", parts, "--resume", "latest"], stop
     ended(fork(*options, program=begin))
-    assert_same_run(straight, parts)
+    h.assert_same_run(straight, parts)
     if promise is not None:
         promise(straight, parts)
 
@@ -119,7 +119,7 @@ def test_q_leaves_the_whole_sweep_and_the_same_command_goes_on_with_it(fork, tmp
     pruned = re.findall(r"Trial (\d) is pruned", straight)
     assert 0 < len(pruned) < 7
     for by in "q", "SIGTERM":
-        said = left(fork(program=sweep_in("parts"), plan=[(batch_complete(80), None)]), by)
+        said = left(fork(program=sweep_in("parts"), plan=[(h.batch_complete(80), None)]), by)
         begun = sorted(os.listdir(tmp_path / "parts"))
         # None begins behind the one that was left.
         assert 0 < len(begun) < 8 and "🏁" not in said
@@ -130,7 +130,7 @@ def test_q_leaves_the_whole_sweep_and_the_same_command_goes_on_with_it(fork, tmp
     for number in range(8):
         one, other = (tmp_path / folder / str(number) for folder in ("straight", "parts"))
         if str(number) not in pruned:
-            assert_same_run(one, other)
+            h.assert_same_run(one, other)
         else:
             last = t.load_checkpoint(t.latest_checkpoint(other))
             assert (last["exit_reason"], last["step"]) == ("exception_Pruned", 32)

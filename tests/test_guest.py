@@ -13,20 +13,10 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import helpers as h
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    OWN,
-    SCRIPT,
-    finish,
-    go,
-    learning,
-    metrics_without_times,
-    resume,
-    stopping,
-    update,
-)
 from torch import nn
 
 import train_graceful as tg
@@ -70,7 +60,7 @@ def left_on_q(child) -> str:
     child.expect(r"step \d\d+/")
     child.sendline("q")
     child.expect("Graceful exit completed!")
-    return finish(child)
+    return h.finish(child)
 
 
 def test_what_is_typed_in_a_debugger_is_the_debuggers(mine):
@@ -133,7 +123,7 @@ def test_nothing_that_the_loop_prints_sticks_to_the_status_line(mine):
     child = mine(PRINTS)
     child.expect(".*its other half" * 3)
     os.kill(child.pid, signal.SIGTERM)
-    text = child.after + finish(child)
+    text = child.after + h.finish(child)
     lines = seen(text).splitlines()
     assert "step " in text and not [line for line in lines if "step " in line]
     whole = {"still the same True", "a warning", "bar 3 of 3", "half a line, its other half"}
@@ -150,7 +140,7 @@ def raised(kind: type, train, directory, *args, words=None, **options) -> None:
     """What main(train, argv=[...]) raises in the caller's process."""
     argv = ["--no-keyboard", "--checkpoint-dir", str(directory), *map(str, args)]
     with pytest.raises(kind, match=words):
-        tg.main(train, argv=argv, **{**OWN, **options})
+        tg.main(train, argv=argv, **{**h.OWN, **options})
 
 
 class Pruned(Exception):
@@ -160,20 +150,20 @@ class Pruned(Exception):
 def prunes(run, module, optimizer, batch):
     if run.step == run.options.fails:
         raise Pruned("bad")
-    return update(run, module, optimizer, batch)
+    return h.update(run, module, optimizer, batch)
 
 
-PRUNED = learning(body=prunes)
+PRUNED = h.learning(body=prunes)
 
 
 def test_main_with_argv_returns_the_run(tmp_path):
     """One that is finished, too, says where it is when it is resumed."""
-    run = go(learning(), tmp_path / "a")
+    run = h.go(h.learning(), tmp_path / "a")
     assert run.completed and run.exit_code == 0 and run.step == 12
     assert run.saved == tmp_path / "a" / "final.pt" and run.best > 0
-    again = resume(learning(), tmp_path / "a")
+    again = h.resume(h.learning(), tmp_path / "a")
     assert again.completed and again.saved == run.saved and again.best == run.best
-    left = go(learning(), tmp_path / "b", stop=4)
+    left = h.go(h.learning(), tmp_path / "b", stop=4)
     assert not left.completed and left.exit_code == 143 and left.step == 4
     assert left.saved == tmp_path / "b" / "emergency_exit" / "emergency_step_4.pt"
 
@@ -187,26 +177,26 @@ def test_an_exception_of_the_body_comes_through_once_its_state_is_safe(tmp_path,
 
 
 def test_a_request_in_the_batch_that_raises_ends_the_sweep_too(tmp_path):
-    raised(SystemExit, stopping(PRUNED, 4), tmp_path, "--fails", 3, words="143")
+    raised(SystemExit, h.stopping(PRUNED, 4), tmp_path, "--fails", 3, words="143")
 
 
 def test_an_exception_before_anything_is_trained_saves_nothing(tmp_path, capfd):
     """Not of a fresh run and not of a resumed one, whose checkpoint is named instead."""
     raised(Pruned, PRUNED, tmp_path, "--fails", 0)
     assert not list(tmp_path.rglob("*.pt"))
-    left = go(PRUNED, tmp_path, stop=3)
+    left = h.go(PRUNED, tmp_path, stop=3)
     raised(Pruned, PRUNED, tmp_path, "--fails", 3, "--resume", "latest")
     assert list(tmp_path.rglob("*.pt")) == [left.saved]
     assert f"Newest whole checkpoint: {left.saved}\n" in capfd.readouterr().out
 
 
 def test_a_mistake_is_raised(tmp_path):
-    raised(tg.UserError, learning(), tmp_path, "--steps", "x", words="--steps")
-    raised(tg.UserError, learning(), tmp_path, words="batch_size is meant", batchsize=4)
-    raised(SystemExit, learning(lambda run, module: sys.exit(7)), tmp_path, words="7")
-    raised(SystemExit, learning(), tmp_path, "--help", words="0")
+    raised(tg.UserError, h.learning(), tmp_path, "--steps", "x", words="--steps")
+    raised(tg.UserError, h.learning(), tmp_path, words="batch_size is meant", batchsize=4)
+    raised(SystemExit, h.learning(lambda run, module: sys.exit(7)), tmp_path, words="7")
+    raised(SystemExit, h.learning(), tmp_path, "--help", words="0")
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(raised, tg.UserError, learning(), tmp_path, words="main thread")
+        call = pool.submit(raised, tg.UserError, h.learning(), tmp_path, words="main thread")
         call.result()
 
 
@@ -215,7 +205,7 @@ def test_a_random_search_goes_on_between_its_runs(tmp_path):
     drawn = set()
     for number in range(4):
         drawn |= {random.random(), np.random.rand(), torch.rand(1).item()}
-        go(learning(), tmp_path / str(number))
+        h.go(h.learning(), tmp_path / str(number))
     assert len(drawn) == 12
 
 
@@ -258,7 +248,7 @@ def test_a_hundred_runs_in_a_process_leave_nothing_behind(tmp_path, capfd):
     def four(number: int) -> None:
         workers = 2 * (number % 5 == 0)
         for way, how in ways.items():
-            go(PRUNED, tmp_path / f"{way} {number % 2}", "--workers", workers, **how)
+            h.go(PRUNED, tmp_path / f"{way} {number % 2}", "--workers", workers, **how)
 
     four(0)
     before = everything()
@@ -280,12 +270,12 @@ def stopped_twice(run, module, optimizer, batch):
 
 
 def stopped_behind_the_loop(run: tg.Run) -> None:
-    learning()(run)
+    h.learning()(run)
     interrupt(run)
 
 
 STOPPED = {
-    "Second Ctrl-C: leaving without saving": learning(body=stopped_twice),
+    "Second Ctrl-C: leaving without saving": h.learning(body=stopped_twice),
     "there is nothing to save": interrupt,
     "Everything is saved already": stopped_behind_the_loop,
 }
@@ -296,7 +286,7 @@ def test_a_notebooks_stop_ends_the_call_and_not_the_process(tmp_path, capfd, wor
     raised(KeyboardInterrupt, STOPPED[words], tmp_path)
     assert words in capfd.readouterr().out
     assert not (tmp_path / "emergency_exit").exists()
-    assert go(learning(), tmp_path).completed
+    assert h.go(h.learning(), tmp_path).completed
 
 
 class Notebook(io.TextIOBase):
@@ -317,7 +307,7 @@ def test_in_a_notebook_all_lines_are_in_the_notebook(tmp_path, capfd, monkeypatc
     page = Notebook()
     monkeypatch.setattr(sys, "stdout", page)
     monkeypatch.setattr(sys, "stdin", Notebook())
-    go(learning(), tmp_path)
+    h.go(h.learning(), tmp_path)
     assert page.text.startswith("🧠 Linear") and page.text.endswith("final.pt\n")
     assert "step 12/12 | loss" in page.text and "\r" not in page.text
     assert capfd.readouterr() == ("", "")
@@ -339,11 +329,11 @@ def test_each_row_is_given_to_on_row_and_one_that_it_could_not_take_again(tmp_pa
         groups = [{"params": [module.weight], "lr": 0.1}, {"params": [module.bias], "lr": 0.02}]
         return run.keep(optimizer=torch.optim.SGD(groups))
 
-    raised(OSError, learning(begin), tmp_path, words="no network")
-    resume(learning(begin), tmp_path)
+    raised(OSError, h.learning(begin), tmp_path, words="no network")
+    h.resume(h.learning(begin), tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, *range(3, 13)]
     assert rows.pop(2)["loss"] == rows[2]["loss"]
-    written = metrics_without_times(tmp_path)
+    written = h.metrics_without_times(tmp_path)
     assert [{k: str(row.get(k, "")) for k in written[0]} for row in rows] == written
     assert (rows[0]["lr_optimizer"], rows[0]["lr_optimizer.1"]) == (0.1, 0.02)
 
@@ -352,10 +342,10 @@ def test_emergency_checkpoints_are_kept_as_periodic_ones_are(tmp_path):
     """But for the one that was named last, which a person may want any day."""
     options, saved = {"save_every": 2, "keep": 2, "steps": 60}, []
     for step in range(5, 45, 5):
-        saved.append(go(learning(), tmp_path, "--resume", "auto", stop=step, **options).saved)
+        saved.append(h.go(h.learning(), tmp_path, "--resume", "auto", stop=step, **options).saved)
         assert all(path.exists() for path in saved[-2:])
     assert {*(tmp_path / "emergency_exit").iterdir()} == {*saved[-2:]}
-    resume(learning(), tmp_path, "--keep", 1, **options)
+    h.resume(h.learning(), tmp_path, "--keep", 1, **options)
     assert [*(tmp_path / "emergency_exit").iterdir()] == saved[-1:]
     assert [path.name for path in tmp_path.glob("step_*.pt")] == ["step_60.pt"]
 
@@ -376,7 +366,15 @@ def test_without_any_temporary_directory_it_trains(options, tmp_path):
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "cd /mnt"]).returncode:
         pytest.skip("needs a namespace of its own")
-    words = [sys.executable, str(SCRIPT), *options, "--checkpoint-dir", "/mnt/ck", "--workers", "1"]
+    words = [
+        sys.executable,
+        str(h.SCRIPT),
+        *options,
+        "--checkpoint-dir",
+        "/mnt/ck",
+        "--workers",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("TMPDIR", None)
     for more in (["--steps", "3"], ["--steps", "5", "--resume", "/mnt/ck/final.pt"]):
@@ -393,8 +391,8 @@ def test_without_any_temporary_directory_it_trains(options, tmp_path):
 
 def test_another_number_of_threads_is_said(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    go(learning(), tmp_path, stop=4)
+    h.go(h.learning(), tmp_path, stop=4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
-    resume(learning(), tmp_path)
+    h.resume(h.learning(), tmp_path)
     line = "⚙️ Changed: 9 threads, 1 processes (was 7 threads, 1 processes).\n"
     assert line in capfd.readouterr().out

@@ -5,8 +5,8 @@ import re
 import signal
 import subprocess
 
+import helpers as h
 import pytest
-from helpers import OPTIONS, ROOT, assert_same_run, finish, saved_path, wait_until
 from machines import MINE, Hosts
 
 import train_graceful as t
@@ -25,7 +25,7 @@ def hosts(tmp_path, spawn):
 @pytest.fixture
 def endless(forty_windows, tmp_path) -> list:
     """Options of the built-in program that trains, in ck, until it is asked to leave."""
-    options = [*OPTIONS, "--steps", 10**6, "--eval-every", 10**6, "--save-every", 20, "--keep", 3]
+    options = [*h.OPTIONS, "--steps", 10**6, "--eval-every", 10**6, "--save-every", 20, "--keep", 3]
     return [*options, "--data", forty_windows, "--checkpoint-dir", tmp_path / "ck"]
 
 
@@ -42,7 +42,7 @@ def codes(children: list) -> list[int]:
     """How the torchruns of the hosts have ended, once no process is left there."""
     for child in children:
         child.timeout = 120
-        finish(child)
+        h.finish(child)
     return [child.exitstatus for child in children]
 
 
@@ -57,7 +57,7 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, tmp_pat
     first.expect("Exit requested")
     assert codes([first, second]) == [0, 0] and second.before == ""
     assert hosts[0].pids() == hosts[1].pids() == []
-    path, said = saved_path(first.before), resumed(first.before)
+    path, said = h.saved_path(first.before), resumed(first.before)
     step = t.load_checkpoint(path)["step"]
     assert f"Completed Steps: {step}\r" in first.before and step < 80
     assert "NNODES=2 RENDEZVOUS=host1:29500 " in said and said.endswith(f" 2 --resume {path}")
@@ -66,14 +66,14 @@ def test_two_hosts_are_left_from_either_and_go_on_as_the_same_run(hosts, tmp_pat
     first.expect("step [0-9]+/")
     os.kill(hosts[1].pids()[0], signal.SIGTERM)
     assert codes([first, second]) == [143, 143]
-    path = saved_path(first.before)
+    path = h.saved_path(first.before)
     state = t.load_checkpoint(path)
     assert step < state["step"] < 80 and state["exit_reason"] == "signal_SIGTERM"
 
     assert codes(both(hosts, "--resume", path, **own)) == [0, 0]
     words = [*fresh, "--checkpoint-dir", tmp_path / "whole"]
     assert codes([hosts[0].train(*words, size=4, NNODES=1, **own)]) == [0]
-    assert_same_run(directory, tmp_path / "whole")
+    h.assert_same_run(directory, tmp_path / "whole")
 
 
 def test_torchruns_own_variables_say_where_the_machines_meet(hosts, endless):
@@ -91,7 +91,7 @@ def test_torchruns_own_variables_say_where_the_machines_meet(hosts, endless):
 def test_what_a_host_whose_processes_are_killed_leaves(hosts, endless, tmp_path, way):
     directory = tmp_path / "ck"
     children = both(hosts, *endless, *["--shard"] * (way == "--shard"))
-    wait_until((directory / "step_40.pt").exists)
+    h.wait_until((directory / "step_40.pt").exists)
     for pid in hosts[1].pids():
         os.kill(pid, signal.SIGKILL)
     assert codes(children[:1]) == [1]
@@ -104,7 +104,7 @@ def test_what_a_host_whose_processes_are_killed_leaves(hosts, endless, tmp_path,
 
 
 def test_several_machines_need_a_place_to_meet():
-    script = ROOT / "scripts" / "train_torchrun.sh"
+    script = h.ROOT / "scripts" / "train_torchrun.sh"
     environment = {**os.environ, "NNODES": "2"}
     result = subprocess.run([script, "2"], env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import helpers as h
 import pytest
-from helpers import ROOT, batch_complete, finish, wait_until
 
 import train_graceful as t
 
-EXAMPLES = ROOT / "scripts" / "examples"
+EXAMPLES = h.ROOT / "scripts" / "examples"
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def test_the_plain_loop_saves_on_s_and_q_and_goes_on(example, tmp_path):
     saved(child)
     child.sendline("q")
     saved(child)
-    assert "Left because of user_requested_graceful_exit" in finish(child)
+    assert "Left because of user_requested_graceful_exit" in h.finish(child)
     assert child.exitstatus == 0 and steps[1] == t.load_checkpoint(tmp_path / "mine.pt")["step"]
     child = example("plain_loop.py", "mine.pt")
     child.sendline("s")
     saved(child)
     child.kill(15)
-    assert "Left because of signal_SIGTERM" in finish(child)
+    assert "Left because of signal_SIGTERM" in h.finish(child)
     assert child.exitstatus == 143 and steps[0] <= steps[1] < steps[2]
 
 
@@ -73,7 +73,7 @@ def test_a_trainer_leaves_on_q_with_a_checkpoint_and_goes_on(
         child.sendline("q")
         child.expect(r"Left at step (\d+) because of user_requested_graceful_exit")
         steps.append(int(child.match[1]))
-        finish(child)
+        h.finish(child)
         assert child.exitstatus == 0 and list(tmp_path.glob(saved))
     assert 1 <= steps[0] < steps[1]
 
@@ -86,7 +86,7 @@ def test_accelerate_leaves_on_q_with_a_checkpoint_and_goes_on(example, tmp_path)
         child.expect("Epoch 1")
         child.sendline("q")
         child.expect("Left because of user_requested_graceful_exit")
-        finish(child)
+        h.finish(child)
         [file] = (tmp_path / "accelerate_checkpoint").glob("model*")
         weights.append(file.read_bytes())
         assert child.exitstatus == 0
@@ -167,7 +167,7 @@ def test_a_tracker_has_each_row_once_however_the_run_was_stopped(
 
     options = "--save-every", "25"
     for nth in 78, 41:
-        child = start(*options, plan=[(batch_complete(nth), None)])
+        child = start(*options, plan=[(h.batch_complete(nth), None)])
         child.paused()
         if by == "q":
             child.terminal.sendline("q")
@@ -176,7 +176,7 @@ def test_a_tracker_has_each_row_once_however_the_run_was_stopped(
             child.finish()
             assert child.exitcode == 0
         else:
-            wait_until(lambda: list(folder.glob("step_*.pt")))
+            h.wait_until(lambda: list(folder.glob("step_*.pt")))
             child.kill(signal.SIGKILL)
             child.finish()
             known = t.load_checkpoint(t.latest_checkpoint(folder))["step"]
@@ -184,7 +184,7 @@ def test_a_tracker_has_each_row_once_however_the_run_was_stopped(
         options = "--resume", "latest"
         # The order of TensorBoard's files is that of the seconds in their names.
         second = int(time.time())
-        wait_until(lambda: time.time() >= second + 1)
+        h.wait_until(lambda: time.time() >= second + 1)
     child = start(*options)
     child.finish()
     assert child.exitcode == 0 and bool(came_again) == (by == "SIGKILL")

@@ -4,29 +4,10 @@ import functools
 import random
 from pathlib import Path
 
+import helpers as h
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    OWN,
-    Rows,
-    assert_resumes,
-    assert_same,
-    assert_same_run,
-    column,
-    final,
-    finished,
-    go,
-    learning,
-    loss_of,
-    losses,
-    metrics_without_times,
-    mistake,
-    resume,
-    sgd,
-    stopping,
-    update,
-)
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -37,8 +18,8 @@ import train_graceful as tg
 
 def ranks(group, train, directory: Path, *args, stop=None, code: int = 0, **options) -> str:
     """Two processes run it to its end; what the first one printed."""
-    run = lambda: tg.main(stopping(train, stop), **{**OWN, **options})
-    texts, codes = finished(group(2, "--checkpoint-dir", directory, *args, program=run))
+    run = lambda: tg.main(h.stopping(train, stop), **{**h.OWN, **options})
+    texts, codes = h.finished(group(2, "--checkpoint-dir", directory, *args, program=run))
     assert codes == [code] * 2, texts
     return texts[0]
 
@@ -47,7 +28,7 @@ def assert_ranks_resume(group, train, tmp_path: Path, *before) -> Path:
     ranks(group, train, tmp_path / "whole")
     ranks(group, train, tmp_path / "parts", *before, stop=8, code=143)
     ranks(group, train, tmp_path / "parts", "--resume", "latest")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    h.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     return tmp_path / "whole"
 
 
@@ -69,7 +50,7 @@ def with_a_generator() -> torch.utils.data.Sampler:
     return torch.utils.data.WeightedRandomSampler(weights, 20, generator=generator)
 
 
-class Epochs(Rows):
+class Epochs(h.Rows):
     """Its rows depend on the epoch that it was told."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,17 +62,17 @@ class Epochs(Rows):
 
 
 def sampled(make):
-    return learning(data=lambda run: run.data(Epochs(), Rows(7), sampler=make()))
+    return h.learning(data=lambda run: run.data(Epochs(), h.Rows(7), sampler=make()))
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("make", [lambda: weighted, lambda: buckets, with_a_generator])
 def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path, make, workers):
     before, after = (("--workers", number) for number in workers)
-    whole = assert_resumes(sampled(make), tmp_path, before=before, after=after)
+    whole = h.assert_resumes(sampled(make), tmp_path, before=before, after=after)
     sizes = [2, 6, 8, 4] if make() is buckets else [4] * 5
-    assert column(whole, "size") == (sizes * 3)[:12]
-    index = column(whole, "index")
+    assert h.column(whole, "size") == (sizes * 3)[:12]
+    index = h.column(whole, "index")
     # The epoch is heard where a sample is loaded.
     assert [number // 100 for number in index] == [step // len(sizes) for step in range(12)]
     assert all(number % 100 >= 10 for number in index)
@@ -100,10 +81,10 @@ def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path, make, workers):
 
 def test_each_batch_of_a_sampler_is_dealt_out_to_the_ranks(tmp_path, group):
     train = sampled(lambda: buckets)
-    go(train, tmp_path / "alone")
+    h.go(train, tmp_path / "alone")
     whole = assert_ranks_resume(group, train, tmp_path, "--workers", 1)
-    assert column(whole, "size") == [1, 3, 4, 2] * 3
-    assert column(whole, "index") == pytest.approx(column(tmp_path / "alone", "index"))
+    assert h.column(whole, "size") == [1, 3, 4, 2] * 3
+    assert h.column(whole, "index") == pytest.approx(h.column(tmp_path / "alone", "index"))
 
 
 # ---- streams, and no data
@@ -138,31 +119,31 @@ EPOCHS = [100 * epoch + number for epoch in range(3) for number in range(1, 6)]
 
 
 def streamed(stream=lambda run: Numbers(run.rank, run.world_size), validation=None):
-    evaluate = validation and losses
-    return learning(data=lambda run: run.data(stream(run), validation), evaluate=evaluate)
+    evaluate = validation and h.losses
+    return h.learning(data=lambda run: run.data(stream(run), validation), evaluate=evaluate)
 
 
 def test_a_stream_goes_on_where_it_was(tmp_path, capfd):
     """In the middle of an epoch, and at its end."""
-    train = streamed(validation=Rows(7))
-    whole = assert_resumes(train, tmp_path, 1, 5, 7, after=("--workers", 2))
-    assert column(whole, "index") == EPOCHS[:12]
+    train = streamed(validation=h.Rows(7))
+    whole = h.assert_resumes(train, tmp_path, 1, 5, 7, after=("--workers", 2))
+    assert h.column(whole, "index") == EPOCHS[:12]
     assert "begins it anew" not in capfd.readouterr().out
 
 
 def test_a_stream_that_knows_no_place_begins_anew(tmp_path, capfd):
     train = streamed(lambda run: DataLoader(Numbers(), batch_size=None))
-    go(train, tmp_path, stop=7)
+    h.go(train, tmp_path, stop=7)
     line = "⚠️ The stream has no state_dict and load_state_dict: resumed it begins anew"
     assert line in capfd.readouterr().out
-    resume(train, tmp_path)
-    assert column(tmp_path, "index") == [*EPOCHS[:7], *EPOCHS[5:10]]
+    h.resume(train, tmp_path)
+    assert h.column(tmp_path, "index") == [*EPOCHS[:7], *EPOCHS[5:10]]
 
 
 def test_a_stream_for_each_rank(tmp_path, group, capfd):
     whole = assert_ranks_resume(group, streamed(), tmp_path)
-    assert column(whole, "index")[:2] == [2.5, 4.5]
-    words = mistake(capfd, streamed(), whole, "--resume", "latest", "--steps", 20)
+    assert h.column(whole, "index")[:2] == [2.5, 4.5]
+    words = h.mistake(capfd, streamed(), whole, "--resume", "latest", "--steps", 20)
     assert "a stream of 2 ranks; --weights" in words
 
 
@@ -172,12 +153,12 @@ def test_a_stream_for_each_rank(tmp_path, group, capfd):
 def test_another_split_is_refused_and_the_same_one_goes_on(tmp_path, capfd):
     def split(run: tg.Run) -> None:
         generator = torch.Generator().manual_seed(run.options.split)
-        parts = torch.utils.data.random_split(Rows(24), [16, 8], generator)
+        parts = torch.utils.data.random_split(h.Rows(24), [16, 8], generator)
         run.data(*(ConcatDataset([part, part]) for part in parts))
 
-    train, options = learning(data=split), {"split": tg.option(0, fixed=False)}
-    whole = assert_resumes(train, tmp_path, **options)
-    words = mistake(capfd, train, whole, "--resume", "latest", "--split", 1, **options)
+    train, options = h.learning(data=split), {"split": tg.option(0, fixed=False)}
+    whole = h.assert_resumes(train, tmp_path, **options)
+    words = h.mistake(capfd, train, whole, "--resume", "latest", "--split", 1, **options)
     assert "the data is not what the run of" in words and "--weights" in words
 
 
@@ -194,7 +175,7 @@ class Noise:
         return sum(drawn) + torch.rand((), generator=self.generators["torch"]).item()
 
 
-class Annotated(Rows):
+class Annotated(h.Rows):
     """Its generators are those of its transforms, beside much that has to be looked through."""
 
     def __init__(self) -> None:
@@ -222,7 +203,7 @@ def test_generators_are_found_and_seeded(tmp_path):
 
         run.data(Subset(Annotated(), range(20)), collate=collate)
 
-    assert_resumes(learning(data=data, evaluate=None), tmp_path, before=("--workers", 2))
+    h.assert_resumes(h.learning(data=data, evaluate=None), tmp_path, before=("--workers", 2))
 
 
 # ---- what a loop changes
@@ -230,7 +211,7 @@ def test_generators_are_found_and_seeded(tmp_path):
 CHANGE = 7  # the step in which it does
 
 
-def once(change, begin=sgd, model=lambda: nn.Linear(4, 2)):
+def once(change, begin=h.sgd, model=lambda: nn.Linear(4, 2)):
     """The loop does this once; then its batch may fail, as what needs too much memory does."""
 
     def body(run, module, kept, batch):
@@ -238,9 +219,9 @@ def once(change, begin=sgd, model=lambda: nn.Linear(4, 2)):
             change(run.module, kept)
         if run.step == run.options.fails:
             raise RuntimeError("out of memory")
-        return update(run, module, kept, batch)
+        return h.update(run, module, kept, batch)
 
-    return learning(begin, body, model=model)
+    return h.learning(begin, body, model=model)
 
 
 def two_layers() -> nn.Sequential:
@@ -272,14 +253,14 @@ def steps_first(run, module, optimizer, batch):
     """A gradient that no step has used waits behind one of the same batch."""
     optimizer.step()
     optimizer.zero_grad()
-    loss = loss_of(module, batch)
+    loss = h.loss_of(module, batch)
     loss.backward()
     return loss
 
 
 def fades(run, module, optimizer, batch):
     """Instead of being set to zero."""
-    loss = loss_of(module, batch)
+    loss = h.loss_of(module, batch)
     loss.backward()
     optimizer.step()
     for one in module.parameters():
@@ -327,9 +308,9 @@ CHANGES = {
     "parameters that train": once(unfreezes, model=two_layers),
     "groups of parameters": once(adds_a_group, last_layer, two_layers),
     "modules in eval mode": once(lambda module, _: module[1].eval(), model=two_layers),
-    "a gradient behind a step": learning(body=steps_first),
-    "a gradient that fades": learning(body=fades),
-    "an optimizer's types": learning(
+    "a gradient behind a step": h.learning(body=steps_first),
+    "a gradient that fades": h.learning(body=fades),
+    "an optimizer's types": h.learning(
         lambda run, module: run.keep(optimizer=Precise(module.parameters()))
     ),
 }
@@ -337,7 +318,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_loop_changes_stays_so(tmp_path, capfd, change):
-    assert_resumes(CHANGES[change], tmp_path, 8, 9)
+    h.assert_resumes(CHANGES[change], tmp_path, 8, 9)
     line = "⚙️ Changed: requires_grad in the script (it stays as saved).\n"
     assert (line in capfd.readouterr().out) == (change == "parameters that train")
 
@@ -346,7 +327,7 @@ ON_RANKS = {
     "no multiple of 2 processes": sampled(lambda: lambda epoch: [[1, 2], [3, 4, 5]]),
     # It is not shared among ranks, and would become another on each.
     "stays so on many ranks: freeze after": once(unfreezes, model=two_layers),
-    "make it of run.module, which fits any number": learning(
+    "make it of run.module, which fits any number": h.learning(
         lambda run, module: run.keep(ema=AveragedModel(module))
     ),
 }
@@ -379,7 +360,7 @@ ARRAYS = {
 
 
 def replay(run: tg.Run, module: nn.Module):
-    return sgd(run, module), run.keep(replay=Notes(numbers=np.zeros((6, 4)), others=ARRAYS))
+    return h.sgd(run, module), run.keep(replay=Notes(numbers=np.zeros((6, 4)), others=ARRAYS))
 
 
 def remembers(run, module, kept, batch):
@@ -387,18 +368,18 @@ def remembers(run, module, kept, batch):
     optimizer, replay = kept
     rows = torch.from_numpy(replay.state["numbers"]).float().sum(0)
     replay.state["numbers"][run.step % 6] = batch[0].mean(0)
-    return update(run, module, optimizer, [batch[0] + 0.1 * rows, *batch[1:]])
+    return h.update(run, module, optimizer, [batch[0] + 0.1 * rows, *batch[1:]])
 
 
 def test_arrays_are_tensors_in_the_file_and_arrays_again(tmp_path):
-    train = learning(replay, remembers)
-    go(train, tmp_path / "whole")
-    go(train, tmp_path / "parts", stop=7, save_every=3)
-    resume(train, tmp_path / "parts")
+    train = h.learning(replay, remembers)
+    h.go(train, tmp_path / "whole")
+    h.go(train, tmp_path / "parts", stop=7, save_every=3)
+    h.resume(train, tmp_path / "parts")
     paths = (tmp_path / name / "final.pt" for name in ("whole", "parts"))
     left, right = (torch.load(path, weights_only=True) for path in paths)
     for key in ("state_dicts", "model_state_dict"):
-        assert_same(left[key], right[key])
+        h.assert_same(left[key], right[key])
     assert isinstance(right["state_dicts"]["replay"]["others"]["half"], torch.Tensor)
     # Copied, to be written while the loop goes on.
     arrays = tg.load_checkpoint(tmp_path / "parts" / "step_6.pt")["state_dicts"]["replay"]["others"]
@@ -408,20 +389,20 @@ def test_arrays_are_tensors_in_the_file_and_arrays_again(tmp_path):
 
 def noted(**state):
     """What begins with notes, and keeps the optimizer."""
-    return lambda run, module: (sgd(run, module), run.keep(notes=Notes(**state)))
+    return lambda run, module: (h.sgd(run, module), run.keep(notes=Notes(**state)))
 
 
 def notes(run, module, kept, batch):
     items = kept[1].state.get("items", [])
     items.append({"a": object()} if run.step == 7 else run.step)
-    return update(run, module, kept[0], batch)
+    return h.update(run, module, kept[0], batch)
 
 
 @pytest.mark.parametrize("step, how", [(9, {"save_every": 3}), (9, {"stop": 9}), (10, {})])
 def test_what_cannot_be_saved_ends_the_run_where_a_save_meets_it(tmp_path, capfd, step, how):
     """At a periodic one, a requested one, and that of a best evaluation."""
     how = {"save_every": 6, **how}
-    go(learning(noted(items=[]), notes), tmp_path, code=2, **how)
+    h.go(h.learning(noted(items=[]), notes), tmp_path, code=2, **how)
     said = capfd.readouterr()
     where = "error: ['state_dicts']['notes']['items'][7]['a'] cannot be saved: it is a builtins."
     assert said.err.startswith(where + "object; dense tensors") and said.err.count("\n") == 1
@@ -432,7 +413,7 @@ def test_what_cannot_be_saved_ends_the_run_where_a_save_meets_it(tmp_path, capfd
 
 def test_an_exception_is_shown_where_nothing_can_be_saved_either(tmp_path, capfd):
     unsavable = once(lambda module, optimizer: optimizer.param_groups[0].update(note=object()))
-    go(unsavable, tmp_path, "--fails", CHANGE, code=1, save_every=6)
+    h.go(unsavable, tmp_path, "--fails", CHANGE, code=1, save_every=6)
     said = capfd.readouterr()
     assert "out of memory" in said.err and "Newest whole checkpoint" in said.out
 
@@ -440,7 +421,7 @@ def test_an_exception_is_shown_where_nothing_can_be_saved_either(tmp_path, capfd
 def test_a_kept_module_of_which_nothing_is_saved_is_named(tmp_path, capfd):
     norm = nn.BatchNorm1d(1, affine=False)
     begin = lambda run, module: run.keep(metric=nn.Identity(), norm=norm)
-    go(learning(begin, stands_still), tmp_path)
+    h.go(h.learning(begin, stands_still), tmp_path)
     said = capfd.readouterr().out
     assert "⚠️ run.keep(metric=...): its state is empty (a metric: persistent(True)).\n" in said
     assert "run.keep(norm" not in said
@@ -451,7 +432,7 @@ def test_a_kept_module_of_which_nothing_is_saved_is_named(tmp_path, capfd):
 
 def keeps_notes(run: tg.Run, module: nn.Module) -> Optimizer:
     run.keep(notes=Notes(number=1))
-    return sgd(run, module)
+    return h.sgd(run, module)
 
 
 # True where the state before the batch is certain, and saved.
@@ -469,14 +450,14 @@ FAILURES = {
 def test_what_a_batch_has_changed_before_it_failed_is_never_saved(tmp_path, capfd, name):
     train, certain = FAILURES[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    go(train, whole)
-    go(train, parts, "--fails", CHANGE, code=1, save_every=3)
+    h.go(train, whole)
+    h.go(train, parts, "--fails", CHANGE, code=1, save_every=3)
     said = capfd.readouterr().out
     newest = parts / ("emergency_exit/emergency_step_7.pt" if certain else "step_6.pt")
     assert tg.latest_checkpoint(parts) == newest
     assert ("nothing half-updated is saved" in said) is not certain
-    resume(train, parts, "--fails", -1)
-    assert_same_run(whole, parts)
+    h.resume(train, parts, "--fails", -1)
+    h.assert_same_run(whole, parts)
 
 
 class Averaging(SGD):
@@ -502,14 +483,14 @@ def test_a_schedule_free_optimizer_goes_on_with_the_weights_that_it_trains(tmp_p
         return lambda batch: {"loss": module.weight.sum().expand(len(batch[0]))}
 
     def body(run, module, optimizer, batch):
-        loss = update(run, module, optimizer, batch)
+        loss = h.update(run, module, optimizer, batch)
         trained[run.step + 1] = module.weight.detach().clone()
         return loss
 
     begin = lambda run, module: run.keep(optimizer=Averaging(module.parameters(), 0.1))
-    train = learning(begin, body, evaluate=evaluate)
-    whole = assert_resumes(train, tmp_path, 7, 10, "evaluation 5", save_every=5)
-    found = [float(row["val_loss"]) for row in metrics_without_times(whole) if row["val_loss"]]
+    train = h.learning(begin, body, evaluate=evaluate)
+    whole = h.assert_resumes(train, tmp_path, 7, 10, "evaluation 5", save_every=5)
+    found = [float(row["val_loss"]) for row in h.metrics_without_times(whole) if row["val_loss"]]
     assert found[0] == pytest.approx((trained[5] + 1000).sum().item())
     cut_short = tmp_path / "stopped evaluation 5" / "emergency_exit" / "emergency_step_5.pt"
     for path in whole / "step_5.pt", cut_short:
@@ -525,37 +506,37 @@ def test_what_cannot_go_on_can_begin_anew_with_the_weights(tmp_path, capfd):
     def body(run, module, optimizer, batch):
         if run.step == 0:
             begun.append((module.weight.detach().clone(), len(optimizer.state)))
-        return update(run, module, optimizer, batch)
+        return h.update(run, module, optimizer, batch)
 
-    before = tg.load_checkpoint(go(learning(), tmp_path, stop=7).saved)
-    train = learning(body=body, data=lambda run: run.data(Rows(28), Rows(7)))
-    said = mistake(capfd, train, tmp_path, "--resume", "latest")
+    before = tg.load_checkpoint(h.go(h.learning(), tmp_path, stop=7).saved)
+    train = h.learning(body=body, data=lambda run: run.data(h.Rows(28), h.Rows(7)))
+    said = h.mistake(capfd, train, tmp_path, "--resume", "latest")
     assert "--weights in the place of --resume begins a new run" in said
     weights = tmp_path, "--weights", "latest"
-    said = mistake(capfd, learning(model=lambda: nn.Linear(4, 3)), *weights)
+    said = h.mistake(capfd, h.learning(model=lambda: nn.Linear(4, 3)), *weights)
     assert "size mismatch for weight" in said
-    said = mistake(capfd, train, *weights, "--resume", "latest")
+    said = h.mistake(capfd, train, *weights, "--resume", "latest")
     assert "--weights begins a new run: leave it out, or --resume" in said
-    go(train, *weights, "--lr", 0.01, extra=5)
+    h.go(train, *weights, "--lr", 0.01, extra=5)
     assert "📂 A new run, with the weights of " in capfd.readouterr().out
     assert begun[0][0].equal(before["model_state_dict"]["weight"]) and begun[0][1] == 0
-    assert final(tmp_path)["run_id"] != before["run_id"] and len(column(tmp_path, "loss")) == 7
-    assert column(tmp_path, "step", "metrics_2.csv") == list(range(1, 13))
+    assert h.final(tmp_path)["run_id"] != before["run_id"] and len(h.column(tmp_path, "loss")) == 7
+    assert h.column(tmp_path, "step", "metrics_2.csv") == list(range(1, 13))
 
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_one_command_begins_and_goes_on(tmp_path, capfd, weights):
-    others = go(learning(), tmp_path / "others", stop=3).saved
+    others = h.go(h.learning(), tmp_path / "others", stop=3).saved
     arguments = ("--resume", "auto", *(("--weights", others) if weights else ()))
-    go(learning(), tmp_path / "whole", *arguments)
-    go(learning(), tmp_path / "parts", *arguments, stop=7)
-    go(learning(), tmp_path / "parts", *arguments)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    h.go(h.learning(), tmp_path / "whole", *arguments)
+    h.go(h.learning(), tmp_path / "parts", *arguments, stop=7)
+    h.go(h.learning(), tmp_path / "parts", *arguments)
+    h.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert "⚙️" not in capfd.readouterr().out
     # Where only damaged ones are it begins nothing.
     for path in (tmp_path / "parts").rglob("*.pt"):
         path.write_bytes(b"damaged")
-    assert "no checkpoint there" in mistake(capfd, learning(), tmp_path / "parts", *arguments)
+    assert "no checkpoint there" in h.mistake(capfd, h.learning(), tmp_path / "parts", *arguments)
 
 
 # ---- evaluations
@@ -568,28 +549,28 @@ def middle(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def scores(run: tg.Run, module: nn.Module):
-    evaluate = losses(run, module)
+    evaluate = h.losses(run, module)
     return lambda batch: {**evaluate(batch), "index": batch[2], "scores": module(batch[0])}
 
 
 def stands_still(run, module, optimizer, batch):
     """The weights are the same on any number of processes."""
-    return loss_of(module, batch)
+    return h.loss_of(module, batch)
 
 
 def summarized(summarize=middle, best="max middle"):
-    return learning(body=stands_still, evaluate=scores, best=best, summarize=summarize)
+    return h.learning(body=stands_still, evaluate=scores, best=best, summarize=summarize)
 
 
 def test_a_summary_of_all_samples_is_the_same_on_any_number_of_ranks(tmp_path, group):
-    whole = assert_resumes(summarized(), tmp_path, eval_every=3)
+    whole = h.assert_resumes(summarized(), tmp_path, eval_every=3)
     ranks(group, summarized(), tmp_path / "two", eval_every=3)
-    left, right = metrics_without_times(whole), metrics_without_times(tmp_path / "two")
+    left, right = h.metrics_without_times(whole), h.metrics_without_times(tmp_path / "two")
     rows = {int(row["step"]): float(row["val_middle"]) for row in left if row["val_middle"]}
     assert list(rows) == [3, 6, 9, 12] and not {"val_index", "val_scores"} & {*left[0]}
     assert [row["val_middle"] for row in left] == [row["val_middle"] for row in right]
-    best = final(tmp_path / "two")["best"]
-    assert best == final(whole)["best"] and best["value"] == max(rows.values())
+    best = h.final(tmp_path / "two")["best"]
+    assert best == h.final(whole)["best"] and best["value"] == max(rows.values())
 
 
 # ---- mistakes
@@ -602,7 +583,7 @@ REFUSED = {
     "run.data(sampler=...): epoch 1 has 4 batches, not 5": (UNEVEN, {"workers": 2}),
     "a kept optimizer has parameters that no run.model(...) had at first": (once(grows), {}),
     "['state_dicts']['notes']['a'] cannot be saved: it is a": (
-        learning(noted(a=object()), notes),
+        h.learning(noted(a=object()), notes),
         {},
     ),
     "summarize gave 0.5, not {name: num": (summarized(lambda values: 0.5), {}),
@@ -614,4 +595,4 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_mistake_is_one_line(tmp_path, capfd, words):
     train, options = REFUSED[words]
-    assert words in mistake(capfd, train, tmp_path, **options)
+    assert words in h.mistake(capfd, train, tmp_path, **options)

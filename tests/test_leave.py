@@ -8,16 +8,16 @@ import sys
 import termios
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
-from helpers import ENDLESS, MODES, ROOT, SCRIPT, finish, processes_in_session, saved_path
 
 from train_graceful import EXIT_SIGNALS, load_checkpoint
 
 # A script of somebody's own. What a test does in it goes to the places in capitals.
 OWN = f"""
 import os, sys, threading
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(h.ROOT)!r})
 import torch, train_graceful as tg
 
 LOADED = []
@@ -85,17 +85,17 @@ def ask(child, means: str) -> int:
 
 def left(child, code: int) -> tuple[str, Path, dict]:
     """What it has printed since the last match, when it has left; what it has saved, and where."""
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == code, output
-    assert processes_in_session(child.pid) == []
-    path = saved_path(output)
+    assert h.processes_in_session(child.pid) == []
+    path = h.saved_path(output)
     return output, path, load_checkpoint(path)
 
 
 def assert_says_where_it_is(output: str, checkpoint: dict, best="Best Accuracy: none yet") -> None:
     """From the save on, exactly the lines of the contract."""
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in output.split("\n")]
-    lines, path = [line for line in lines if line], saved_path(output)
+    lines, path = [line for line in lines if line], h.saved_path(output)
     assert lines[lines.index("📝 Saving emergency checkpoint...") : -1] == [
         "📝 Saving emergency checkpoint...",
         f"✅ Emergency checkpoint saved: {path}",
@@ -124,11 +124,11 @@ def test_a_request_saves_says_where_and_sets_the_exit_code(own, tmp_path, means)
     assert_says_where_it_is(output, state, "Best Accuracy: 0.7400")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", h.MODES)
 def test_the_built_in_program_says_what_it_trains_and_saves_each_of_its_optimizers(
     spawn, options, mode
 ):
-    child = spawn(*options, *ENDLESS, *MODES[mode])
+    child = spawn(*options, *h.ENDLESS, *h.MODES[mode])
     child.expect(
         "🧠 ByteLM, [0-9,]+ parameters, on (cpu|cuda|mps): [0-9,]+ samples, [0-9,]+ batches of "
         "[0-9]+ an epoch; saves in .*/ck"
@@ -146,9 +146,9 @@ def test_what_reaches_the_workers_too_is_one_request_and_leaves_no_process(
     fork, options, tmp_path, signum
 ):
     """A signal to the whole group, a terminal that is closed."""
-    child = fork(*options, *ENDLESS, "--workers", 2)
+    child = fork(*options, *h.ENDLESS, "--workers", 2)
     child.terminal.expect("step [0-9]+/")
-    assert len(processes_in_session(child.pid)) >= 3
+    assert len(h.processes_in_session(child.pid)) >= 3
     if signum == signal.SIGHUP:
         child.terminal.close()
         child.wait()
@@ -159,7 +159,7 @@ def test_what_reaches_the_workers_too_is_one_request_and_leaves_no_process(
     assert child.exitcode == 128 + signum
     [path] = (tmp_path / "ck" / "emergency_exit").iterdir()
     assert load_checkpoint(path)["exit_reason"] == f"signal_{signum.name}"
-    assert processes_in_session(child.pid) == []
+    assert h.processes_in_session(child.pid) == []
 
 
 @pytest.mark.parametrize("first, later", [("q", ["SIGTERM", "SIGUSR1"]), ("SIGINT", ["SIGINT"])])
@@ -198,8 +198,8 @@ def test_ctrl_c_after_q_waits_for_the_save_and_a_second_one_abandons_it(own, tmp
     child.expect("@resting")
     child.sendintr()
     child.expect("Second Ctrl-C: leaving without saving. Earlier checkpoints are whole.")
-    finish(child)
-    assert child.exitstatus == 130 and processes_in_session(child.pid) == []
+    h.finish(child)
+    assert child.exitstatus == 130 and h.processes_in_session(child.pid) == []
     assert not (tmp_path / "ck" / "emergency_exit").exists()
 
 
@@ -218,10 +218,10 @@ def test_what_the_script_has_written_to_files_that_are_open_is_there(own, tmp_pa
 
 def test_ctrl_c_while_torch_is_imported_ends_it_without_a_traceback(spawn, options, tmp_path):
     # importtime names each module as it is imported.
-    child = spawn(command=[sys.executable, "-X", "importtime", str(SCRIPT), *options, *ENDLESS])
+    child = spawn(command=[sys.executable, "-X", "importtime", str(h.SCRIPT), *options, *h.ENDLESS])
     child.expect("torch[.]_")
     child.sendintr()
-    assert "Traceback" not in finish(child) and child.signalstatus == signal.SIGINT
+    assert "Traceback" not in h.finish(child) and child.signalstatus == signal.SIGINT
     assert not (tmp_path / "ck").exists()
 
 
@@ -233,7 +233,7 @@ def test_outside_of_the_loop_a_request_ends_the_process_at_once(own, tmp_path, w
     child.expect("@resting\r\n")
     before = termios.tcgetattr(child.child_fd)
     code = ask(child, means)
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == code and termios.tcgetattr(child.child_fd) == before
     words = "Training has not begun: there is nothing to save."
     words = "Everything is saved already." if where == "AFTER" else words
@@ -274,7 +274,7 @@ def test_a_request_is_heard_inside_a_long_torch_operation(spawn, means):
     child.expect("Exit requested!")
     assert "@done" not in child.before
     child.expect("@done")
-    finish(child)
+    h.finish(child)
 
 
 IDLE = """
@@ -296,12 +296,12 @@ with t.ExitMonitor():
 
 
 def test_an_idle_monitor_never_wakes_up(spawn):
-    assert "wake-ups 0\r\n" in finish(spawn(source=IDLE))
+    assert "wake-ups 0\r\n" in h.finish(spawn(source=IDLE))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_cache_is_cleared_and_memory_returned(spawn, options):
-    child = spawn(*options, *ENDLESS, "--device", "cuda")
+    child = spawn(*options, *h.ENDLESS, "--device", "cuda")
     child.expect("step [0-9]+/")
     assert "🧹 CUDA cache cleared" in left(child, ask(child, "q"))[0]
     query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]

@@ -8,16 +8,16 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
-from helpers import ROOT, TINY, Forked, flip_a_weight, go, learning, resume, run
 
 import train_graceful as t
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(h.ROOT / "scripts"))
 import checkpoints
 
-TOOL = [sys.executable, ROOT / "scripts" / "checkpoints.py"]
+TOOL = [sys.executable, h.ROOT / "scripts" / "checkpoints.py"]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def trained(tmp_path_factory, corpus):
     """Of a finished run; one of its files is damaged, others are another program's."""
     directory = tmp_path_factory.mktemp("looking") / "ck"
     words = "--mode geometric --steps 12 --save-every 5 --eval-every 6".split()
-    result = run("--data", corpus, "--checkpoint-dir", directory, *TINY, *words)
+    result = h.run("--data", corpus, "--checkpoint-dir", directory, *h.TINY, *words)
     assert result.returncode == 0, result.stderr
-    flip_a_weight(directory / "step_10.pt", directory / "step_10.pt")
+    h.flip_a_weight(directory / "step_10.pt", directory / "step_10.pt")
     t.save_checkpoint({"a": torch.ones(3)}, directory / "mine.pt")
     torch.save(torch.nn.Linear(2, 2), directory / "model.pt")
     return directory
@@ -67,7 +67,7 @@ def mine(tmp_path_factory):
             critic(model(batch[:, None].float())).sum().backward()
             optimizer.step()
 
-    go(train, directory, speed=0.125, hot=True, batch_size=2, steps=4, eval_every=4)
+    h.go(train, directory, speed=0.125, hot=True, batch_size=2, steps=4, eval_every=4)
     return directory
 
 
@@ -226,9 +226,9 @@ def test_sizes_that_are_not_the_models_are_one_line_and_take_no_memory(ask, trai
 
 def test_an_output_that_is_full_or_closed_is_no_traceback(trained):
     command, said = [*TOOL, "list", trained], {"stderr": subprocess.PIPE, "text": True}
-    with open("/dev/full", "w") as full, Forked(command, stdout=full, **said) as process:
+    with open("/dev/full", "w") as full, h.Forked(command, stdout=full, **said) as process:
         assert process.stderr.read() == "error: standard output: No space left on device\n"
-    with Forked(command, stdout=subprocess.PIPE, **said) as closed:
+    with h.Forked(command, stdout=subprocess.PIPE, **said) as closed:
         closed.stdout.close()
         assert closed.stderr.read() == ""
     assert (process.returncode, closed.returncode) == (2, 141)
@@ -240,8 +240,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 HEADER = "step,epoch,loss,val_loss,lr_adamw,samples_per_second,seconds,run\n"
 
 
-def plot(*arguments: object, cwd=ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "plot.py", *map(str, arguments)]
+def plot(*arguments: object, cwd=h.ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, h.ROOT / "scripts" / "plot.py", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -266,8 +266,8 @@ def legends(picture) -> list[str]:
 
 def test_a_run_that_was_stopped_and_went_on_is_drawn_with_a_mark(tmp_path):
     directory = tmp_path / "checkpoints"
-    go(learning(), directory, stop=7)
-    resume(learning(), directory)
+    h.go(h.learning(), directory, stop=7)
+    h.resume(h.learning(), directory)
     result = plot(cwd=tmp_path)
     assert result.stdout == "Drawn: checkpoints/metrics.svg\n", result.stderr
     picture = ElementTree.parse(directory / "metrics.svg").getroot()

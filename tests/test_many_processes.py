@@ -9,41 +9,9 @@ import re
 import signal
 import sys
 
+import helpers as h
 import pytest
 import torch
-from helpers import (
-    ENDLESS,
-    MODES,
-    OPTIONS,
-    ROOT,
-    SCRIPT,
-    STEPS,
-    Moment,
-    Residual,
-    Rows,
-    alive,
-    assert_close_run,
-    assert_same_run,
-    assert_same_state,
-    by_script,
-    classify,
-    column,
-    fail,
-    final,
-    finish,
-    finished,
-    frame_asks_to_leave,
-    mlp,
-    program,
-    saved_path,
-    sgd,
-    torchrun,
-    train_halves,
-    update,
-    wait_until,
-    whole_files,
-    worker_pids,
-)
 from torch.nn import functional as F
 
 import train_graceful as t
@@ -53,38 +21,38 @@ def sigterm(frame) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-LEAVES = [(Moment("complete", event="return"), frame_asks_to_leave)]
+LEAVES = [(h.Moment("complete", event="return"), h.frame_asks_to_leave)]
 
 
 def by_sgd(in_batch=lambda run: None):
     """A train(run) that calls in_batch(run) in each batch, and prints where it has left."""
 
     def train(run: t.Run) -> None:
-        run.data(Rows(43))
-        model = run.model(Residual())
-        optimizer = sgd(run, model)
+        run.data(h.Rows(43))
+        model = run.model(h.Residual())
+        optimizer = h.sgd(run, model)
         try:
             for batch in run.batches():
-                update(run, model, optimizer, batch)
+                h.update(run, model, optimizer, batch)
                 in_batch(run)
         finally:
             print("left at", run.step)
 
-    return program(train)
+    return h.program(train)
 
 
 @pytest.fixture
 def of(forty_windows):
     """of("mlp --shard"): the options of a run, and its program if it is not the built-in one."""
-    own = {"halves": train_halves, "mlp": classify(mlp), "workers": classify(mlp)}
+    own = {"halves": h.train_halves, "mlp": h.classify(h.mlp), "workers": h.classify(h.mlp)}
     # Gradients in a bucket of 1 MiB and others of 25: the order of sums depends on it.
-    own["wide"] = classify(lambda: Residual(width=640, layers=4))
+    own["wide"] = h.classify(lambda: h.Residual(width=640, layers=4))
 
     def of(model: str) -> tuple[list, dict]:
         name, *way = model.split()
         if name in own:
-            return ["--workers", int(name == "workers"), *way], {"program": program(own[name])}
-        return [*OPTIONS, *MODES[name], "--data", forty_windows, *way], {}
+            return ["--workers", int(name == "workers"), *way], {"program": h.program(own[name])}
+        return [*h.OPTIONS, *h.MODES[name], "--data", forty_windows, *way], {}
 
     return of
 
@@ -92,7 +60,7 @@ def of(forty_windows):
 @pytest.fixture
 def endless(forty_windows, tmp_path) -> list:
     """Options of the built-in program that trains in tmp_path until it is asked to leave."""
-    return [*OPTIONS, *ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
+    return [*h.OPTIONS, *h.ENDLESS, "--data", forty_windows, "--checkpoint-dir", tmp_path]
 
 
 # ---- the same batches
@@ -110,19 +78,19 @@ def test_one_two_and_four_processes_train_the_same_model(ended, of, float32_muon
         assert model == "halves" or size == 1 or f" parameters, on {size} x cpu: " in texts[0]
         names = {path.name for path in folder.iterdir()} - {"best.pt"}
         assert names == {"final.pt", "metrics.csv", "run.lock", "step_3.pt", "step_6.pt"}
-        assert_close_run(folder, one)
-        assert list(final(folder)) == list(final(one))
+        h.assert_close_run(folder, one)
+        assert list(h.final(folder)) == list(h.final(one))
 
 
 def test_an_evaluation_is_over_each_sample_once_with_rank_0s_buffers(ended, of, tmp_path):
     """With 13 samples in batches of 8 two of four ranks have none of their own in the last one."""
     options, own = of("mlp")
     ended("ck", 4, *options, **own)
-    state, model, data = final(tmp_path / "ck"), mlp().eval(), Rows(13)
+    state, model, data = h.final(tmp_path / "ck"), h.mlp().eval(), h.Rows(13)
     model.load_state_dict(state["model_state_dict"])
     with torch.no_grad():
         loss = F.cross_entropy(model(data.rows), (data.rows.sum(1) > 0).long()).item()
-    assert state["evaluation"]["step"] == STEPS
+    assert state["evaluation"]["step"] == h.STEPS
     assert state["evaluation"]["values"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -136,10 +104,10 @@ def test_each_rank_may_log_what_it_likes_and_the_rows_have_the_means(ended, tmp_
 
     options, own = ["--log-every", 4], {"program": by_sgd(log)}
     texts = ended("ck", 2, *options, code=143, plans={1: LEAVES}, **own)
-    assert t.load_checkpoint(saved_path(texts[0]))["step"] < 4
+    assert t.load_checkpoint(h.saved_path(texts[0]))["step"] < 4
     ended("ck", 2, "--resume", "latest", *options, **own)
     rows = {"step": [4, 8], "loss": [1, 1], "alone": [1.5, 5.5], "each": [6.5, 10.5]}
-    assert {name: column(tmp_path / "ck", name) for name in rows} == rows
+    assert {name: h.column(tmp_path / "ck", name) for name in rows} == rows
 
 
 # ---- one departure for all
@@ -150,8 +118,8 @@ IN_IT = [(False, number % 3, means) for number, means in enumerate(("q", *t.EXIT
 
 @pytest.mark.parametrize("before, rank, means", [*BEFORE_THE_LOOP, *IN_IT])
 def test_a_request_to_one_rank_is_one_to_all_at_the_same_step(group, tmp_path, before, rank, means):
-    plans = {number: [(Moment("data"), None)] for number in range(3 * before)}
-    words = [*ENDLESS, "--batch-size", 9, "--checkpoint-dir", tmp_path]
+    plans = {number: [(h.Moment("data"), None)] for number in range(3 * before)}
+    words = [*h.ENDLESS, "--batch-size", 9, "--checkpoint-dir", tmp_path]
     ranks = group(3, *words, plans=plans, program=by_sgd())
     if before:
         for each in ranks:
@@ -168,9 +136,9 @@ def test_a_request_to_one_rank_is_one_to_all_at_the_same_step(group, tmp_path, b
         each.go()
     if rank > 0:
         ranks[0].terminal.expect("Exit requested!")
-    texts, codes = finished(ranks)
+    texts, codes = h.finished(ranks)
     assert codes == [0 if means == "q" else 128 + means] * 3, texts
-    state = t.load_checkpoint(saved_path(texts[0]))
+    state = t.load_checkpoint(h.saved_path(texts[0]))
     name = "user_requested_graceful_exit" if means == "q" else f"signal_{means.name}"
     assert state["exit_reason"] == name and (state["step"] == 0 or not (before and means == "q"))
     assert f"Completed Steps: {state['step']}" in texts[0] and "requested!" not in texts[0]
@@ -190,18 +158,18 @@ def test_stopped_twice_by_any_rank_and_resumed_is_the_same_run(ended, of, tmp_pa
     plans = [LEAVES, LEAVES]
     if not own:
         options += ["--dropout", 0.1]
-        plans = [[(Moment(name, nth), sigterm)] for name, nth in (("loss", 5), ("evaluate", 1))]
+        plans = [[(h.Moment(name, nth), sigterm)] for name, nth in (("loss", 5), ("evaluate", 1))]
     ended("whole", size, *options, **own)
     steps = [0]
     for rank, plan in zip((size - 1, 0), plans):
         texts = ended("stopped", size, *options, code=143, plans={rank: plan}, **own)
         assert texts[0].count("Exit requested") == 1
-        steps.append(t.load_checkpoint(saved_path(texts[0]))["step"])
+        steps.append(t.load_checkpoint(h.saved_path(texts[0]))["step"])
         options = ["--resume", "latest"]
     # Under load the first may be heard a batch later, where the second comes.
-    assert 0 < steps[1] <= steps[2] < STEPS
+    assert 0 < steps[1] <= steps[2] < h.STEPS
     ended("stopped", size, *options, **own)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    h.assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 # ---- failures
@@ -221,7 +189,7 @@ def test_an_exception_in_one_rank_ends_all_and_resumed_it_is_the_same_run(
     """Saved is what was before the batch or what rank 0 has completed, nothing half-updated."""
     options, own = of(model)
     ended("whole", 2, *options, **own)
-    plans = {rank: [(Moment(function, nth), fail)]}
+    plans = {rank: [(h.Moment(function, nth), h.fail)]}
     texts = ended("ck", 2, *options, code=1, plans=plans, **own)
     assert "RuntimeError: injected" in texts[rank], texts
     if saved is None:
@@ -229,12 +197,12 @@ def test_an_exception_in_one_rank_ends_all_and_resumed_it_is_the_same_run(
         assert not (tmp_path / "ck" / "emergency_exit").exists()
         path = re.search(r"Newest whole checkpoint: (\S+/(step_3|best).pt)\r\n", texts[0])[1]
     else:
-        path = saved_path(texts[0])
+        path = h.saved_path(texts[0])
         state = t.load_checkpoint(path)
         assert state["exit_reason"].startswith("exception_") and state["step"] == saved
     ended("ck", 2, "--resume", path, **own)
     # Of the row that one rank has no part in any more, only the mean is another.
-    assert_same_state(tmp_path / "ck", tmp_path / "whole")
+    h.assert_same_state(tmp_path / "ck", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("killed, way", [(0, "--shard"), (1, "--no-shard"), (1, "--shard")])
@@ -243,12 +211,12 @@ def test_a_rank_that_dies_outright_is_noticed(group, endless, tmp_path, killed, 
     ranks = group(2, *endless, way, "--save-every", 5)
     ranks[0].terminal.expect(r"step [1-9]\d+/")
     ranks[killed].kill(signal.SIGKILL)
-    texts, codes = finished(ranks)
+    texts, codes = h.finished(ranks)
     assert codes[killed] == -9 and codes[1 - killed] == 1
     if killed:
         reached = "Newest whole checkpoint: " if way == "--shard" else "checkpoint saved: "
         assert reached in texts[0], texts
-    assert whole_files(tmp_path)
+    assert h.whole_files(tmp_path)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2_of_each(group, forty_windows, tmp_path, endless):
@@ -260,7 +228,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_of_each(group, forty_windows, tmp
         (["--resume", "latest", "--checkpoint-dir", tmp_path / "ck"], "no checkpoint there"),
         (["--batch-siez", 4], "batch-siez"),
     ]:
-        texts, codes = finished(group(2, *OPTIONS, "--data", forty_windows, *arguments))
+        texts, codes = h.finished(group(2, *h.OPTIONS, "--data", forty_windows, *arguments))
         assert codes == [2, 2]
         # Each says what it has found itself, and no status line is left before it.
         for text in texts:
@@ -271,10 +239,10 @@ def test_a_mistake_that_the_second_process_makes_alone_is_said(group, tmp_path):
     def train(run: t.Run) -> None:
         if run.rank == 1:
             raise t.UserError("the second disk is not there")
-        run.data(Rows(43))
-        run.model(Residual())
+        run.data(h.Rows(43))
+        run.model(h.Residual())
 
-    texts, codes = finished(group(2, "--checkpoint-dir", tmp_path, program=program(train)))
+    texts, codes = h.finished(group(2, "--checkpoint-dir", tmp_path, program=h.program(train)))
     assert codes == [1, 2] and texts[1] == "error: the second disk is not there\r\n", (codes, texts)
 
 
@@ -284,28 +252,29 @@ def test_a_mistake_that_the_second_process_makes_alone_is_said(group, tmp_path):
 @pytest.mark.parametrize("trains", [False, True])
 def test_q_in_torchruns_terminal_while_its_processes_start_or_train(spawn, endless, trains):
     """Nobody is left waiting for a rank that has gone."""
-    child = torchrun(spawn, SCRIPT, *endless)
+    child = h.torchrun(spawn, h.SCRIPT, *endless)
     if trains:
         child.expect(r"step \d+/")
         child.send("s\n")
         child.expect("Checkpoint saved: ")
     child.send("q\n")
-    workers, text = worker_pids(child.pid), finish(child)
+    workers, text = h.worker_pids(child.pid), h.finish(child)
     assert child.exitstatus == 0 and "Graceful exit completed" in text, text
-    assert "Traceback" not in text and not any(map(alive, workers))
+    assert "Traceback" not in text and not any(map(h.alive, workers))
     # It may come in the first batch.
-    assert trains or t.load_checkpoint(saved_path(text))["step"] <= 1
-    command = f"-m torch.distributed.run --nproc-per-node=2 {SCRIPT} --resume /"
+    assert trains or t.load_checkpoint(h.saved_path(text))["step"] <= 1
+    command = f"-m torch.distributed.run --nproc-per-node=2 {h.SCRIPT} --resume /"
     assert command in text.partition("Resume with: ")[2], text
 
 
+@h.NEWER_TORCHRUN
 def test_in_the_background_it_leaves_the_keyboard_to_the_shell_and_warns_of_nothing(spawn, endless):
     """All of it for real; a hangup that nohup has ignored counts not at all, Ctrl-C once."""
     environment = {**os.environ, "PS1": "$ ", "PYTHON": sys.executable}
     # The script sets them itself.
     del environment["TORCH_CPP_LOG_LEVEL"], environment["LOGLEVEL"]
     shell = spawn(command=["bash", "--norc", "--noprofile", "-i"], env=environment)
-    words = ["trap '' HUP;", ROOT / "scripts" / "train_torchrun.sh", 2, *endless, "&"]
+    words = ["trap '' HUP;", h.ROOT / "scripts" / "train_torchrun.sh", 2, *endless, "&"]
     shell.sendline(" ".join(map(str, words)))
     shell.expect(r"step \d+/")
     text = shell.before
@@ -313,12 +282,12 @@ def test_in_the_background_it_leaves_the_keyboard_to_the_shell_and_warns_of_noth
         shell.sendline("echo pid $!")
         shell.expect(r"pid (\d+)\r")
     job = int(shell.match[1])
-    workers = worker_pids(job)
+    workers = h.worker_pids(job)
     for pid in (job, *workers):
         os.kill(pid, signal.SIGHUP)
     shell.sendline("fg")
     # What the job prints in the background looks the same; Ctrl-C would take the line from bash.
-    wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
+    h.wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
     for _ in range(5):
         shell.expect(r"step \d+/")
     shell.sendintr()
@@ -327,16 +296,17 @@ def test_in_the_background_it_leaves_the_keyboard_to_the_shell_and_warns_of_noth
     shell.sendline("echo code $?")
     shell.expect("code 130\r")
     text += shell.before
-    assert len(workers) == 2 and not any(map(alive, workers))
+    assert len(workers) == 2 and not any(map(h.alive, workers))
     for unwanted in ("Second Ctrl-C", "SIGHUP", "Warning", "[W", "Traceback"):
         assert unwanted not in text, text
     assert re.search(r"Resume with: \S*scripts/train_torchrun.sh 2 --resume /", text), text
-    assert t.load_checkpoint(saved_path(text))["exit_reason"] == "signal_SIGINT"
+    assert t.load_checkpoint(h.saved_path(text))["exit_reason"] == "signal_SIGINT"
 
 
+@h.NEWER_TORCHRUN
 def test_a_mistake_is_not_buried_by_torchrun(spawn):
-    child = by_script(spawn, 2, "--stps", 5)
-    lines = finish(child).splitlines()
+    child = h.by_script(spawn, 2, "--stps", 5)
+    lines = h.finish(child).splitlines()
     assert child.exitstatus == 2
     assert "error: unrecognized arguments: --stps 5 (--help lists the options)" in lines
     # One of each, beside them what torchrun says of the process that failed first, and the other.
@@ -344,9 +314,9 @@ def test_a_mistake_is_not_buried_by_torchrun(spawn):
 
 
 def test_torchrun_killed_outright_leaves_no_worker(spawn, endless, tmp_path):
-    child = torchrun(spawn, SCRIPT, *endless)
+    child = h.torchrun(spawn, h.SCRIPT, *endless)
     child.expect(r"step \d+/")
-    workers = worker_pids(child.pid)
+    workers = h.worker_pids(child.pid)
     os.kill(child.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, workers)))
-    assert whole_files(tmp_path / "emergency_exit")
+    h.wait_until(lambda: not any(map(h.alive, workers)))
+    assert h.whole_files(tmp_path / "emergency_exit")

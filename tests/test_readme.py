@@ -8,12 +8,12 @@ import subprocess
 import sys
 import typing
 
+import helpers as h
 import pytest
-from helpers import ROOT, SCRIPT, TINY, finish, run
 
 import train_graceful as t
 
-README = (ROOT / "README.md").read_text()
+README = (h.ROOT / "README.md").read_text()
 OWN, MONITOR = re.findall(r"```python\n(.*?)```", README, re.S)
 FILES = "train_graceful.py Makefile README.md requirements.txt checkpoints/.gitkeep".split()
 TEXT = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
@@ -24,7 +24,7 @@ def test_the_two_commands_work_as_written(spawn, corpus, tmp_path):
     folder, home = tmp_path / "my first run", tmp_path / "home"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+        shutil.copy(h.ROOT / name, folder / name)
     # As if installed: the same interpreter.
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "installed").touch()
@@ -34,18 +34,18 @@ def test_the_two_commands_work_as_written(spawn, corpus, tmp_path):
     home.mkdir()
     environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "xterm"}
     how = {"cwd": str(folder), "env": {**environment, "OMP_NUM_THREADS": "1"}}
-    words = f"ARGS=--steps 100000 --data {corpus} {' '.join(TINY)}"
+    words = f"ARGS=--steps 100000 --data {corpus} {' '.join(h.TINY)}"
     child = spawn(command=["make", "train", words], **how)
     child.expect("Training started.*step [0-9]+/")
     child.sendline("q")
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == 0 and "Resume with" in output
     assert f"checkpoint saved: {folder}/checkpoints/emergency_exit/emergency_step_" in output
     child = spawn(command=["make", "resume"], **how)
     child.expect("Resumed at step [0-9]+ of 100000")
     child.expect("step [0-9]+/")
     child.sendline("q")
-    assert "Graceful exit completed" in finish(child) and child.exitstatus == 0
+    assert "Graceful exit completed" in h.finish(child) and child.exitstatus == 0
     assert not list(home.iterdir()) and "__pycache__" not in os.listdir(folder)
 
 
@@ -63,24 +63,24 @@ def cnn():
 def test_the_example_of_ones_own_model_is_stopped_and_resumed(spawn, tmp_path):
     (tmp_path / "mydata.py").write_text(MYDATA)
     (tmp_path / "mine.py").write_text(OWN)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(h.ROOT)}
     command = [sys.executable, "mine.py", "--epochs", "100000"]
     child = spawn(command=command, cwd=tmp_path, env=environment)
     child.expect("step [0-9]+/")
     child.sendline("q")
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == 0
     child = spawn(command=["sh", "-c", output.rpartition("Resume with: ")[2].strip()], cwd=tmp_path)
     child.expect("Resumed at step [0-9]+ of 300000")
     child.expect("step [0-9]+/")
     child.sendline("q")
-    finish(child)
+    h.finish(child)
     assert child.exitstatus == 0
 
 
 def test_the_weights_example_runs_without_this_program(options, tmp_path):
     where = ["--checkpoint-dir", tmp_path / "checkpoints"]
-    assert run(*options, "--steps", "2", *where).returncode == 0
+    assert h.run(*options, "--steps", "2", *where).returncode == 0
     [weights] = re.findall(r"`(torch.load\(.*?)`", README)
     command = [sys.executable, "-c", f"import torch; print(*{weights})"]
     result = subprocess.run(command, cwd=tmp_path, **TEXT)
@@ -89,19 +89,19 @@ def test_the_weights_example_runs_without_this_program(options, tmp_path):
 
 def test_the_monitor_example_saves_and_leaves_on_q(spawn, tmp_path):
     told = MONITOR.replace("    while not", "    print('@training')\n    while not")
-    child = spawn(source=f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{told}", cwd=tmp_path)
+    child = spawn(source=f"import sys; sys.path.insert(0, {str(h.ROOT)!r})\n{told}", cwd=tmp_path)
     child.expect("@training")
     child.sendline("q")
     child.expect("Exit requested!")
-    finish(child)
+    h.finish(child)
     assert child.exitstatus == 0
     assert {*t.load_checkpoint(tmp_path / "mine.pt")} == {"model", "optimizer"}
 
 
 def test_every_make_target_is_listed_and_readme_is_short_and_names_no_other():
-    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):.*## ", (h.ROOT / "Makefile").read_text(), re.M)
     help = (["make"], ["make", "help-maintain"])
-    listed = "".join(subprocess.run(one, cwd=ROOT, **TEXT).stdout for one in help)
+    listed = "".join(subprocess.run(one, cwd=h.ROOT, **TEXT).stdout for one in help)
     assert targets and all(re.search(rf"^make {target} +\S", listed, re.M) for target in targets)
     assert {*re.findall(r"(?:`|^    |\$ )make ([a-z-]+)", README, re.M)} <= {*targets}
     assert len(README.splitlines()) <= 200
@@ -131,7 +131,7 @@ latest_checkpoint load_checkpoint main option save_checkpoint standard_training_
 
 
 def test_importing_the_file_starts_nothing_and_changes_nothing():
-    result = subprocess.run([sys.executable, "-c", IMPORT, *PUBLIC], cwd=ROOT, **TEXT)
+    result = subprocess.run([sys.executable, "-c", IMPORT, *PUBLIC], cwd=h.ROOT, **TEXT)
     assert result.returncode == 0 and result.stdout == "True\n", result.stderr
 
 
@@ -149,7 +149,7 @@ def test_every_public_name_is_documented_and_typed():
 def test_the_script_itself_says_what_it_needs():
     """For uv, which reads that."""
     tomllib = pytest.importorskip("tomllib")
-    block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.M | re.S)[1]
+    block = re.search(r"^# /// script\n(.*?)^# ///$", h.SCRIPT.read_text(), re.M | re.S)[1]
     needs = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
     assert needs == {"requires-python": ">=3.10", "dependencies": ["torch>=2.6", "numpy"]}
 
@@ -164,8 +164,8 @@ def test_uv_trains_with_nothing_but_the_file(tmp_path):
     own = {"UV_CACHE_DIR": str(tmp_path / "uv"), "UV_FIND_LINKS": links.strip()}
     environment = {**os.environ, **own}
     (tmp_path / "alone").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "alone")
-    command = [tools / "uv", "run", "./train_graceful.py", *TINY, "--steps", "3", "--no-keyboard"]
+    shutil.copy(h.SCRIPT, tmp_path / "alone")
+    command = [tools / "uv", "run", "./train_graceful.py", *h.TINY, "--steps", "3", "--no-keyboard"]
     result = subprocess.run(command, cwd=tmp_path / "alone", env=environment, **TEXT)
     assert result.returncode == 0, result.stderr
     assert t.load_checkpoint(tmp_path / "alone" / "checkpoints" / "final.pt")["step"] == 3

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 
+import helpers as h
 import pytest
-from helpers import ROOT, assert_same_run, finished, wait_until
 from machines import MINE, Hosts
 
 import train_graceful as t
@@ -19,7 +19,7 @@ import train_graceful as t
 pytestmark = pytest.mark.cluster
 
 # A job's processes share the machine with everything else that is tested.
-wait_until = functools.partial(wait_until, timeout=180)
+wait_until = functools.partial(h.wait_until, timeout=180)
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 OPTIONS = "--context 16 --layers 2 --heads 2 --dim 16 --experts 2 --batch-size 4".split()
 OPTIONS += "--dropout 0.1 --mode geometric --eval-every 100 --save-every 200".split()
@@ -72,7 +72,7 @@ class Slurm:
 
     def on(self, number: int, *command: object) -> list[str]:
         """A command, in the repository, on one of the nodes."""
-        return [*self.hosts[number].enter, "env", f"--chdir={ROOT}", *map(str, command)]
+        return [*self.hosts[number].enter, "env", f"--chdir={h.ROOT}", *map(str, command)]
 
     def start(self, number: int, *command: str) -> subprocess.Popen:
         streams = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
@@ -149,8 +149,8 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(slurm, group, j
     wait_until(lambda: slurm.state(number) == "COMPLETED")
     said, step = log.read_text(), t.load_checkpoint(emergency)["step"]
     assert said.count("2 x cpu") == 2 and f"Resumed at step {step} of 60" in said
-    finished(group(2, *options, "--checkpoint-dir", tmp_path / "whole"))
-    assert_same_run(tmp_path / "ck", tmp_path / "whole")
+    h.finished(group(2, *options, "--checkpoint-dir", tmp_path / "whole"))
+    h.assert_same_run(tmp_path / "ck", tmp_path / "whole")
 
 
 def test_a_cancelled_job_saves_and_stays_away(slurm, job, tmp_path):

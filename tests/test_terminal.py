@@ -9,8 +9,8 @@ import sys
 import termios
 from pathlib import Path
 
+import helpers as h
 import pytest
-from helpers import ENDLESS, ROOT, SCRIPT, Forked, finish, saved_path, wait_until
 
 import train_graceful as t
 
@@ -18,7 +18,7 @@ import train_graceful as t
 @pytest.fixture
 def training(spawn, options):
     """A run on a terminal, in training until it is asked to leave."""
-    child = spawn(*options, *ENDLESS)
+    child = spawn(*options, *h.ENDLESS)
     child.expect("step [0-9]+/")
     return child
 
@@ -27,7 +27,7 @@ def leaves(child) -> str:
     """After q; what it has printed since."""
     child.sendline("q")
     child.expect("Exit requested!")
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == 0
     return output
 
@@ -45,7 +45,7 @@ def test_every_spelling_of_q_is_heard_and_a_failed_save_goes_on_training(trainin
         training.expect("Emergency checkpoint not saved: .* Training goes on")
         training.expect("step [0-9]+/")
     blocker.unlink()
-    t.load_checkpoint(saved_path(leaves(training)))
+    t.load_checkpoint(h.saved_path(leaves(training)))
 
 
 def test_s_saves_and_other_lines_show_the_keys_and_the_last_checkpoint(training, tmp_path):
@@ -71,33 +71,33 @@ def test_the_end_of_input_ends_no_training_and_without_a_terminal_lines_are_plai
     options, tmp_path, stdin
 ):
     (tmp_path / "junk").write_text("xq\nquery\nq")  # its last line has no end
-    command = ["sh", "-c", f'"$@" {stdin}', "sh", sys.executable, str(SCRIPT), *options]
+    command = ["sh", "-c", f'"$@" {stdin}', "sh", sys.executable, str(h.SCRIPT), *options]
     command += ["--steps", "30", "--log-every", "10"]
     how = {"capture_output": True, "text": True, "timeout": 60}
     result = subprocess.run(command, cwd=tmp_path, **how)
     assert result.returncode == 0 and result.stderr == ""
-    assert t.load_checkpoint(saved_path(result.stdout))["exit_reason"] == "completed"
+    assert t.load_checkpoint(h.saved_path(result.stdout))["exit_reason"] == "completed"
     steps = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")]
     assert steps == ["10/30", "20/30", "30/30"] and "\r" not in result.stdout
 
 
 def test_q_through_a_pipe_leaves(options):
-    command = [sys.executable, str(SCRIPT), *options, *ENDLESS]
-    process = Forked(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, str(h.SCRIPT), *options, *h.ENDLESS]
+    process = h.Forked(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step"))
     for text in ("x" * 100_000 + "q\n" + " q", " \r\n"):
         process.stdin.write(text)
         process.stdin.flush()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0
-    assert t.load_checkpoint(saved_path(output))["exit_reason"] == "user_requested_graceful_exit"
+    assert t.load_checkpoint(h.saved_path(output))["exit_reason"] == "user_requested_graceful_exit"
 
 
 def test_no_keyboard_leaves_typed_lines_to_others(spawn, options):
     child = spawn(*options, "--steps", "200", "--no-keyboard")
     child.expect("step [0-9]+/")
     child.sendline("q")
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == 0 and "Exit requested" not in output and "All steps done" in output
 
 
@@ -116,9 +116,9 @@ def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkey
         monkeypatch.setattr(sys, "stdin", stdin)
         with t.ExitMonitor(t.Screen(shown=False)) as monitor:
             os.write(ours, b"fg\n")
-            wait_until(lambda: taken)
+            h.wait_until(lambda: taken)
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(lambda: monitor.exit_requested, timeout=10)
+            h.wait_until(lambda: monitor.exit_requested, timeout=10)
     os.close(ours)
 
 
@@ -126,7 +126,7 @@ def test_a_line_that_the_shell_reads_first_does_not_make_the_monitor_deaf(monkey
 
 SAVES_SLOWLY = f"""
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(h.ROOT)!r})
 import train_graceful as t
 def slow(*arguments, save=t.save_checkpoint):
     print("@saving", flush=True)
@@ -147,18 +147,18 @@ def test_a_job_of_a_shell_trains_in_the_background_and_hears_q_after_fg(spawn, o
 
     def foreground() -> None:
         shell.sendline("fg")
-        wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
+        h.wait_until(lambda: os.tcgetpgrp(shell.child_fd) != shell.pid)
         shell.expect("step [0-9]+/")
 
     shell.expect("READY> ")
-    words = [sys.executable, tmp_path / "slow.py", *options, *ENDLESS, "&"]
+    words = [sys.executable, tmp_path / "slow.py", *options, *h.ENDLESS, "&"]
     shell.sendline(" ".join(map(str, words)))
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
+    h.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
     shell.sendline("q() { echo got-$1; }; q q")
     shell.expect("got-q")
     size = metrics.stat().st_size
     # Not stopped by SIGTTIN or SIGTTOU.
-    wait_until(lambda: metrics.stat().st_size > size)
+    h.wait_until(lambda: metrics.stat().st_size > size)
     foreground()
     shell.send("\x1a")
     shell.expect("Stopped")
@@ -169,7 +169,7 @@ def test_a_job_of_a_shell_trains_in_the_background_and_hears_q_after_fg(spawn, o
     shell.send("q\nq\nq")
     go.touch()
     shell.expect("checkpoint saved: .*pt")
-    t.load_checkpoint(saved_path(shell.after))
+    t.load_checkpoint(h.saved_path(shell.after))
     shell.expect("READY> ")
     shell.sendline("echo code $?")
     shell.expect("code 0")
@@ -192,7 +192,7 @@ def test_the_status_line_is_redrawn_in_place_and_never_wider_than_the_terminal(s
     child = spawn(*options, "--steps", "300")
     child.expect("step [0-9]+/")
     child.setwinsize(24, 40)
-    output = finish(child)
+    output = h.finish(child)
     assert child.exitstatus == 0 and output.count("\n") < 20
     drawn = [part for part in output.partition("Final")[0].split("\r") if "step " in part]
     assert len(drawn) > 3

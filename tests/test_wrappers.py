@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers as h
 import pytest
-from helpers import ENDLESS, ROOT, SCRIPT, alive, by_script, finish, wait_until
 
-SCRIPTS = sorted({*(ROOT / "scripts").glob("*.sh")} - {ROOT / "scripts" / "common.sh"})
+SCRIPTS = sorted({*(h.ROOT / "scripts").glob("*.sh")} - {h.ROOT / "scripts" / "common.sh"})
 # Holds a directory's run.lock as a run does, answers SIGTERM by saying so and by nothing else, and
 # leaves when its input ends: with the outcome that it read, if it read one.
 HOLDER = """
@@ -30,13 +30,13 @@ lock.write(sys.stdin.read())
 """
 # Two runs' threads spin against each other on a small machine.
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-MAKE = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
+MAKE = ["make", "-C", str(h.ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
 QUIET = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
 
 
 def script(name, *args, cwd=None, **environment) -> subprocess.CompletedProcess:
     """A wrapper run to its end, without a terminal."""
-    command = [str(ROOT / "scripts" / name), *map(str, args)]
+    command = [str(h.ROOT / "scripts" / name), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, **QUIET)
 
 
@@ -78,14 +78,14 @@ def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(mine):
     started = script("train_nohup.sh", "--lr", "0.2", cwd=mine, SCRIPT="mine.py")
     assert started.returncode == 0, started.stderr
     log, said = mine / "checkpoints" / "train.log", started.stdout
-    assert f'tail -f "{log}"' in said and f'"{ROOT}/scripts/stop.sh" "{log.parent}"' in said
+    assert f'tail -f "{log}"' in said and f'"{h.ROOT}/scripts/stop.sh" "{log.parent}"' in said
     pid = int(re.search(r"pid (\d+)", said)[1])
     os.kill(pid, signal.SIGHUP)
     steps = log.read_text().count("\nstep")
-    wait_until(lambda: log.read_text().count("\nstep") > steps + 1)
+    h.wait_until(lambda: log.read_text().count("\nstep") > steps + 1)
     assert "Training started. Send it SIGTERM to exit gracefully" in log.read_text()
     stopped = script("stop.sh", cwd=mine, SCRIPT="mine.py")
-    assert (stopped.returncode, stopped.stderr) == (0, "") and not alive(pid)
+    assert (stopped.returncode, stopped.stderr) == (0, "") and not h.alive(pid)
     assert "\n📊 Training Summary:\n   Completed Steps: " in stopped.stdout
     assert Path(re.search(r"Emergency checkpoint: (.+)", stopped.stdout)[1]).is_file()
     assert script("stop.sh", cwd=mine, SCRIPT="mine.py").returncode == 2
@@ -147,7 +147,7 @@ def test_stop_returns_the_outcome_of_the_run_and_wakes_it_if_it_was_suspended(
 ):
     if outcome == "0":
         holder.send_signal(signal.SIGSTOP)
-    command = [ROOT / "scripts" / "stop.sh", tmp_path]
+    command = [h.ROOT / "scripts" / "stop.sh", tmp_path]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as stop:
         # One that is not woken is killed, lest this waits for ever.
@@ -167,13 +167,13 @@ def test_stop_returns_the_outcome_of_the_run_and_wakes_it_if_it_was_suspended(
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("nsenter"), reason="needs root, nsenter")
 def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path):
     """As docker exec CONTAINER scripts/stop.sh does: nothing there outlives its pid 1."""
-    command = [*"unshare -pf --mount-proc".split(), sys.executable, str(SCRIPT), "--no-keyboard"]
+    command = [*"unshare -pf --mount-proc".split(), sys.executable, str(h.SCRIPT), "--no-keyboard"]
     with open(tmp_path / "out", "w") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-        container = subprocess.Popen([*command, *options, *ENDLESS], **streams)
-    wait_until(lambda: "step " in (tmp_path / "out").read_text(), container)
+        container = subprocess.Popen([*command, *options, *h.ENDLESS], **streams)
+    h.wait_until(lambda: "step " in (tmp_path / "out").read_text(), container)
     inside = subprocess.run(["pgrep", "-P", str(container.pid)], **QUIET).stdout.strip()
-    enter = ["nsenter", "-t", inside, "-p", "-m", ROOT / "scripts" / "stop.sh", tmp_path / "ck"]
+    enter = ["nsenter", "-t", inside, "-p", "-m", h.ROOT / "scripts" / "stop.sh", tmp_path / "ck"]
     asked = subprocess.run(enter, env=ENVIRONMENT, **QUIET)
     assert asked.returncode == 0 and "Asked pid 1 to save and leave" in asked.stderr, asked
     assert container.wait(60) == 143
@@ -194,7 +194,7 @@ class Tmux:
         return subprocess.run(["tmux", *args], env=self.environment, **QUIET).stdout
 
     def train(self, *args, code=0) -> str:
-        command = [str(ROOT / "scripts" / "train_tmux.sh"), *args]
+        command = [str(h.ROOT / "scripts" / "train_tmux.sh"), *args]
         result = subprocess.run(command, env=self.environment, **QUIET)
         assert result.returncode == code, result.stderr
         return result.stdout + result.stderr
@@ -206,7 +206,7 @@ class Tmux:
         return self("capture-pane", "-p", "-J", "-S", "-", "-t", "=train:")
 
     def waits_for(self, text: str) -> None:
-        wait_until(lambda: text in self.screen())
+        h.wait_until(lambda: text in self.screen())
 
 
 @pytest.fixture
@@ -215,11 +215,11 @@ def tmux(tmp_path_factory):
     yield server
     pids = server("list-panes", "-a", "-F", "#{pane_pid}").split()
     server("kill-server")
-    wait_until(lambda: not any(alive(int(pid)) for pid in pids))
+    h.wait_until(lambda: not any(h.alive(int(pid)) for pid in pids))
 
 
 def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, options):
-    started = tmux.train(*options, *ENDLESS)
+    started = tmux.train(*options, *h.ENDLESS)
     assert "tmux attach -t 'train'" in started and "Ctrl-b d" in started
     tmux.waits_for("Training started")
     tmux.type("q", "Enter")
@@ -228,7 +228,7 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, op
     tmux.type("echo usable $((40 + 2))", "Enter")
     tmux.waits_for("usable 42")
     # The next one takes nothing away that is still read there.
-    assert "Started in a new window" in tmux.train(*options, *ENDLESS)
+    assert "Started in a new window" in tmux.train(*options, *h.ENDLESS)
     assert tmux("list-windows", "-t", "=train:").count("\n") == 2
 
 
@@ -240,14 +240,14 @@ def test_a_second_start_attaches_and_ctrl_c_there_saves(tmux, spawn, mine, monke
     assert "already; nothing new is started" in tmux.train("train")
     # With options it is another run that is wanted: attached to this one, nobody would see that.
     assert "SESSION=name" in tmux.train("train", "--lr", "0.2", code=2)
-    child = spawn(command=["sh", str(ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
+    child = spawn(command=["sh", str(h.ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
     # What was printed before is not waited for: tmux discards what its terminal has not taken yet.
     child.expect("Training started")
     child.send("\x03")
     tmux.waits_for("exit code 130")
     assert f"Emergency checkpoint: {mine}/checkpoints/emergency_exit" in tmux.screen()
     tmux("detach-client", "-s", "=train")
-    finish(child)
+    h.finish(child)
     assert child.exitstatus == 0
 
 
@@ -255,12 +255,12 @@ def test_a_second_start_attaches_and_ctrl_c_there_saves(tmux, spawn, mine, monke
 
 
 def test_a_script_of_ones_own_with_several_processes(mine, spawn):
-    child = by_script(spawn, 2, cwd=mine, SCRIPT="mine.py")
+    child = h.by_script(spawn, 2, cwd=mine, SCRIPT="mine.py")
     child.expect("on 2 x cpu")
     child.expect("step [0-9]+/")
     child.sendline("q")
     again = r"Resume with: SCRIPT=.*mine.py'? \S*scripts/train_torchrun.sh 2 --resume"
-    assert re.search(again, finish(child)) and child.exitstatus == 0
+    assert re.search(again, h.finish(child)) and child.exitstatus == 0
 
 
 @pytest.mark.parametrize("number", ["0", "2x", ""])
@@ -281,7 +281,7 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, mine, way):
         child.sendintr()
     else:
         assert "Emergency checkpoint: " in make("stop", where).stdout
-    said = finish(child)
+    said = h.finish(child)
     assert "Resume with" in said and "make: ***" not in said
     # By the rules make itself ends with Ctrl-C, so that what follows it in a script is not begun.
     assert (child.exitstatus, child.signalstatus) == ((None, 2) if way == "Ctrl-C" else (0, None))

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import MODES, TABLE, Child, Moment, assert_same_run, corpus_of
+import helpers as h
 
 SMALL = "--context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 2 --dropout 0.1".split()
 SCHEDULE = "--steps 7 --save-every 2 --eval-every 3 --log-every 1 --keep 2".split()
@@ -29,18 +29,18 @@ class Campaign:
 
     def __exit__(self, kind, *rest) -> None:
         if kind is None:
-            TABLE.append((self.what, self.cases, len(self.failures)))
+            h.TABLE.append((self.what, self.cases, len(self.failures)))
             assert self.cases and not self.failures, "\n".join(self.failures[:5])
 
 
-def waiting(fork, moment: Moment, *words: object, **how) -> Child:
+def waiting(fork, moment: h.Moment, *words: object, **how) -> h.Child:
     """One that has come to this moment, and waits there for go()."""
     child = fork(*words, plan=[(moment, None)], **how)
     child.paused()
     return child
 
 
-def ended(child: Child, code: int = 0) -> str:
+def ended(child: h.Child, code: int = 0) -> str:
     """What it printed since the last match; it ended with this exit code."""
     output = child.finish()
     assert child.exitcode == code, output
@@ -49,13 +49,13 @@ def ended(child: Child, code: int = 0) -> str:
 
 def undisturbed(folder: Path, *options: object, windows: int = 70, context: int = 8) -> Callable:
     """get(mode, *more options): all options, and the directory of the run with them, made once."""
-    corpus = corpus_of(folder / "corpus.txt", windows, context)
+    corpus = h.corpus_of(folder / "corpus.txt", windows, context)
 
     @functools.cache
     def get(mode: str, *more: object) -> tuple[list, Path]:
-        every = ["--data", corpus, *SMALL, "--context", context, *options, *MODES[mode], *more]
+        every = ["--data", corpus, *SMALL, "--context", context, *options, *h.MODES[mode], *more]
         directory = folder / f"{mode}-{len(more)}"
-        ended(Child(*every, "--checkpoint-dir", directory))
+        ended(h.Child(*every, "--checkpoint-dir", directory))
         return every, directory
 
     return get
@@ -64,5 +64,5 @@ def undisturbed(folder: Path, *options: object, windows: int = 70, context: int 
 def comes_to_the_same_end(fork, directory: Path, reference: Path) -> str:
     """Resumed, it is the run that nobody disturbed; what it printed."""
     output = ended(fork("--resume", "latest", "--checkpoint-dir", directory))
-    assert_same_run(directory, reference)
+    h.assert_same_run(directory, reference)
     return output

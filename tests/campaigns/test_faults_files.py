@@ -11,10 +11,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
 from driver import SCHEDULE, Campaign, undisturbed
-from helpers import Moment, assert_same
 
 import train_graceful as t
 
@@ -34,12 +34,12 @@ def refused(fork, path: Path, data: bytes, may_be_taken=False, original=None) ->
     def compare(frame) -> None:
         state = frame.f_locals.get("state")
         if original is not None and isinstance(state, dict):
-            assert_same(state, original)
+            h.assert_same(state, original)
 
     path.write_bytes(data)
     # A fork begins with as much (KiB) as this process has.
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4
-    plan = [(Moment("load", event="return"), compare)]
+    plan = [(h.Moment("load", event="return"), compare)]
     child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=plan)
     output = child.finish()
     if child.exitcode or not may_be_taken:
@@ -144,7 +144,7 @@ def test_bits_of_the_structure(checkpoints, tmp_path, whole):
         except t.CheckpointError as error:
             assert "\n" not in str(error)
         else:
-            assert_same(state, original)
+            h.assert_same(state, original)
 
     with Campaign("bits all over a checkpoint outside its tensors flipped, loaded") as campaign:
         for bit in structure_bits(source)[:: 7 if whole else 251]:

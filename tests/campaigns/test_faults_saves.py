@@ -11,17 +11,9 @@ import signal
 import subprocess
 from pathlib import Path
 
+import helpers as h
 import pytest
 from driver import SCHEDULE, Campaign, comes_to_the_same_end, ended, undisturbed
-from helpers import (
-    ENDLESS,
-    Child,
-    Moment,
-    batch_complete,
-    frame_asks_to_leave,
-    metrics_without_times,
-    whole_files,
-)
 
 import train_graceful as t
 
@@ -54,21 +46,21 @@ def asks_as_q_does(frame) -> None:
     frame.f_locals["self"].monitor.request(t.USER_REQUEST, 0)
 
 
-def at(save: str, ask=frame_asks_to_leave) -> list:
+def at(save: str, ask=h.frame_asks_to_leave) -> list:
     """A plan: to wait where the save begins, and to look for /saved, for strace to show, behind."""
-    plan = [(Moment("train"), small_pieces)]
+    plan = [(h.Moment("train"), small_pieces)]
     if save == "emergency":
-        plan += [(batch_complete(5), ask)]
+        plan += [(h.batch_complete(5), ask)]
 
     def is_it(frame) -> bool:
         return Path(frame.f_locals["name"]).name == SAVES[save][0]
 
-    begins = Moment("save", 2 if save == "best" else 1, where=is_it)
-    ends = Moment("save", event="return")
+    begins = h.Moment("save", 2 if save == "best" else 1, where=is_it)
+    ends = h.Moment("save", event="return")
     return [*plan, (begins, None), (ends, lambda frame: os.path.exists("/saved"))]
 
 
-def traced(child: Child, log: Path, *options: str) -> subprocess.Popen:
+def traced(child: h.Child, log: Path, *options: str) -> subprocess.Popen:
     """A child that waits goes on, with strace on the thread that has waited."""
     command = ["strace", "-p", str(child.paused()), "-o", str(log), "-e", "trace=%file,%desc"]
     strace = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
@@ -129,7 +121,7 @@ def killed(fork, options, reference, directory, save: str, call: str, nth: int) 
     strace = traced(child, directory.with_suffix(".trace"), "-e", fault)
     ended(child, -signal.SIGKILL)
     strace.communicate()
-    files = whole_files(directory)
+    files = h.whole_files(directory)
     if save == "periodic":
         assert sum(name.startswith("step_") for name in files) >= 2
     output = comes_to_the_same_end(fork, directory, reference)
@@ -157,7 +149,7 @@ def fails(fork, options, directory, save, check, error, needed, call, nth) -> No
     """A system call of a save does, once or (for_good) from then on."""
     fallback = directory.with_name("tmp")
     fallback.mkdir(parents=True)
-    ask, steps = (asks_as_q_does, 10**6) if check is after_q else (frame_asks_to_leave, 7)
+    ask, steps = (asks_as_q_does, 10**6) if check is after_q else (h.frame_asks_to_leave, 7)
     words = *options, "--steps", steps, "--checkpoint-dir", directory
     child = fork(*words, plan=at(save, ask), TMPDIR=str(fallback))
     fault = f"inject={call}:error={errno.errorcode[error]}:when={nth}"
@@ -196,12 +188,12 @@ def for_good(fork, child, directory, fallback, save, why, needed) -> None:
     output = ended(child, 1)
     assert "Graceful exit completed" not in output
     assert f"Newest whole checkpoint: {directory}/step_4.pt" in output
-    assert "step_4.pt" in whole_files(directory)
+    assert "step_4.pt" in h.whole_files(directory)
 
 
 def in_between(fork, child, directory, fallback, save, why, needed) -> None:
     """A periodic or best save that fails is reported; the run ends as if nothing had been."""
-    output, files, name = ended(child), whole_files(directory), SAVES[save][0]
+    output, files, name = ended(child), h.whole_files(directory), SAVES[save][0]
     if f"⚠️ {name} not saved: {why}. Training goes on." in output:
         assert save != "periodic" or {"step_2.pt", "step_4.pt"} <= set(files)
     else:
@@ -246,7 +238,7 @@ def test_every_write_of_a_save_fails(fork, small, tmp_path, whole):
 
 def test_q_on_a_full_disk_trains_on_until_there_is_room(fork, small, tmp_path):
     """A limit on the size of files is like one. Rows of metrics.csv that do not fit wait, too."""
-    child = fork(*small("geometric")[0], *ENDLESS, "--checkpoint-dir", tmp_path)
+    child = fork(*small("geometric")[0], *h.ENDLESS, "--checkpoint-dir", tmp_path)
     child.terminal.expect("step [0-9]+/")
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     for _ in range(2):
@@ -256,6 +248,6 @@ def test_q_on_a_full_disk_trains_on_until_there_is_room(fork, small, tmp_path):
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     child.terminal.send("q\n")
     assert "Graceful exit completed" in ended(child)
-    assert len(whole_files(tmp_path)) == 1
-    steps = [int(row["step"]) for row in metrics_without_times(tmp_path)]
+    assert len(h.whole_files(tmp_path)) == 1
+    steps = [int(row["step"]) for row in h.metrics_without_times(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))

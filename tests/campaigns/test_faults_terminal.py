@@ -17,18 +17,9 @@ import termios
 import time
 from pathlib import Path
 
+import helpers as h
 import pytest
 from driver import Campaign, ended, undisturbed, waiting
-from helpers import (
-    MODES,
-    SCRIPT,
-    Child,
-    Moment,
-    assert_same_run,
-    batch_complete,
-    saving,
-    wait_until,
-)
 
 import train_graceful as t
 
@@ -56,7 +47,7 @@ TYPING = {
 }
 
 
-def type_at(child: Child, text: bytes) -> None:
+def type_at(child: h.Child, text: bytes) -> None:
     """As fast as the terminal takes it, while somebody is there; reads what it shows meanwhile."""
     terminal = child.terminal.fileno()
     os.set_blocking(terminal, False)
@@ -70,9 +61,9 @@ def type_at(child: Child, text: bytes) -> None:
     os.set_blocking(terminal, True)
 
 
-def typed(text: bytes, fork, *words: object) -> Child:
+def typed(text: bytes, fork, *words: object) -> h.Child:
     """Most of it while the run waits in a batch, so that all is typed; the rest while it trains."""
-    child = waiting(fork, batch_complete(2), *words)
+    child = waiting(fork, h.batch_complete(2), *words)
     type_at(child, text[:-1000])
     child.go()
     type_at(child, text[-1000:])
@@ -96,7 +87,7 @@ def full_disk() -> int:
     return os.open("/dev/full", os.O_WRONLY)
 
 
-def redirected(target, fork, *words: object) -> Child:
+def redirected(target, fork, *words: object) -> h.Child:
     """The run has another standard output and standard error before it looks at them."""
 
     def redirect(frame) -> None:
@@ -104,19 +95,19 @@ def redirected(target, fork, *words: object) -> Child:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
 
-    return fork(*words, plan=[(Moment("start"), redirect)])
+    return fork(*words, plan=[(h.Moment("start"), redirect)])
 
 
-def stopped_terminal(fork, *words: object) -> Child:
+def stopped_terminal(fork, *words: object) -> h.Child:
     child = fork(*words)
     child.terminal.expect("step [0-9]+/")
     child.terminal.send("\x13")
-    wait_until(Path(words[-1], "final.pt").exists)
+    h.wait_until(Path(words[-1], "final.pt").exists)
     child.terminal.send("\x11")
     return child
 
 
-def resized(fork, *words: object) -> Child:
+def resized(fork, *words: object) -> h.Child:
     child = fork(*words)
     child.terminal.expect("step [0-9]+/")
     while not child.ended():
@@ -128,8 +119,8 @@ def resized(fork, *words: object) -> Child:
     return child
 
 
-def suspended_in_a_save(fork, *words: object) -> Child:
-    child = waiting(fork, saving("step_40.pt"), *words)
+def suspended_in_a_save(fork, *words: object) -> h.Child:
+    child = waiting(fork, h.saving("step_40.pt"), *words)
     for _ in range(20):
         child.kill(signal.SIGSTOP)
         os.waitpid(child.pid, os.WUNTRACED)
@@ -155,12 +146,12 @@ def not_disturbed(fork, options, reference, directory, disturbed) -> None:
     child = disturbed(fork, *options, "--checkpoint-dir", directory)
     child.finish(termios.tcgetattr(child.terminal.fileno()))
     assert child.exitcode == 0
-    assert_same_run(directory, reference)
+    h.assert_same_run(directory, reference)
 
 
 def hung_up_in_a_save(fork, options, directory, first: str, code: int, reason: str) -> None:
     """The save is finished and whole; the first request decides, and a hang-up is one."""
-    plan = [(batch_complete(40), None), (saving("emergency" if first else "step_40.pt"), None)]
+    plan = [(h.batch_complete(40), None), (h.saving("emergency" if first else "step_40.pt"), None)]
     child = fork(*options, "--checkpoint-dir", directory, plan=plan)
     child.paused()
     child.terminal.send(first)
@@ -185,18 +176,18 @@ ENVIRONMENTS = [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}, {"T
 
 
 def in_an_environment(options, reference, directory, environment: dict[str, str]) -> None:
-    command = [sys.executable, str(SCRIPT), *map(str, options), "--checkpoint-dir", directory]
+    command = [sys.executable, str(h.SCRIPT), *map(str, options), "--checkpoint-dir", directory]
     how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60}
     result = subprocess.run(command, env={**os.environ, **environment}, **how)
     assert result.returncode == 0 and result.stderr == b""
     assert b"Training started. Press 'q' + Enter to exit gracefully..." in result.stdout
-    assert_same_run(directory, reference)
+    h.assert_same_run(directory, reference)
 
 
 def test_terminal_and_output(fork, longer_run, tmp_path, whole):
     what = "closed and full outputs, hang-ups, junk, Ctrl-D, Ctrl-S, suspending, resizing"
     with Campaign(f"{what}, odd locales") as campaign:
-        for mode in MODES if whole else ["standard"]:
+        for mode in h.MODES if whole else ["standard"]:
             for name, disturbed in DISTURBANCES.items():
                 how = *longer_run(mode), tmp_path / f"{mode}-{name}".replace(" ", "-"), disturbed
                 campaign.case(name, not_disturbed, fork, *how)
@@ -211,7 +202,7 @@ def test_terminal_and_output(fork, longer_run, tmp_path, whole):
 def all_at_once(fork, options, directory) -> None:
     """Exactly one of them runs; the others name its pid, if it has come to write it down."""
     words = *options, "--steps", 10**6, "--checkpoint-dir", directory
-    children = [waiting(fork, Moment("lock"), *words) for _ in range(10)]
+    children = [waiting(fork, h.Moment("lock"), *words) for _ in range(10)]
     for child in children:
         child.go()
     winners, named = [], set()
