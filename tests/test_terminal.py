@@ -156,6 +156,7 @@ def test_a_job_of_a_shell_trains_in_the_background_and_hears_q_after_fg(spawn, o
     h.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 200)
     shell.sendline("q() { echo got-$1; }; q q")
     shell.expect("got-q")
+    assert "step " not in shell.before, "a status line is for the foreground"
     size = metrics.stat().st_size
     # Not stopped by SIGTTIN or SIGTTOU.
     h.wait_until(lambda: metrics.stat().st_size > size)
