@@ -1,5 +1,6 @@
 """Requests to leave: what each saves and says, the exit code, and that nothing is left behind."""
 
+import errno
 import os
 import re
 import signal
@@ -12,7 +13,8 @@ import helpers as h
 import pytest
 import torch
 
-from train_graceful import EXIT_SIGNALS, load_checkpoint
+import train_graceful
+from train_graceful import EXIT_SIGNALS, load_checkpoint, save_checkpoint
 
 # A script of somebody's own. What a test does in it goes to the places in capitals.
 OWN = f"""
@@ -187,6 +189,29 @@ STUCK = """def stuck(state, path):
         threading.Event().wait(0.6)
         rest()
     tg.save_checkpoint = stuck"""
+
+
+def test_a_signal_behind_a_q_whose_save_fails_still_ends_the_run(tmp_path, monkeypatch):
+    """The q is taken back, and nothing else."""
+    asked = []
+
+    def body(run, module, optimizer, batch):
+        if run.step == 5:
+            run.monitor.request(REASONS["q"], 0)
+            asked.append(run.monitor)
+        return h.update(run, module, optimizer, batch)
+
+    def fails_once(state: dict, path: Path) -> None:
+        if asked and path.name == "emergency_step_6.pt":
+            monitor = asked.pop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            h.wait_until(lambda: len(monitor.heard) == 2)
+            raise OSError(errno.ENOSPC, "full")
+        save_checkpoint(state, path)
+
+    monkeypatch.setattr(train_graceful, "save_checkpoint", fails_once)
+    run = h.go(h.learning(body=body), tmp_path, code=143)
+    assert load_checkpoint(run.saved)["exit_reason"] == "signal_SIGTERM"
 
 
 def test_ctrl_c_after_q_waits_for_the_save_and_a_second_one_abandons_it(own, tmp_path):
