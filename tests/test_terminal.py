@@ -39,7 +39,7 @@ def test_every_spelling_of_q_is_heard_and_a_failed_save_goes_on_training(trainin
     blocker = tmp_path / "ck" / "emergency_exit"
     blocker.write_text("a file where the directory should be")
     # The last comes behind an end of input in the middle of a line.
-    for line in ("Q", "  q ", "quit", "EXIT", "q", "x\4\4q"):
+    for line in ("Q", "  q ", "quit", "EXIT", "qu\4it", "x\4\4q"):
         training.sendline(line)
         training.expect("Exit requested!")
         training.expect("Emergency checkpoint not saved: .* Training goes on")
