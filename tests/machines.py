@@ -1,6 +1,5 @@
 """Machines made of Linux namespaces: hosts with addresses and processes of their own."""
 
-import contextlib
 import ctypes
 import os
 import shutil
@@ -14,11 +13,10 @@ import helpers as h
 import pexpect
 import pytest
 
-TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
+TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount", "pgrep")
 NETWORK = "10.213.7"
-# Waits until the tests have ended, however they do. No parent waits for what it inherits.
-INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True);"
-INIT += "sys.stdin.read()"
+# Until the tests have ended, however they do. No zombie is left of what it inherits.
+WAITS = ["sh", "-c", "trap '' CHLD; echo; read wait"]
 
 
 class Host:
@@ -31,13 +29,12 @@ class Host:
         self._spawn = spawn
         alone = "unshare --net --uts --mount --pid --fork --kill-child --mount-proc".split()
         how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "start_new_session": True}
-        self._unshare = subprocess.Popen([*alone, sys.executable, "-c", INIT], **how)
+        self._unshare = subprocess.Popen([*alone, *WAITS], **how)
         self._unshare.stdout.readline()
         [self.init] = h.worker_pids(self._unshare.pid)
         self.enter = f"nsenter --target={self.init} --net --uts --mount --pid".split()
         hosts, plug = folder / f"host{number}.hosts", f"plug{number}"
-        lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{n} host{n}" for n in range(1, 10))]
-        hosts.write_text("\n".join(lines) + "\n")
+        hosts.write_text(f"127.0.0.1 localhost\n{NETWORK}.1 host1\n{NETWORK}.2 host2\n")
         for command in (
             f"ip link add eth0 netns {self.init} type veth peer name {plug} netns {switch}",
             f"nsenter --target={switch} --net ip link set {plug} master switch up",
@@ -72,22 +69,16 @@ class Host:
 
     def pids(self) -> list[int]:
         """Of the processes that live on this host, but for init."""
-        space, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
-        for entry in Path("/proc").glob("[0-9]*"):
-            # It may just have ended, or wait to be reaped.
-            with contextlib.suppress(OSError):
-                if os.readlink(entry / "ns" / "pid") == space:
-                    found.append(int(entry.name))
-        return [pid for pid in found if pid != self.init]
+        command = ["pgrep", "--ns", str(self.init), "--nslist", "pid"]
+        found = subprocess.run(command, stdout=PIPE, text=True).stdout.split()
+        return [int(pid) for pid in found if int(pid) != self.init]
 
     def switch_off(self) -> None:
         """No packet says good-bye."""
         if self._unshare.poll() is None:
             self.run("ip link set eth0 down")
             os.kill(self.init, signal.SIGKILL)
-            self._unshare.wait()
-            self._unshare.stdin.close()
-            self._unshare.stdout.close()
+            self._unshare.communicate()
 
 
 class Hosts:
@@ -98,8 +89,7 @@ class Hosts:
         if missing or os.getuid() or sys.platform != "linux":
             pytest.skip(f"hosts of their own need Linux, root and iproute2 (missing: {missing})")
         self._folder, self._spawn, self._hosts = folder, spawn, {}
-        wait = ["unshare", "--net", "sh", "-c", "echo; read wait"]
-        self._switch = subprocess.Popen(wait, stdin=PIPE, stdout=PIPE)
+        self._switch = subprocess.Popen(["unshare", "--net", *WAITS], stdin=PIPE, stdout=PIPE)
         if not self._switch.stdout.readline():
             pytest.skip("this machine lets nobody make namespaces")
         ip = ["nsenter", f"--target={self._switch.pid}", "--net", "ip", "link"]
