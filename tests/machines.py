@@ -15,8 +15,9 @@ import pytest
 
 TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount", "pgrep")
 NETWORK = "10.213.7"
-# Until the tests have ended, however they do. No zombie is left of what it inherits.
-WAITS = ["sh", "-c", "trap '' CHLD; echo; read wait"]
+# Waits until the tests have ended, however they do. No parent waits for what it inherits.
+INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True);"
+INIT += "sys.stdin.read()"
 
 
 class Host:
@@ -29,7 +30,7 @@ class Host:
         self._spawn = spawn
         alone = "unshare --net --uts --mount --pid --fork --kill-child --mount-proc".split()
         how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "start_new_session": True}
-        self._unshare = subprocess.Popen([*alone, *WAITS], **how)
+        self._unshare = subprocess.Popen([*alone, sys.executable, "-c", INIT], **how)
         self._unshare.stdout.readline()
         [self.init] = h.worker_pids(self._unshare.pid)
         self.enter = f"nsenter --target={self.init} --net --uts --mount --pid".split()
@@ -89,7 +90,8 @@ class Hosts:
         if missing or os.getuid() or sys.platform != "linux":
             pytest.skip(f"hosts of their own need Linux, root and iproute2 (missing: {missing})")
         self._folder, self._spawn, self._hosts = folder, spawn, {}
-        self._switch = subprocess.Popen(["unshare", "--net", *WAITS], stdin=PIPE, stdout=PIPE)
+        wait = ["unshare", "--net", "sh", "-c", "echo; read wait"]
+        self._switch = subprocess.Popen(wait, stdin=PIPE, stdout=PIPE)
         if not self._switch.stdout.readline():
             pytest.skip("this machine lets nobody make namespaces")
         ip = ["nsenter", f"--target={self._switch.pid}", "--net", "ip", "link"]
