@@ -1,11 +1,14 @@
 """Fixtures, and the plugin that runs the tests in forks of the test process, a file at a time."""
 
-import contextlib
+import ctypes
+import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pexpect
@@ -16,32 +19,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # As scripts/train_torchrun.sh sets them.
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["LOGLEVEL"] = "ERROR"
 
-import helpers
+import helpers as h
 import torch
-
-import train_graceful as t
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    line = "{} squared is {}; the quick brown fox jumps over it.\n"
-    path.write_text("".join(line.format(n, n * n) for n in range(400)))
-    return path
+    return h.corpus_of(tmp_path_factory.mktemp("corpus") / "corpus.txt", 1500, context=16)
 
 
 @pytest.fixture(scope="session")
 def forty_windows(tmp_path_factory) -> Path:
     """44 training windows of --context 16: five batches of eight, and some that fill none."""
-    return helpers.corpus_of(
-        tmp_path_factory.mktemp("forty") / "corpus.txt", windows=43, context=16
-    )
+    return h.corpus_of(tmp_path_factory.mktemp("forty") / "corpus.txt", windows=43, context=16)
 
 
 @pytest.fixture
 def options(corpus, tmp_path) -> list[str]:
     """Options of a small run with its own checkpoint directory, tmp_path / "ck"."""
-    return ["--data", str(corpus), "--checkpoint-dir", str(tmp_path / "ck"), *helpers.TINY]
+    return ["--data", str(corpus), "--checkpoint-dir", str(tmp_path / "ck"), *h.TINY]
 
 
 @pytest.fixture(params=["short", pytest.param("whole", marks=pytest.mark.campaign)])
@@ -58,12 +54,12 @@ def float32_muon(monkeypatch):
 
 @pytest.fixture
 def fork():
-    """fork(*args, plan=...) is a helpers.Child that is killed and reaped after the test."""
+    """fork(*args, plan=...) is a h.Child that is killed and reaped after the test."""
     children = []
 
-    def start(*args, **kwargs) -> helpers.Child:
+    def start(*args, **kwargs) -> h.Child:
         children[:] = [child for child in children if child.exitcode is None]
-        children.append(helpers.Child(*args, **kwargs))
+        children.append(h.Child(*args, **kwargs))
         return children[-1]
 
     yield start
@@ -73,10 +69,24 @@ def fork():
 
 @pytest.fixture
 def group(fork):
-    """group(size, *args, plans={rank: plan}) starts so many ranks of a run; see helpers.Group."""
-    ranks = helpers.Group(fork)
-    yield ranks
-    ranks.close()
+    """group(size, *options, plans={rank: plan}) starts so many ranks, each on its own terminal.
+
+    They are forks of this process, as what stands for torchrun is; the rest is for all (see Child).
+    """
+
+    def start(size: int, *options: object, plans=None, **settings) -> list[h.Child]:
+        if "--shard" in options and not hasattr(torch.cpu.Stream, "record_event"):
+            pytest.skip("this PyTorch shards on no CPU")
+        store, ranks = fork(program=h.serve_store), []
+        store.terminal.expect(r"port (\d+)\r")
+        settings |= {**h.FROM_TORCHRUN, "MASTER_PORT": store.terminal.match[1]}
+        settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
+        for rank in range(size):
+            settings |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            ranks.append(fork(*options, plan=(plans or {}).get(rank, ()), **settings))
+        return ranks
+
+    return start
 
 
 @pytest.fixture
@@ -85,7 +95,7 @@ def ended(group, tmp_path):
 
     def ended(folder: str, size: int, *options: object, code: int = 0, **settings) -> list[str]:
         ranks = group(size, *options, "--checkpoint-dir", tmp_path / folder, **settings)
-        texts, codes = helpers.finished(ranks)
+        texts, codes = h.finished(ranks)
         assert codes == [code] * size, texts
         return texts
 
@@ -96,23 +106,18 @@ def ended(group, tmp_path):
 def spawn():
     """spawn(*args) is pexpect's child on the real script, killed and reaped after the test.
 
-    command=[...] is any program. With further arguments of pexpect.spawn, an environment say, it is
-    started, else a fork becomes it, or the `program` given, or a script of somebody's own, or its
-    source, in the folder cwd.
+    It is a fork, of a script of somebody's own or its source too; but with a command=[...] or
+    further arguments of pexpect.spawn, an environment say, it is started.
     """
     children = []
 
-    def start(*args, command=None, script=helpers.SCRIPT, source=None, cwd=None, **kwargs):
+    def start(*args, command=None, script=h.SCRIPT, source=None, cwd=None, **kwargs):
         what = ["-c", source] if source else [str(script)]
         argv = command or [sys.executable, *what, *map(str, args)]
         if not command and not kwargs:
-            words, kwargs["program"], kwargs["prepare"] = helpers.program_of(argv, cwd)
-            argv = [sys.executable, *words]
-        elif "program" not in kwargs:
-            kwargs["cwd"] = cwd
-        kind = helpers.Fork if "program" in kwargs else pexpect.spawn
-        kwargs |= {"encoding": "utf-8", "timeout": 60, "dimensions": (24, 120)}
-        children.append(kind(argv[0], argv[1:], **kwargs))
+            kwargs["preexec_fn"] = functools.partial(h.become, argv)
+        kwargs |= {"encoding": "utf-8", "timeout": 60, "dimensions": (24, 120), "cwd": cwd}
+        children.append(pexpect.spawn(argv[0], argv[1:], **kwargs))
         return children[-1]
 
     yield start
@@ -123,10 +128,10 @@ def spawn():
 # ---- several tests at a time
 
 # The files that take long come first, then those with the most tests.
-LONG = (
-    "hosts slurm sharded many_processes resume wrappers terminal "
-    "faults_stops faults_saves faults_files"
-).split()
+LONG = "hosts slurm sharded many_processes resume wrappers faults_stops faults_saves".split()
+# The tests of each file; the reports that a worker has of one.
+ORDER: list[list] = []
+REPORTS: list = []
 
 
 def pytest_addoption(parser) -> None:
@@ -136,104 +141,57 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_runtestloop(session) -> bool | None:
-    option, files = session.config.option, {}
+    option, files, config = session.config.option, {}, session.config
     for item in session.items:
         files.setdefault(item.path, []).append(item)
     few = min(option.jobs, len(files)) < 2
     if few or option.collectonly or option.usepdb or session.testsfailed:
         return None
-    session.config._tmp_path_factory.getbasetemp()  # one for all, made once
-    # Whoever is free reads the number of the next file.
-    order = sorted(files.values(), key=lambda items: (place_of(items[0].path.stem), -len(items)))
-    next_file, queue = os.pipe()
-    os.write(queue, bytes(range(len(order))))
-    os.close(queue)
-    # What each of them would import and compile for its forks.
-    helpers.warm()
-    workers, pipes = [], []
-    for _ in range(option.jobs):
-        reports, send = multiprocessing.Pipe(duplex=False)
-        pipes.append(reports)
-        # Not daemons, which may have no children.
-        context, words = multiprocessing.get_context("fork"), (session, order, next_file, pipes)
-        workers.append(context.Process(target=work, args=(*words, send)))
-        workers[-1].start()
-        send.close()
-    try:
-        report_all(session, pipes)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+    config._tmp_path_factory.getbasetemp()  # one for all, made once
+    ORDER[:] = sorted(files.values(), key=lambda one: (one[0].path.stem[5:] not in LONG, -len(one)))
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(option.jobs, fork, begin, [config]) as pool:
+        try:
+            for run in as_completed([pool.submit(work, number) for number in range(len(ORDER))]):
+                reports, table = run.result()
+                h.TABLE.extend(table)
+                for report in reports:
+                    config.hook.pytest_runtest_logreport(report=report)
+                if session.shouldfail:
+                    break
+        except BrokenProcessPool:
+            session.shouldfail = "a process that ran tests has died"
+        finally:
+            for worker in multiprocessing.active_children():
+                worker.kill()
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     return True
 
 
-def place_of(file: str) -> int:
-    name = file.removeprefix("test_")
-    return LONG.index(name) if name in LONG else len(LONG)
-
-
-def report_all(session, left: list[Connection]) -> None:
-    hook, config, running = session.config.hook, session.config, {}
-    while left and not session.shouldfail:
-        for reports in wait(left):
-            try:
-                kind, data = reports.recv()
-            except EOFError:
-                left.remove(reports)
-                if reports in running:
-                    session.shouldfail = f"the process that ran {running[reports]} has died"
-                continue
-            if kind == "start":
-                running[reports] = data
-            elif kind == "table":
-                helpers.TABLE.extend(data)
-                running.pop(reports, None)
-            else:
-                report = hook.pytest_report_from_serializable(config=config, data=data)
-                hook.pytest_runtest_logreport(report=report)
-
-
-class Sender:
+class Reports:
     """In a worker, in the place of the reporter on the terminal."""
 
-    def __init__(self, config, reports: Connection) -> None:
-        self.config, self.reports = config, reports
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.reports.send(("start", nodeid))
-
     def pytest_runtest_logreport(self, report) -> None:
-        to_serializable = self.config.hook.pytest_report_to_serializable
-        self.reports.send(("report", to_serializable(config=self.config, report=report)))
+        REPORTS.append(report)
 
 
-def work(session, order: list[list], next_file: int, pipes: list, reports: Connection) -> None:
-    # So that a report to a parent that was killed fails, and this ends too.
-    for pipe in pipes:
-        pipe.close()
-    helpers.as_in_a_shell(t.EXIT_SIGNALS)  # what is tested here is no child of multiprocessing's
-    config, plugins = session.config, session.config.pluginmanager
+def begin(config) -> None:
+    """A worker; it ends with its parent, however that does (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    plugins = config.pluginmanager
     plugins.unregister(name="terminalreporter")
-    plugins.register(Sender(config, reports))
+    plugins.register(Reports())
     # The files that output is caught in are the parent's.
     capture = plugins.getplugin("capturemanager")
     capture.stop_global_capturing()
     capture.start_global_capturing()
 
-    def items():
-        while number := os.read(next_file, 1):
-            yield from order[number[0]]
-        # Behind the last one, fixtures are torn down.
-        yield None
 
-    with contextlib.suppress(KeyboardInterrupt):
-        for item, following in itertools.pairwise(items()):
-            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-    reports.send(("table", helpers.TABLE))
-    reports.close()
-    capture.stop_global_capturing()
-    sys.stdout.flush()
-    os._exit(0)
+def work(number: int) -> tuple[list, list]:
+    """Runs the tests of a file; their reports, and what campaigns have found."""
+    REPORTS.clear()
+    h.TABLE.clear()
+    for item, following in itertools.zip_longest(ORDER[number], ORDER[number][1:]):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    return REPORTS, h.TABLE

@@ -5,7 +5,6 @@ import contextlib
 import csv
 import ctypes
 import faulthandler
-import fcntl
 import functools
 import gc
 import logging
@@ -14,10 +13,7 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -30,26 +26,24 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from subprocess import DEVNULL, PIPE, Popen
+from typing import NoReturn
 
 import numpy as np
 import pexpect
-import ptyprocess
 import pytest
 import torch
 from pexpect.fdpexpect import fdspawn
 from torch import nn
-from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from torch.distributed.launcher.api import LaunchConfig
 from torch.nn import functional as F
 
 # Whatever the tests are started by (nohup, a script's background, a closed standard input): their
 # children begin as in a shell.
-CATCHABLE = {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ}
-IGNORED = [signum for signum in CATCHABLE if signal.getsignal(signum) is signal.SIG_IGN]
-for signum in IGNORED:
-    signal.signal(signum, lambda *args: None)  # no program inherits that
+for signum in {*signal.Signals} - {signal.SIGPIPE, signal.SIGXFSZ}:
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, lambda *args: None)  # no program inherits that
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
     pass
@@ -74,56 +68,42 @@ NEWER_TORCHRUN = pytest.mark.skipif(
 TABLE: list[tuple[str, int, int]] = []
 
 
-def as_in_a_shell(signals=IGNORED) -> None:
-    """For forks of this process, which inherit what programs do not."""
-    for signum in signals:
-        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-        signal.signal(signum, default)
-
-
-@functools.cache
-def warm(script: str = str(SCRIPT)) -> types.CodeType:
-    """The script, compiled once; torch imports some things only for its first optimizer."""
-    torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
-    return compile(Path(script).read_bytes(), script, "exec")
+# What each fork would compile, and what torch imports only for its first optimizer.
+CODE = compile(SCRIPT.read_bytes(), SCRIPT, "exec")
+torch.optim.AdamW(nn.Linear(1, 1).parameters())
 
 
 # ---- where a child can be stopped
 
 
-class Seam(NamedTuple):
-    function: str
-    meanwhile: str
-    file: str = SCRIPT.name
-
-
-# What a child does there when the function is called. Whoever renames one has one line to change.
+# {seam: (function, what a child does when it is called, file)}. Whoever renames one has one line
+# to change.
 SEAMS = {
-    "any call": Seam("", "anything, in its main thread"),
-    "start": Seam("main", "nothing is parsed, opened or said yet, and no signal is heard"),
-    "train": Seam("train", "signals are heard; the person's function is called, nothing is open"),
-    "data": Seam("Run.data", "the person's function gives its data; ranks are connected"),
-    "load": Seam("load_checkpoint", "a checkpoint is read; on return its `state` is known"),
-    "lock": Seam("RunDirectory.__init__", "the checkpoint directory is about to be locked"),
-    "samples": Seam("Batches.__getitem__", "the samples of the batch `key` are put together"),
-    "loss": Seam("loss", "a forward pass, --grad-accum of them in each batch; no weight moves"),
-    "backward": Seam("Tensor.backward", "gradients are added up, as often", "_tensor.py"),
-    "clip": Seam("Run.clip_gradients", "a batch's gradients are there, no optimizer has stepped"),
-    "Adam": Seam("Adam.step", "the first optimizer in geometric mode steps", "optim/adam"),
-    "Muon": Seam("BatchedMuon.step", "the second one in geometric mode steps"),
-    "AdamW": Seam("AdamW.step", "the last one in geometric mode, the only one else", "optim/adam"),
-    "schedule": Seam("LambdaLR.step", "a schedule steps; when it is made, too", "lr_scheduler.py"),
-    "log": Seam("Run.log", "the last line of the loop's body"),
+    "any call": ("", "anything, in its main thread"),
+    "start": ("main", "nothing is parsed, opened or said yet, and no signal is heard"),
+    "train": ("train", "signals are heard; the person's function is called, nothing is open"),
+    "data": ("Run.data", "the person's function gives its data; ranks are connected"),
+    "load": ("load_checkpoint", "a checkpoint is read; on return its `state` is known"),
+    "lock": ("RunDirectory.__init__", "the checkpoint directory is about to be locked"),
+    "samples": ("Batches.__getitem__", "the samples of the batch `key` are put together"),
+    "loss": ("loss", "a forward pass, --grad-accum of them in each batch; no weight moves"),
+    "backward": ("Tensor.backward", "gradients are added up, as often", "_tensor.py"),
+    "clip": ("Run.clip_gradients", "a batch's gradients are there, no optimizer has stepped"),
+    "Adam": ("Adam.step", "the first optimizer in geometric mode steps", "optim/adam"),
+    "Muon": ("BatchedMuon.step", "the second one in geometric mode steps"),
+    "AdamW": ("AdamW.step", "the last one in geometric mode, the only one else", "optim/adam"),
+    "schedule": ("LambdaLR.step", "a schedule steps; when it is made, too", "lr_scheduler.py"),
+    "log": ("Run.log", "the last line of the loop's body"),
     # The loop's body, which comes back, calls nothing that is public.
-    "complete": Seam("Run._complete", "the body has come back; on return the batch is counted"),
-    "evaluate": Seam("evaluate", "a batch of validation data is looked at"),
-    "copy": Seam("to_host", "what is to be saved is copied to the host's memory"),
+    "complete": ("Run._complete", "the body has come back; on return the batch is counted"),
+    "evaluate": ("evaluate", "a batch of validation data is looked at"),
+    "copy": ("to_host", "what is to be saved is copied to the host's memory"),
     # What is public (save_checkpoint) begins after the rows, and ends before the deletion.
-    "save": Seam("RunDirectory._save", "rows are flushed, then a file comes, then old ones go"),
-    "write": Seam("save_checkpoint", "the file of a checkpoint is written"),
-    "gather": Seam("DTensor.full_tensor", "ranks put a tensor of theirs together", "_api.py"),
-    "summary": Seam("Run.summary", "training has ended, and how is about to be said"),
-    "end": Seam("ExitMonitor.__exit__", "all is said; the terminal is about to be given back"),
+    "save": ("RunDirectory._save", "rows are flushed, then a file comes, then old ones go"),
+    "write": ("save_checkpoint", "the file of a checkpoint is written"),
+    "gather": ("DTensor.full_tensor", "ranks put a tensor of theirs together", "_api.py"),
+    "summary": ("Run.summary", "training has ended, and how is about to be said"),
+    "end": ("ExitMonitor.__exit__", "all is said; the terminal is about to be given back"),
 }
 
 
@@ -136,8 +116,9 @@ class Moment:
 
     def __init__(self, seam: str, nth: int = 1, event: str = "call", where=lambda frame: True):
         self.seam, self.left, self.event, self.where = seam, nth, event, where
-        self.kind, _, self.function = SEAMS[seam].function.rpartition(".")
-        self.file = SEAMS[seam].file
+        function, _, *file = SEAMS[seam]
+        self.kind, _, self.function = function.rpartition(".")
+        self.file = file[0] if file else SCRIPT.name
 
     def has_come(self, frame: types.FrameType, event: str) -> bool:
         if event != self.event or not self._is_there(frame):
@@ -172,11 +153,6 @@ def watch(plan: list[tuple[Moment, Callable[[types.FrameType], None]]]) -> None:
     sys.setprofile(profile)
 
 
-def batch_complete(nth: int) -> Moment:
-    """The body of the loop has come back for the next batch."""
-    return Moment("complete", nth)
-
-
 def saving(name: str) -> Moment:
     """A checkpoint whose name begins like this is about to be written."""
     return Moment("write", where=lambda frame: Path(frame.f_locals["path"]).name.startswith(name))
@@ -195,16 +171,25 @@ def fail(frame) -> None:
 
 
 def become(
-    argv: list[str],
-    program: types.CodeType | Callable,
+    command: list,
+    program: Callable[[], object] | None = None,
+    prepare: Callable[[], object] = dict,
+    environment: dict[str, str] | None = None,
     kept=(),
-    prepare=lambda: None,
-    reset=IGNORED,
 ) -> NoReturn:
-    """In a fork: leaves nothing of the test process that the script could notice, and is it."""
+    """In a fork: leaves nothing of the test process that the script could notice, and is it.
+
+    The command is [python, script, ...] or [python, "-c", source, ...]; a program is called in the
+    script's place.
+    """
     try:
-        as_in_a_shell(reset)
+        # As for a program: what is ignored stays so, and no handler of its parent's is called.
+        for signum in signal.valid_signals():
+            if callable(signal.getsignal(signum)):
+                default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+                signal.signal(signum, default)
         gc.freeze()  # no finalizer of a test's object may run here
+        gc.enable()  # subprocess has not
         atexit._clear()
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd > 2 and fd not in kept:
@@ -221,7 +206,12 @@ def become(
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
         tempfile.tempdir = None  # read from the environment again
+        argv = [os.fspath(word) for word in command[1:] if word != "-u"]
+        source = argv.pop(1) if argv[0] == "-c" else None
         sys.argv = argv
         # A fork of this fork will have its own in their place.
         streams = enumerate((("r", -1), ("w", -1), ("w", 1)))
@@ -229,10 +219,17 @@ def become(
         sys.stdin, sys.stdout, sys.stderr = files
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         main.__file__ = argv[0]
-        prepare()
         # Importing it would have; here it is imported already.
         atexit.register(multiprocessing.util._exit_function)
-        exec(program, main.__dict__) if isinstance(program, types.CodeType) else program()
+        if program is None:
+            script = os.path.abspath(argv[0])
+            code = CODE
+            if script != str(SCRIPT):
+                code = compile(source or Path(script).read_bytes(), script, "exec")
+            program = functools.partial(exec, code, main.__dict__)
+            sys.path.insert(0, os.path.dirname(script))
+        prepare()
+        program()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -249,80 +246,10 @@ def become(
     os._exit(code)
 
 
-def set_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def program_of(command: list, cwd: str | Path | None) -> tuple[list[str], types.CodeType, Callable]:
-    """Of [python, script, ...] or [python, "-c", source, ...]: sys.argv, code, what a fork does."""
-    argv = [os.fspath(word) for word in command[1:] if word != "-u"]
-    source = argv.pop(1) if argv[0] == "-c" else None
-    # Where the fork will be.
-    script = os.path.join(cwd or os.getcwd(), argv[0])
-
-    def prepare() -> None:
-        os.chdir(cwd or os.getcwd())
-        sys.path.insert(0, os.path.dirname(script))
-
-    return argv, compile(source, "-c", "exec") if source else warm(script), prepare
-
-
-class Forked(subprocess.Popen):
-    """subprocess.Popen for [python, script, ...] or [python, "-c", source, ...]: a fork.
-
-    It leads a session of its own.
-    """
-
-    def _execute_child(self, args, *how) -> None:
-        cwd, environment, pipes = *how[4:6], how[9:15]
-        argv, program, prepare = program_of(args, cwd)
-        self.pid = os.fork()
-        self._child_created = True
-        if self.pid:
-            return self._close_pipe_fds(*pipes)
-        for fd, stream in enumerate((pipes[0], pipes[3], pipes[5])):
-            if stream != -1:
-                os.dup2(stream, fd)
-        os.setsid()
-        if environment is not None:
-            set_environment(environment)
-        # As for a program: what is ignored stays so, and no handler of its parent's is called.
-        handled = [one for one in signal.valid_signals() if callable(signal.getsignal(one))]
-        become(argv, program, prepare=prepare, reset=handled)
-
-
-def forked(command: list, capture_output=False, input=None, timeout: float = 120, **kwargs):
-    """subprocess.run with a fork that becomes the program."""
-    if capture_output:
-        kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Forked(command, **kwargs) as process:
-        output = process.communicate(input, timeout)
-    return subprocess.CompletedProcess(command, process.returncode, *output)
-
-
-def on_a_terminal(
-    argv: list[str], program, prepare=lambda: None, rows: int = 0, columns: int = 0, kept=()
-) -> tuple[int, int]:
-    """Pid and terminal of a fork that becomes the program, in a session of its own."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        become(argv, program, kept, prepare)
-    return pid, terminal
-
-
-class Fork(pexpect.spawn):
-    """pexpect's child, but a fork of this process, which has imported torch already."""
-
-    def __init__(self, command, args: list[str], program, prepare=lambda: None, **kwargs) -> None:
-        self._program, self._prepare = program, prepare
-        super().__init__(command, args, **kwargs)
-
-    def _spawnpty(self, args, dimensions, **kwargs) -> ptyprocess.PtyProcess:
-        argv = [os.fsdecode(arg) for arg in args[1:]]
-        child = on_a_terminal(argv, self._program, self._prepare, *dimensions)
-        return ptyprocess.PtyProcess(*child)
+def forked(args: list, env: dict[str, str] | None = None, start=Popen, **how):
+    """subprocess.Popen or run with a fork, in a session of its own, that becomes the program."""
+    how |= {"start_new_session": True, "restore_signals": False}
+    return start(args, preexec_fn=functools.partial(become, args, environment=env), **how)
 
 
 class Child:
@@ -340,7 +267,6 @@ class Child:
         program: Callable[[], object] | None = None,
         **environment: str,
     ) -> None:
-        code = warm()
         self._paused, notify = os.pipe()
         wait, self._go = os.pipe()
         self.exitcode: int | None = None
@@ -351,15 +277,16 @@ class Child:
             os.read(wait, 1)
 
         def prepare() -> None:
-            os.environ.update(environment)
             moments = [(moment, act or pause) for moment, act in plan if moment is not AT_EXIT]
             if len(moments) < len(plan):
                 atexit.register(pause, None)
             if moments:
                 watch(moments)
 
-        argv = [str(SCRIPT), *map(str, args)]
-        self.pid, terminal = on_a_terminal(argv, program or code, prepare, kept={notify, wait})
+        self.pid, terminal = pty.fork()
+        if self.pid == 0:
+            command = [sys.executable, str(SCRIPT), *map(str, args)]
+            become(command, program, prepare, {**os.environ, **environment}, {notify, wait})
         os.close(notify)
         os.close(wait)
         self.terminal = fdspawn(terminal, encoding="utf-8", codec_errors="replace", timeout=60)
@@ -408,6 +335,13 @@ class Child:
             self.terminal.close()
 
 
+def ended(child: Child, code: int = 0) -> str:
+    """What it printed since the last match; it ended with this exit code."""
+    output = child.finish()
+    assert child.exitcode == code, output
+    return output
+
+
 # ---- ranks
 
 STEPS = 8
@@ -426,52 +360,11 @@ FROM_TORCHRUN = dict(
 )
 
 
-class Group:
-    """Ranks that are forks of this process, each with a terminal of its own; torchrun's store."""
-
-    def __init__(self, fork) -> None:
-        self._fork = fork
-        self._stores: list[int] = []
-
-    def __call__(self, size: int, *options: object, plans: dict | None = None, **settings) -> list:
-        """Starts so many ranks; plans are {rank: its plan}, the rest is for all (see Child)."""
-        if "--shard" in options and not hasattr(torch.cpu.Stream, "record_event"):
-            pytest.skip("this PyTorch shards on no CPU")
-        listener = socket.create_server(("127.0.0.1", 0))
-        settings |= {**FROM_TORCHRUN, "MASTER_PORT": str(listener.getsockname()[1])}
-        settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
-        self._stores.append(serve_store(listener))
-        ranks = []
-        for rank in range(size):
-            settings |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-            ranks.append(self._fork(*options, plan=(plans or {}).get(rank, ()), **settings))
-        return ranks
-
-    def close(self) -> None:
-        for pid in self._stores:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def serve_store(listener: socket.socket) -> int:
-    """Starts torchrun's part, in a process of its own; returns its pid.
-
-    A lock that a thread of ours held while a rank is forked would stay locked there.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.closerange(3, listener.fileno())
-            os.closerange(listener.fileno() + 1, 1000)
-            # PyTorch 2.6's other one takes no socket that listens already.
-            how = {"is_master": True, "wait_for_workers": False, "use_libuv": False}
-            how["master_listen_fd"] = listener.fileno()
-            _store = torch.distributed.TCPStore(*listener.getsockname(), **how)
-            signal.pause()
-        finally:
-            os._exit(1)
-    listener.close()
-    return pid
+def serve_store() -> None:
+    """torchrun's part, for a child of its own; it prints its port."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print("port", store.port, flush=True)
+    signal.pause()
 
 
 def finished(ranks: list) -> tuple[list[str], list[int]]:
@@ -482,15 +375,7 @@ def finished(ranks: list) -> tuple[list[str], list[int]]:
 # ---- torchrun itself
 
 
-def plain_torchrun() -> None:
-    try:
-        torch_run.main()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
-
-
-def torchrun(spawn, *words: object, size=2, environment=None, enter=lambda: None, script=None):
+def torchrun(spawn, *words: object, size=2, environment=None, enter=dict, script=None):
     """torchrun, or this project's script for it, as a fork; its workers are forks of it.
 
     Where enter() leads, in the namespaces of a host say, is where they live.
@@ -499,50 +384,45 @@ def torchrun(spawn, *words: object, size=2, environment=None, enter=lambda: None
 
     def prepare() -> None:
         enter()
-        set_environment(environment)
         os.chdir(environment["PWD"])
-        subprocess_handler.Popen = Forked
+        subprocess_handler.Popen = forked
         for reference in logging._handlerList:
             # Those that PyTorch has made write to what was the tests' own output.
             if type(handler := reference()) is logging.StreamHandler:
                 handler.stream = sys.stderr
 
+    what = [script]
     if script is None:
-        words = "--standalone", f"--nproc-per-node={size}", *words
-    command = [sys.executable, str(script or torch_run.__file__), *map(str, words)]
-    program = warm(str(script)) if script else plain_torchrun
-    return spawn(command=command, program=program, prepare=prepare)
+        what = ["-c", "from torch.distributed.run import main; main()", "--standalone"]
+        what.append(f"--nproc-per-node={size}")
+    command = [sys.executable, *map(str, [*what, *words])]
+    becomes = functools.partial(become, command, prepare=prepare, environment=environment)
+    return spawn(command=command, preexec_fn=becomes)
 
 
-@functools.cache
-def show() -> str:
-    """In the place of Python: a program that tells its arguments and its environment."""
-    path = Path(tempfile.mkdtemp(prefix="show_"), "show")
-    path.write_text('#!/bin/sh\nprintf \'%s\\0\' $# "$@"\nexec env PWD="$PWD" env -0\n')
-    path.chmod(0o755)
-    atexit.register(shutil.rmtree, path.parent)
-    return str(path)
-
-
-def by_script(spawn, *words: object, enter=lambda: None, cwd=None, **environment: object):
+def by_script(spawn, *words: object, enter=dict, cwd=None, **environment: object):
     """scripts/train_torchrun.sh, and then what it starts as forks."""
     command = [ROOT / "scripts" / "train_torchrun.sh", *map(str, words)]
     given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    how = {"env": {**given, "PYTHON": show()}, "cwd": cwd, "stdout": subprocess.PIPE}
+    how = {"env": {**given, "PYTHON": ROOT / "tests" / "show.sh"}, "cwd": cwd, "stdout": PIPE}
     number, *rest = subprocess.run(command, text=True, check=True, **how).stdout.split("\0")[:-1]
-    arguments, variables = rest[: int(number)], rest[int(number) :]
-    started = dict(variable.split("=", 1) for variable in variables)
+    script, *arguments = rest[: int(number)]
+    started = dict(variable.split("=", 1) for variable in rest[int(number) :])
     started["PYTHON"] = sys.executable
-    script = Path(arguments[0])
-    return torchrun(spawn, *arguments[1:], environment=started, enter=enter, script=script)
+    return torchrun(spawn, *arguments, environment=started, enter=enter, script=script)
+
+
+def fields_of(pid: int | str) -> list[str]:
+    """State, parent, group, session and more of a process (Linux); of none a zombie's."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ["Z", *"000"]
 
 
 def alive(pid: int) -> bool:
     """And no zombie that only an absent init would reap."""
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return fields_of(pid)[0] != "Z"
 
 
 def worker_pids(parent: int) -> list[int]:
@@ -648,9 +528,9 @@ def corpus_of(path: Path, windows: int, context: int) -> Path:
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
     """The script without a terminal, to its end."""
-    kwargs.setdefault("stdin", subprocess.DEVNULL)
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return forked(command, capture_output=True, text=True, **kwargs)
+    how = {"stdin": DEVNULL, "capture_output": True, "text": True, "timeout": 120, **kwargs}
+    return forked(command, start=subprocess.run, **how)
 
 
 def refused(*args) -> str:
@@ -706,14 +586,9 @@ def wait_until(condition, process=None, timeout=60) -> None:
 
 
 def processes_in_session(session: int) -> list[str]:
-    """Pids and states of all processes, zombies too, in a session (Linux)."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                found.append(f"{entry.name} {fields[0]}")
-    return found
+    """Pids and states of all processes, zombies too, in a session."""
+    found = [(path.name, fields_of(path.name)) for path in Path("/proc").glob("[0-9]*")]
+    return [f"{pid} {fields[0]}" for pid, fields in found if fields[3] == str(session)]
 
 
 def saved_path(output: str) -> Path:

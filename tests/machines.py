@@ -1,6 +1,5 @@
 """Machines made of Linux namespaces: hosts with addresses and processes of their own."""
 
-import contextlib
 import ctypes
 import os
 import shutil
@@ -14,7 +13,7 @@ import helpers as h
 import pexpect
 import pytest
 
-TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount")
+TOOLS = ("ip", "unshare", "nsenter", "hostname", "mount", "pgrep")
 NETWORK = "10.213.7"
 # Waits until the tests have ended, however they do. No parent waits for what it inherits.
 INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True);"
@@ -36,8 +35,7 @@ class Host:
         [self.init] = h.worker_pids(self._unshare.pid)
         self.enter = f"nsenter --target={self.init} --net --uts --mount --pid".split()
         hosts, plug = folder / f"host{number}.hosts", f"plug{number}"
-        lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{n} host{n}" for n in range(1, 10))]
-        hosts.write_text("\n".join(lines) + "\n")
+        hosts.write_text(f"127.0.0.1 localhost\n{NETWORK}.1 host1\n{NETWORK}.2 host2\n")
         for command in (
             f"ip link add eth0 netns {self.init} type veth peer name {plug} netns {switch}",
             f"nsenter --target={switch} --net ip link set {plug} master switch up",
@@ -72,22 +70,16 @@ class Host:
 
     def pids(self) -> list[int]:
         """Of the processes that live on this host, but for init."""
-        space, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
-        for entry in Path("/proc").glob("[0-9]*"):
-            # It may just have ended, or wait to be reaped.
-            with contextlib.suppress(OSError):
-                if os.readlink(entry / "ns" / "pid") == space:
-                    found.append(int(entry.name))
-        return [pid for pid in found if pid != self.init]
+        command = ["pgrep", "--ns", str(self.init), "--nslist", "pid"]
+        found = subprocess.run(command, stdout=PIPE, text=True).stdout.split()
+        return [int(pid) for pid in found if int(pid) != self.init]
 
     def switch_off(self) -> None:
         """No packet says good-bye."""
         if self._unshare.poll() is None:
             self.run("ip link set eth0 down")
             os.kill(self.init, signal.SIGKILL)
-            self._unshare.wait()
-            self._unshare.stdin.close()
-            self._unshare.stdout.close()
+            self._unshare.communicate()
 
 
 class Hosts:

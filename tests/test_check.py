@@ -97,7 +97,7 @@ a learning rate set by hand
 @pytest.fixture
 def checked(tmp_path, monkeypatch, capsys):
     """checked(*options, source=...) runs the check in forks of this process: exit code, output."""
-    monkeypatch.setattr(subprocess, "Popen", h.Forked)
+    monkeypatch.setattr(subprocess, "Popen", h.forked)
 
     def check(*options, source: str = RIGHT, script=tmp_path / "mine.py") -> tuple[int, str]:
         (tmp_path / "mine.py").write_text(source)

@@ -1,6 +1,7 @@
 """Options are what main's arguments say; a mistake in them is one line, and nothing is written."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def test_an_error_is_one_line_without_usage_or_traceback_and_main_ends_with_its_
     code = "import train_graceful as tg; tg.main(lambda run: None); print('not reached')"
     for words, expected in (([], 0), (["--steps", "x"], 2), (["--help"], 0)):
         command = [sys.executable, "-c", code, "--checkpoint-dir", tmp_path, *words]
-        result = h.forked(command, cwd=h.ROOT, capture_output=True, text=True)
+        how = {"cwd": h.ROOT, "capture_output": True, "text": True}
+        result = h.forked(command, start=subprocess.run, **how)
         assert result.returncode == expected and "not reached" not in result.stdout
         lines = result.stderr.splitlines()
         assert [line[:7] for line in lines] == ["error: "] * (expected == 2)

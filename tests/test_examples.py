@@ -36,15 +36,7 @@ def left(child: h.Child, by: str) -> str:
         child.kill(signal.SIGTERM)
     child.terminal.expect("Exit requested!")
     child.go()
-    said = child.finish()
-    assert child.exitcode == (0 if by == "q" else 128 + signal.SIGTERM), said
-    return said
-
-
-def ended(child: h.Child) -> str:
-    said = child.finish()
-    assert child.exitcode == 0, said
-    return said
+    return h.ended(child, 0 if by == "q" else 128 + signal.SIGTERM)
 
 
 def finds_the_rare_class(straight: Path, parts: Path) -> None:
@@ -93,12 +85,12 @@ def test_an_example_that_was_left_is_the_run_that_was_never_stopped(
     fork, tmp_path, name, stops, promise
 ):
     begin, straight, parts = program(name, tmp_path), tmp_path / "straight", tmp_path / "parts"
-    ended(fork("--checkpoint-dir", straight, program=begin))
+    h.ended(fork("--checkpoint-dir", straight, program=begin))
     options, done = ["--checkpoint-dir", parts], 0
     for stop, by in zip(stops, ["q", "SIGTERM"]):
-        left(fork(*options, program=begin, plan=[(h.batch_complete(stop - done), None)]), by)
+        left(fork(*options, program=begin, plan=[(h.Moment("complete", stop - done), None)]), by)
         options, done = ["--checkpoint-dir", parts, "--resume", "latest"], stop
-    ended(fork(*options, program=begin))
+    h.ended(fork(*options, program=begin))
     h.assert_same_run(straight, parts)
     if promise is not None:
         promise(straight, parts)
@@ -115,16 +107,16 @@ def test_q_leaves_the_whole_sweep_and_the_same_command_goes_on_with_it(fork, tmp
 
         return start
 
-    straight = ended(fork(program=sweep_in("straight")))
+    straight = h.ended(fork(program=sweep_in("straight")))
     pruned = re.findall(r"Trial (\d) is pruned", straight)
     assert 0 < len(pruned) < 7
     for by in "q", "SIGTERM":
-        said = left(fork(program=sweep_in("parts"), plan=[(h.batch_complete(80), None)]), by)
+        said = left(fork(program=sweep_in("parts"), plan=[(h.Moment("complete", 80), None)]), by)
         begun = sorted(os.listdir(tmp_path / "parts"))
         # None begins behind the one that was left.
         assert 0 < len(begun) < 8 and "🏁" not in said
         assert not (tmp_path / "parts" / begun[-1] / "final.pt").exists()
-    parts = ended(fork(program=sweep_in("parts")))
+    parts = h.ended(fork(program=sweep_in("parts")))
     assert parts.splitlines()[-1] == straight.splitlines()[-1]
     assert "🏁" in straight.splitlines()[-1]
     for number in range(8):

@@ -167,7 +167,7 @@ def test_a_tracker_has_each_row_once_however_the_run_was_stopped(
 
     options = "--save-every", "25"
     for nth in 78, 41:
-        child = start(*options, plan=[(h.batch_complete(nth), None)])
+        child = start(*options, plan=[(h.Moment("complete", nth), None)])
         child.paused()
         if by == "q":
             child.terminal.sendline("q")

@@ -226,9 +226,9 @@ def test_sizes_that_are_not_the_models_are_one_line_and_take_no_memory(ask, trai
 
 def test_an_output_that_is_full_or_closed_is_no_traceback(trained):
     command, said = [*TOOL, "list", trained], {"stderr": subprocess.PIPE, "text": True}
-    with open("/dev/full", "w") as full, h.Forked(command, stdout=full, **said) as process:
+    with open("/dev/full", "w") as full, h.forked(command, stdout=full, **said) as process:
         assert process.stderr.read() == "error: standard output: No space left on device\n"
-    with h.Forked(command, stdout=subprocess.PIPE, **said) as closed:
+    with h.forked(command, stdout=subprocess.PIPE, **said) as closed:
         closed.stdout.close()
         assert closed.stderr.read() == ""
     assert (process.returncode, closed.returncode) == (2, 141)

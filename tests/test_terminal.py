@@ -83,7 +83,7 @@ def test_the_end_of_input_ends_no_training_and_without_a_terminal_lines_are_plai
 
 def test_q_through_a_pipe_leaves(options):
     command = [sys.executable, str(h.SCRIPT), *options, *h.ENDLESS]
-    process = h.Forked(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = h.forked(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step"))
     for text in ("x" * 100_000 + "q\n" + " q", " \r\n"):
         process.stdin.write(text)

@@ -1,5 +1,6 @@
 """What the fault campaigns share: cases that are counted, small runs, and how one goes on."""
 
+import contextlib
 import functools
 import traceback
 from collections.abc import Callable
@@ -11,14 +12,11 @@ SMALL = "--context 8 --layers 1 --heads 1 --dim 8 --experts 1 --batch-size 2 --d
 SCHEDULE = "--steps 7 --save-every 2 --eval-every 3 --log-every 1 --keep 2".split()
 
 
-class Campaign:
+class Campaign(contextlib.AbstractContextManager):
     """Counts cases, so that one that fails does not hide the next; reports at its end."""
 
     def __init__(self, what: str) -> None:
         self.what, self.cases, self.failures = what, 0, []
-
-    def __enter__(self):
-        return self
 
     def case(self, name: object, body: Callable, *args) -> None:
         self.cases += 1
@@ -40,13 +38,6 @@ def waiting(fork, moment: h.Moment, *words: object, **how) -> h.Child:
     return child
 
 
-def ended(child: h.Child, code: int = 0) -> str:
-    """What it printed since the last match; it ended with this exit code."""
-    output = child.finish()
-    assert child.exitcode == code, output
-    return output
-
-
 def undisturbed(folder: Path, *options: object, windows: int = 70, context: int = 8) -> Callable:
     """get(mode, *more options): all options, and the directory of the run with them, made once."""
     corpus = h.corpus_of(folder / "corpus.txt", windows, context)
@@ -55,7 +46,7 @@ def undisturbed(folder: Path, *options: object, windows: int = 70, context: int 
     def get(mode: str, *more: object) -> tuple[list, Path]:
         every = ["--data", corpus, *SMALL, "--context", context, *options, *h.MODES[mode], *more]
         directory = folder / f"{mode}-{len(more)}"
-        ended(h.Child(*every, "--checkpoint-dir", directory))
+        h.ended(h.Child(*every, "--checkpoint-dir", directory))
         return every, directory
 
     return get
@@ -63,6 +54,6 @@ def undisturbed(folder: Path, *options: object, windows: int = 70, context: int 
 
 def comes_to_the_same_end(fork, directory: Path, reference: Path) -> str:
     """Resumed, it is the run that nobody disturbed; what it printed."""
-    output = ended(fork("--resume", "latest", "--checkpoint-dir", directory))
+    output = h.ended(fork("--resume", "latest", "--checkpoint-dir", directory))
     h.assert_same_run(directory, reference)
     return output

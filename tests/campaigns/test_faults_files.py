@@ -41,13 +41,13 @@ def refused(fork, path: Path, data: bytes, may_be_taken=False, original=None) ->
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4
     plan = [(h.Moment("load", event="return"), compare)]
     child = fork("--resume", path, "--checkpoint-dir", path.parent, plan=plan)
-    output = child.finish()
+    # PyTorch's own warning, of a tensor that stands where an optimizer's state belongs.
+    warning = r".*UserWarning: Using a non-tuple sequence.*\n  .*\r\n\r\n"
+    output = re.sub(warning, "", child.finish())
     if child.exitcode or not may_be_taken:
         assert child.exitcode == 2, output[-3000:]
-        # PyTorch's own, of a tensor that stands where an optimizer's state belongs.
-        warning = r"[^\r\n]*UserWarning: Using a non-tuple sequence[^\r\n]*\r\n  [^\r\n]*\r\n\r\n"
         # Of a slow one, the status line has been erased.
-        line = re.sub(warning, "", output).rstrip().rpartition("\r")[2]
+        line = output.rstrip().rpartition("\r")[2]
         assert line.startswith("error: ") and "\n" not in line, output[-3000:]
     assert not (path.parent / "executed").exists()
     # Many records and as many lists take some; no bomb goes off.
@@ -68,9 +68,9 @@ def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tu
     size = len(data)
     # Where the zip file's own directory begins: every bit of that carries something.
     directory = data.rindex(b"PK\1\2", 0, data.index(b"PK\1\2") + 4)
-    evenly = count * 5 // 10
+    evenly = count // 2
     bits = [int((i + rng.random()) * size * 8 / evenly) for i in range(evenly)]
-    bits += [rng.randrange(directory * 8, size * 8) for _ in range(count * 2 // 10)]
+    bits += [rng.randrange(directory * 8, size * 8) for _ in range(count // 5)]
     for bit in bits:
         yield f"bit {bit} flipped", flipped(data, bit)
     cuts = {0, 3, 21, 22, 30, 100, size - 1, size - 2, size - 22, directory, directory - 1}
@@ -80,8 +80,7 @@ def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tu
         yield f"cut to {cut}", data[:cut]
     for i in range(count // 20):
         at = rng.randrange(size)
-        byte = bytes([rng.randrange(256)])
-        yield f"byte {at} replaced", data[:at] + byte + data[at + 1 :]
+        yield f"byte {at} replaced", data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
         length = rng.choice([16, 64, 512, 4096])
         one, two = sorted(rng.randrange(size // length) * length for _ in range(2))
         first, second = data[one : one + length], data[two : two + length]
@@ -100,8 +99,7 @@ def damaged_versions(data: bytes, count: int, rng: random.Random) -> Iterator[tu
     yield "nothing but zeros", bytes(size)
     yield "another pickle", pickle.dumps({"step": 1})
     yield "another program's torch.save", saved(torch.ones(3))
-    empty = b"PK\5\6" + bytes(18)
-    yield "an empty zip file", empty
+    yield "an empty zip file", b"PK\5\6" + bytes(18)
     yield "another zip file", zipped(io.BytesIO(data), {"": None}, more=["word/document.xml"])
 
 
@@ -185,9 +183,7 @@ def saved(state: object) -> bytes:
     return stream.getvalue()
 
 
-def zipped(
-    source, change: dict, compression=zipfile.ZIP_STORED, attributes=0, folder="", more=()
-) -> bytes:
+def zipped(source, change, compression=zipfile.ZIP_STORED, attributes=0, more=()) -> bytes:
     """The file with other records, checksums right: {how its name ends: its content, or None}.
 
     torch.save's records have no attributes: with some, a file is refused for them.
@@ -199,7 +195,7 @@ def zipped(
             for end in change:
                 content = change[end] if name.endswith(end) else content
             if content is not None:
-                new.writestr(folder + name.partition("/")[2] if folder else name, content)
+                new.writestr(name, content)
         for extra in more:
             new.writestr(extra.replace("FOLDER", name.partition("/")[0]), b"x")
         for record in new.infolist():
@@ -250,10 +246,7 @@ def replaced(state, keys: tuple, value: object):
 
 # Places in a checkpoint where a value might be looked at.
 PLACES = [
-    ("saved_at",),
-    ("config", "data"),
-    ("best", "value"),
-    ("model_state_dict", "head.weight"),
+    *[("saved_at",), ("config", "data"), ("best", "value"), ("model_state_dict", "head.weight")],
     ("optimizer_state_dicts", "adamw", "state", 0, "exp_avg"),
     ("optimizer_state_dicts", "adamw", "param_groups", 0, "lr"),
     ("scheduler_state_dicts", "adamw", "lr_lambdas", 0),
@@ -269,16 +262,12 @@ def claims(numel: int, offset: int, size: tuple, stride: tuple) -> bytes:
 
 
 CLAIMS = [
+    *((numel, 0, (1,), (1,)) for numel in (-1, 10**30)),
+    *((64, 0, (size,), (1,)) for size in (-1, 10**9, "x")),
+    *((64, 0, size, (1,) * len(size)) for size in ((2**32, 2**32), (1,) * 100)),
     (10**9, 0, (10**9,), (1,)),
-    (64, 0, (10**9,), (1,)),
     (64, 10**9, (1,), (1,)),
     (64, 0, (2, 2), (10**9, 1)),
-    (-1, 0, (1,), (1,)),
-    (64, 0, (-1,), (1,)),
-    (64, 0, (2**32, 2**32), (1, 1)),
-    (10**30, 0, (1,), (1,)),
-    (64, 0, (1,) * 100, (1,) * 100),
-    (64, 0, ("x",), (1,)),
     (64, 0, (10**12,), (0,)),
 ]
 CONFIGURATIONS = [
@@ -299,25 +288,22 @@ NAMES = (
 def absurd_files(source: Path, state: dict, bomb: int) -> Iterator[tuple[str, bytes]]:
     """(name, bytes): sizes, strides, zip bombs that hold `bomb` bytes, names."""
     data, deflated, large = source.read_bytes(), zipfile.ZIP_DEFLATED, struct.pack("<I", 2**32 - 2)
-    for number, claim in enumerate(CLAIMS):
-        yield f"claim {number}", zipped(source, {"data.pkl": claims(*claim)})
     for place, shape in ((PLACES[3], (10**6, 10**6)), (PLACES[4], (10**12,))):
         for dtype in (torch.float32, torch.float64, torch.uint8):
             tensor = torch.zeros(1, dtype=dtype).expand(shape)
             yield f"{place} of {shape}, {dtype}", saved(replaced(state, place, tensor))
-    for one in CONFIGURATIONS:
-        yield f"config {one}", saved({**state, "config": {**state["config"], **one}})
-    for version in (2, 4):
-        yield f"format {version}", saved({**state, "format_version": version})
+    changes = [{"config": {**state["config"], **one}} for one in CONFIGURATIONS]
+    for change in [*changes, {"format_version": 2}, {"format_version": 4}]:
+        yield f"{change}", saved({**state, **change})
     yield "compressed records", zipped(source, {}, deflated)
     yield "records with attributes", zipped(source, {}, attributes=0o600 << 16)
     yield "a zip bomb", zipped(source, {"/data/0": bytes(bomb)}, deflated)
     yield "a zip bomb of a pickle", zipped(source, {"data.pkl": bytes(bomb)}, deflated)
-    for content in (b"]" * 10**6, b"(" * 10**5 + b"]" + b"t" * 10**5):
-        yield "lists in lists", zipped(source, {"data.pkl": b"\x80\2" + content + b"."})
     yield "a huge record", data.replace(struct.pack("<II", 256, 256), large * 2)
-    yield "no pickle", zipped(source, {"data.pkl": None})
-    yield "a missing tensor", zipped(source, {"/data/3": None})
+    lists = b"]" * 10**6, b"(" * 10**5 + b"]" + b"t" * 10**5
+    pickles = [*(b"\x80\2" + one + b"." for one in lists), *(claims(*one) for one in CLAIMS)]
+    for change in [{"/data/3": None}, *({"data.pkl": one} for one in [None, *pickles])]:
+        yield f"{change}"[:200], zipped(source, change)
     yield "names with a NUL", data.replace(b"/version", b"/vers\0on")
 
 
@@ -349,14 +335,12 @@ def test_hostile_checkpoints(fork, checkpoints, tmp_path, whole):
             case(f"a record named {name!r}", zipped(source, {}, more=[name]), True, state)
         many = [f"FOLDER/more{i}" for i in range(10**5 if whole else 10**4)]
         case("many records", zipped(source, {}, more=many), True, state)
-        case("a folder named ..", zipped(source, {}, folder="../"), True, state)
+        climbs = source.read_bytes().replace(b"archive/", b"../arch/")
+        case("a folder behind ..", climbs, True, state)
 
 
-WRONG = [
-    *(None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]]),
-    {1: {"a": 2}},
-    collections.OrderedDict(b=3),
-]
+WRONG = [None, "x", "", -1, 10**30, 1.5, math.nan, True, [], {}, (), torch.ones(3), [[[1]]]]
+WRONG += [{1: {"a": 2}}, collections.OrderedDict(b=3)]
 # What is inside of these is this program's own: no stranger gains by it.
 OWN = {"config", "best", "evaluation", "metrics", "data_fingerprint", "loop", "stream"}
 # And what a finished run does not need may be anything.
@@ -373,18 +357,16 @@ def every_place(state, keys=()) -> Iterator[tuple[tuple, object]]:
 
 def may_be(keys: tuple, right: object, wrong: object) -> bool:
     """Whether it may be taken as it is."""
-    if keys[0] in UNUSED or type(wrong) is type(right) or wrong is True and type(right) is int:
-        return True
     # What optimizers and schedulers hold is for their own load_state_dict.
-    if keys[0] in ("optimizer_state_dicts", "scheduler_state_dicts") and len(keys) > 2:
-        return True
-    return isinstance(wrong, dict) and isinstance(right, dict)
+    theirs = keys[0] in ("optimizer_state_dicts", "scheduler_state_dicts") and len(keys) > 2
+    alike = isinstance(wrong, type(right)) or isinstance(right, type(wrong))
+    return keys[0] in UNUSED or theirs or alike
 
 
 def test_wrong_values(fork, checkpoints, tmp_path, whole):
     state = t.load_checkpoint(checkpoints("standard"))
-    places = [(keys, one) for keys, one in every_place(state) if keys[0] not in OWN or not keys[1:]]
-    cases = [(keys, right, wrong) for keys, right in places for wrong in WRONG]
+    places = [place for place in every_place(state) if place[0][0] not in OWN or not place[0][1:]]
+    cases = [(*place, wrong) for place in places for wrong in WRONG]
     with Campaign("wrong values under every key of a checkpoint, resumed") as campaign:
         for keys, right, wrong in cases if whole else cases[::167]:
             data, name = saved(replaced(state, keys, wrong)), f"{keys} = {wrong!r}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import helpers as h
 import pytest
-from driver import SCHEDULE, Campaign, comes_to_the_same_end, ended, undisturbed
+from driver import SCHEDULE, Campaign, comes_to_the_same_end, undisturbed
 
 import train_graceful as t
 
@@ -50,7 +50,7 @@ def at(save: str, ask=h.frame_asks_to_leave) -> list:
     """A plan: to wait where the save begins, and to look for /saved, for strace to show, behind."""
     plan = [(h.Moment("train"), small_pieces)]
     if save == "emergency":
-        plan += [(h.batch_complete(5), ask)]
+        plan += [(h.Moment("complete", 5), ask)]
 
     def is_it(frame) -> bool:
         return Path(frame.f_locals["name"]).name == SAVES[save][0]
@@ -119,7 +119,7 @@ def killed(fork, options, reference, directory, save: str, call: str, nth: int) 
     child = fork(*options, "--checkpoint-dir", directory, plan=at(save))
     fault = f"inject={call}:signal=KILL:when={nth}"
     strace = traced(child, directory.with_suffix(".trace"), "-e", fault)
-    ended(child, -signal.SIGKILL)
+    h.ended(child, -signal.SIGKILL)
     strace.communicate()
     files = h.whole_files(directory)
     if save == "periodic":
@@ -166,26 +166,26 @@ def after_q(fork, child, directory, fallback, save, why, needed) -> None:
         child.terminal.send("q\n")
     else:
         assert not needed
-    assert "Graceful exit completed" in ended(child)
+    assert "Graceful exit completed" in h.ended(child)
     assert list(fallback.iterdir()) == []
 
 
 def after_a_signal(fork, child, directory, fallback, save, why, needed) -> None:
     """The temporary directory is used and named, and the run goes on from there."""
-    output = ended(child, 143)
+    output = h.ended(child, 143)
     saved = re.search(r"✅ Emergency checkpoint saved: (\S+)", output)[1]
     assert t.load_checkpoint(saved)["exit_reason"] == "signal_SIGTERM"
     if "Trying the temporary directory" in output:
         assert f"❌ Emergency checkpoint not saved: {why}" in output
         assert saved.startswith(f"{fallback}/train_graceful_")
         assert f"   Emergency checkpoint: {saved}\r" in output
-    output = ended(fork("--resume", saved, TMPDIR=str(fallback)))
+    output = h.ended(fork("--resume", saved, TMPDIR=str(fallback)))
     assert "Resumed at step 5 of 7" in output and f"saves in {directory}\r" in output
 
 
 def for_good(fork, child, directory, fallback, save, why, needed) -> None:
     """Exit code 1, and the earlier checkpoints are whole."""
-    output = ended(child, 1)
+    output = h.ended(child, 1)
     assert "Graceful exit completed" not in output
     assert f"Newest whole checkpoint: {directory}/step_4.pt" in output
     assert "step_4.pt" in h.whole_files(directory)
@@ -193,7 +193,7 @@ def for_good(fork, child, directory, fallback, save, why, needed) -> None:
 
 def in_between(fork, child, directory, fallback, save, why, needed) -> None:
     """A periodic or best save that fails is reported; the run ends as if nothing had been."""
-    output, files, name = ended(child), h.whole_files(directory), SAVES[save][0]
+    output, files, name = h.ended(child), h.whole_files(directory), SAVES[save][0]
     if f"⚠️ {name} not saved: {why}. Training goes on." in output:
         assert save != "periodic" or {"step_2.pt", "step_4.pt"} <= set(files)
     else:
@@ -247,7 +247,7 @@ def test_q_on_a_full_disk_trains_on_until_there_is_room(fork, small, tmp_path):
         child.terminal.expect("step [0-9]+/")
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     child.terminal.send("q\n")
-    assert "Graceful exit completed" in ended(child)
+    assert "Graceful exit completed" in h.ended(child)
     assert len(h.whole_files(tmp_path)) == 1
     steps = [int(row["step"]) for row in h.metrics_without_times(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import helpers as h
 import pytest
-from driver import Campaign, comes_to_the_same_end, ended, undisturbed, waiting
+from driver import Campaign, comes_to_the_same_end, undisturbed, waiting
 
 import train_graceful as t
 
@@ -101,7 +101,7 @@ def ends_at_once(child, directory, moment, means) -> None:
     if moment.seam == "start":  # no signal is heard yet
         child.go()
         code = code and -signal.Signals[means]
-    assert "Traceback" not in ended(child, code) and not list(directory.rglob("*"))
+    assert "Traceback" not in h.ended(child, code) and not list(directory.rglob("*"))
 
 
 def test_stopped_at_every_phase(fork, short_run, tmp_path, whole):
@@ -176,7 +176,7 @@ def crashes(mode: str) -> dict[str, tuple[h.Moment, object, bool]]:
 def crashed_and_resumed(fork, options, reference, directory, moment, act, half) -> None:
     """Saved is the state after the fourth batch; if one is half applied nothing is."""
     child = fork(*options, "--checkpoint-dir", directory, plan=[(moment, act)])
-    output = ended(child, 1)
+    output = h.ended(child, 1)
     exception = "FloatingPointError" if act is poison else "RuntimeError"
     assert "Traceback (most recent call last)" in output and f"{exception}: " in output
     if half:
@@ -195,7 +195,7 @@ def worker_killed(fork, options, reference, directory) -> None:
     child = waiting(fork, h.Moment("loss", ACCUM + 1), *words)
     os.kill(h.worker_pids(child.pid)[0], signal.SIGKILL)
     child.go()
-    output = ended(child, 1)
+    output = h.ended(child, 1)
     # PyTorch says that a worker is killed, or that the connection to it has gone.
     assert "Traceback (most recent call last)" in output and "dataloader.py" in output, output
     reason = t.load_checkpoint(h.saved_path(output))["exit_reason"]
@@ -231,7 +231,7 @@ def typed_q(fork, options, directory, temporary, workers: int) -> None:
     names = sorted(re.sub(r"pts/[0-9]+|[0-9]+", "N", Path(file).name) for file in files)
     assert workers or names == ["N"] * 3 + ["pipe:[N]"] * 2 + ["run.lock"], files
     child.go()
-    saved = t.load_checkpoint(h.saved_path(ended(child)))
+    saved = t.load_checkpoint(h.saved_path(h.ended(child)))
     assert saved["exit_reason"] == MEANS["q"][1]
     assert h.processes_in_session(child.pid) == []
     assert not list(directory.rglob(".*")) and not list(temporary.iterdir())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import helpers as h
 import pytest
-from driver import Campaign, ended, undisturbed, waiting
+from driver import Campaign, undisturbed, waiting
 
 import train_graceful as t
 
@@ -63,7 +63,7 @@ def type_at(child: h.Child, text: bytes) -> None:
 
 def typed(text: bytes, fork, *words: object) -> h.Child:
     """Most of it while the run waits in a batch, so that all is typed; the rest while it trains."""
-    child = waiting(fork, h.batch_complete(2), *words)
+    child = waiting(fork, h.Moment("complete", 2), *words)
     type_at(child, text[:-1000])
     child.go()
     type_at(child, text[-1000:])
@@ -151,7 +151,8 @@ def not_disturbed(fork, options, reference, directory, disturbed) -> None:
 
 def hung_up_in_a_save(fork, options, directory, first: str, code: int, reason: str) -> None:
     """The save is finished and whole; the first request decides, and a hang-up is one."""
-    plan = [(h.batch_complete(40), None), (h.saving("emergency" if first else "step_40.pt"), None)]
+    save = h.saving("emergency" if first else "step_40.pt")
+    plan = [(h.Moment("complete", 40), None), (save, None)]
     child = fork(*options, "--checkpoint-dir", directory, plan=plan)
     child.paused()
     child.terminal.send(first)
@@ -212,11 +213,11 @@ def all_at_once(fork, options, directory) -> None:
             winners.append(child)
         else:
             named.add(child.terminal.match[1])
-            ended(child, 2)
+            h.ended(child, 2)
     (winner,) = winners
     assert named <= {str(winner.pid), "unknown"}
     winner.terminal.send("q\n")
-    ended(winner)
+    h.ended(winner)
 
 
 def lock_of_a_killed_run(fork, options, directory) -> None:
@@ -225,7 +226,7 @@ def lock_of_a_killed_run(fork, options, directory) -> None:
     child.kill(signal.SIGKILL)
     child.finish()
     assert (directory / "run.lock").read_text().split()[0] == str(child.pid)
-    ended(fork(*options, "--checkpoint-dir", directory))
+    h.ended(fork(*options, "--checkpoint-dir", directory))
 
 
 def test_two_at_once(fork, longer_run, tmp_path, whole):
