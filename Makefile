@@ -105,7 +105,7 @@ bench-peers: .venv/installed .venv-peers/installed ### other trainers beside the
 
 lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an environment of their own
 	$(call need,shellcheck)
-	shellcheck scripts/*.sh .ci/run
+	shellcheck scripts/*.sh tests/*.sh .ci/run
 	.venv-lint/bin/ruff check
 	.venv-lint/bin/ruff format --check
 	.venv-lint/bin/mypy --python-executable $(VENV_PYTHON) train_graceful.py
