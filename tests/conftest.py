@@ -125,6 +125,16 @@ def spawn():
         child.close(force=True)
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the campaigns have found, as the table that tests/README.md shows."""
+    if h.TABLE:
+        width = max(len(what) for what, _, _ in h.TABLE)
+        terminalreporter.write_line(f"\n| {'campaign'.ljust(width)} | cases | failures |")
+        terminalreporter.write_line(f"|{'-' * (width + 2)}|------:|---------:|")
+        for what, cases, failures in h.TABLE:
+            terminalreporter.write_line(f"| {what.ljust(width)} | {cases:5,} | {failures:8} |")
+
+
 # ---- several tests at a time
 
 # The files that take long come first, then those with the most tests.
