@@ -1,24 +1,24 @@
 .DEFAULT_GOAL := help
 .PHONY: help help-maintain train train-dist resume tmux attach nohup stop list show sample plot check picture test test-cluster test-integrations test-versions campaign bench ablation bench-peers lint install clean
 
-ARGS =
-MODE =
-NPROC = 2
-CKPT = latest
-SESSION = train
-DIR = checkpoints
 PYTHON ?= python3
+# $(call given,VARIABLE,default): what stands behind make. One of the environment is the script's own, and stays so.
+given = $(if $(filter command,$(origin $(1))),$($(1)),$(2))
+args = $(call given,ARGS)
+nproc = $(call given,NPROC,2)
+ckpt = $(or $(call given,CKPT),latest)
+session = $(call given,SESSION,train)
+dir = $(call given,DIR,checkpoints)
 # A script of your own. What it prints as the command that resumes is for where make runs.
-SCRIPT =
 ifneq ($(SCRIPT),)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 export SCRIPT
 
 VENV_PYTHON = .venv/bin/python
-PROGRAM = $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py)
-IN_DIR = $(if $(filter command,$(origin DIR)),--checkpoint-dir "$(DIR)" )
-TRAIN_ARGS = $(if $(MODE),--mode $(MODE) )$(IN_DIR)$(ARGS)
+program = $(if $(SCRIPT),"$(SCRIPT)",train_graceful.py)
+in_dir = $(if $(call given,DIR),--checkpoint-dir "$(dir)" )
+train_args = $(if $(call given,MODE),--mode $(call given,MODE) )$(in_dir)$(args)
 
 # $(call need,tool): one line that says what to install where the tool is missing
 need = @command -v $(1) >/dev/null || { echo "$(1) is missing: apt install $(1) (macOS: brew install $(1))" >&2; exit 2; }
@@ -38,70 +38,70 @@ help-maintain:
 	$(call targets,###)
 
 train: .venv/installed ## train; q + Enter saves and leaves (MODE=standard|geometric, ARGS="--steps 500", SCRIPT=mine.py)
-	$(call train,$(VENV_PYTHON) $(PROGRAM) $(TRAIN_ARGS))
+	$(call train,$(VENV_PYTHON) $(program) $(train_args))
 
 train-dist: .venv/installed ## train with NPROC=2 processes (MODE, ARGS)
-	$(call train,PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(NPROC)" $(TRAIN_ARGS))
+	$(call train,PYTHON=$(VENV_PYTHON) scripts/train_torchrun.sh "$(nproc)" $(train_args))
 
 resume: .venv/installed ## go on from a checkpoint (CKPT=path, default latest; ARGS="...")
-	$(call train,$(VENV_PYTHON) $(PROGRAM) --resume "$(or $(CKPT),latest)" $(IN_DIR)$(ARGS))
+	$(call train,$(VENV_PYTHON) $(program) --resume "$(ckpt)" $(in_dir)$(args))
 
 tmux: .venv/installed ## train in a tmux session, or attach to it (SESSION=train, MODE, ARGS)
-	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(SESSION)" $(TRAIN_ARGS)
+	@PYTHON=$(VENV_PYTHON) scripts/train_tmux.sh "$(session)" $(train_args)
 
 attach: ## attach to the tmux session (SESSION=train); Ctrl-b d detaches
 	$(call need,tmux)
-	@tmux $(if $(TMUX),switch-client,attach-session) -t "=$(SESSION)"
+	@tmux $(if $(TMUX),switch-client,attach-session) -t "=$(session)"
 
 nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=train.log in the checkpoint directory)
-	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(TRAIN_ARGS)
+	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(train_args)
 
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
-	@scripts/stop.sh $(or $(ARGS),"$(DIR)")
+	@scripts/stop.sh $(or $(args),"$(dir)")
 
 list: .venv/installed ## the checkpoints of a directory (DIR=checkpoints)
-	@$(VENV_PYTHON) scripts/checkpoints.py list $(or $(ARGS),"$(DIR)")
+	@$(VENV_PYTHON) scripts/checkpoints.py list $(or $(args),"$(dir)")
 
 show: .venv/installed ## what a checkpoint holds (CKPT=path, default latest)
-	@$(VENV_PYTHON) scripts/checkpoints.py show "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)"
+	@$(VENV_PYTHON) scripts/checkpoints.py show "$(ckpt)" --checkpoint-dir "$(dir)"
 
 sample: .venv/installed ## text that a checkpoint's model writes (CKPT=path, default latest; ARGS="--prompt TEXT")
-	@$(VENV_PYTHON) scripts/checkpoints.py sample "$(or $(CKPT),latest)" --checkpoint-dir "$(DIR)" $(ARGS)
+	@$(VENV_PYTHON) scripts/checkpoints.py sample "$(ckpt)" --checkpoint-dir "$(dir)" $(args)
 
 plot: ## draw the runs of checkpoints/ as an SVG (DIR=checkpoints, ARGS="DIR_OR_CSV ... -o X.svg")
 	$(call need,$(PYTHON))
-	@$(PYTHON) scripts/plot.py $(ARGS) $(if $(filter command,$(origin DIR)),"$(DIR)")
+	@$(PYTHON) scripts/plot.py $(args) $(if $(call given,DIR),"$(dir)")
 
 check: .venv/installed ## stop and resume a script: does it go on bit for bit, and if not, why (SCRIPT=mine.py, ARGS="--lr 0.1")
-	@$(VENV_PYTHON) scripts/check_resume.py $(PROGRAM) $(TRAIN_ARGS)
+	@$(VENV_PYTHON) scripts/check_resume.py $(program) $(train_args)
 
 picture: .venv/installed ### record the session that README shows: half a minute of training in tmux, then q
 	@text=$$(scripts/record.sh) && printf '%s\n' "$$text" | $(VENV_PYTHON) scripts/picture.py >scripts/session.svg
 
 test: .venv/tests-installed ### run the tests (ARGS="-k sentence")
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest $(args)
 
 test-cluster: .venv/tests-installed ### several machines and Slurm, made of Linux namespaces: as root, with iproute2, slurm-wlm and munge
-	$(VENV_PYTHON) -m pytest -m "cluster and not campaign" $(ARGS)
+	$(VENV_PYTHON) -m pytest -m "cluster and not campaign" $(args)
 
 test-integrations: .venv-peers/installed ### the examples for other trainers, W&B and TensorBoard, in an environment of their own
-	.venv-peers/bin/python -m pytest tests/test_integrations.py $(ARGS)
+	.venv-peers/bin/python -m pytest tests/test_integrations.py $(args)
 
 test-versions: ### the tests that matter on the oldest and newest PyTorch and Python, in environments of their own (VERSIONS, ARGS)
-	@scripts/test_versions.sh $(ARGS)
+	@scripts/test_versions.sh $(args)
 
 campaign: .venv/tests-installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
-	$(VENV_PYTHON) -m pytest -m campaign $(ARGS)
+	$(VENV_PYTHON) -m pytest -m campaign $(args)
 
 bench: .venv/installed ### measure what README claims, most of an hour on 2 cores (ARGS="--only saving hearing", --quick)
-	$(VENV_PYTHON) scripts/bench.py $(ARGS)
+	$(VENV_PYTHON) scripts/bench.py $(args)
 
 ablation: .venv/installed ### which parts of the geometric mode help, half an hour on 2 cores (ARGS="--steps 1000")
-	$(VENV_PYTHON) scripts/bench_geometric.py $(ARGS)
+	$(VENV_PYTHON) scripts/bench_geometric.py $(args)
 
 bench-peers: .venv/installed .venv-peers/installed ### other trainers beside the bare loop, in an environment of their own
-	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(ARGS),--only)
+	$(VENV_PYTHON) scripts/bench.py --peers .venv-peers/bin/python $(or $(args),--only)
 
 lint: .venv/installed .venv-lint/installed ### ruff, mypy and shellcheck, in an environment of their own
 	$(call need,shellcheck)

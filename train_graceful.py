@@ -1774,7 +1774,7 @@ class Run(RunState):
                 say(f"⚙️ Changed: {', '.join(changed)}.{text}")
         elif self._origin[0] is not None:
             say(f"📂 A new run, with the weights of {self._origin[0]}")
-        how = "Press 'q' + Enter" if self.monitor.keyboard else "Send it SIGTERM"
+        how = "Press 'q' + Enter" if self.monitor.keyboard else "Interrupt it or send SIGTERM"
         say(f"🔄 Training started. {how} to exit gracefully...")
 
     def _keys(self) -> Iterator[tuple[str, int]]:
@@ -2067,8 +2067,8 @@ class Run(RunState):
                     self._at_boundary()
             names = [name for name in self._others if name not in {**self._roots, **self._scalers}]
             if self._in_body and names:
-                text = f"Ended within a batch: if it has changed {', '.join(names)}, a resumed run"
-                self.screen.say(f"⚠️ {text} does so again. (After an optimizer's step it does not.)")
+                text = "Ended within a batch, before an optimizer's step: a resumed run begins it"
+                self.screen.say(f"⚠️ {text} again, with {', '.join(names)} as it is now.")
             for put_back, before in self._before:
                 put_back(before)
             self._save_last("completed")
@@ -2090,15 +2090,15 @@ class Run(RunState):
             # A device may be waiting for ranks that will not come.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
         unknown = [*(one for one in self._others if one not in self._scalers), *self._outer]
-        reason = None
-        if self._in_body and unknown:
-            reason = f"The batch may have changed what is kept ({', '.join(unknown)})"
-        if self._in_body and (self._updated or self._kept_as != self._marks()):
-            reason = "The exception came after a step of an optimizer, or what is like one"
-        if self.processes.sharded:
-            reason = "The other ranks' parts of the state are out of reach"
-        if not self.trained or self.monitor.abandoned is not None:
-            reason = "Nothing has been trained, or nobody wants to wait"
+        changed = self._in_body and (self._updated or self._kept_as != self._marks())
+        reasons = {
+            "Asked twice to leave": self.monitor.abandoned is not None,
+            "Nothing has been trained": not self.trained,
+            "The other ranks' parts of the state are out of reach": self.processes.sharded,
+            "The exception came after a step of an optimizer, or what is like one": changed,
+            f"The batch may have changed {', '.join(unknown)}": self._in_body and unknown,
+        }
+        reason = next((text for text, is_so in reasons.items() if is_so), None)
         if reason is None:
             for put_back, before in self._before:
                 put_back(before)

@@ -223,7 +223,7 @@ def test_what_is_typed_at_an_interpreter_is_its_own(tmp_path):
         text=True,
     )
     assert result.returncode == 0 and "'mine'\n200 40\n" in result.stdout, result
-    assert "Send it SIGTERM to exit" in result.stdout
+    assert "Interrupt it or send SIGTERM to exit" in result.stdout
 
 
 def everything() -> dict:

@@ -83,7 +83,7 @@ def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(mine):
     os.kill(pid, signal.SIGHUP)
     steps = log.read_text().count("\nstep")
     h.wait_until(lambda: log.read_text().count("\nstep") > steps + 1)
-    assert "Training started. Send it SIGTERM to exit gracefully" in log.read_text()
+    assert "Training started. Interrupt it or send SIGTERM to exit gracefully" in log.read_text()
     stopped = script("stop.sh", cwd=mine, SCRIPT="mine.py")
     assert (stopped.returncode, stopped.stderr) == (0, "") and not h.alive(pid)
     assert "\n📊 Training Summary:\n   Completed Steps: " in stopped.stdout
@@ -290,6 +290,14 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, mine, way):
         result = make("resume", own, f"CKPT={saved}", "ARGS=--lr 0.3")
         assert "--lr 0.3 does not fit the checkpoint, whose run has --lr 0.2" in result.stderr
         assert "Error 2" in result.stderr
+
+
+def test_make_leaves_the_environment_of_a_script_alone(tmp_path):
+    (tmp_path / "mine.py").write_text("import os; print(os.environ['MODE'], os.environ['DIR'])")
+    environment = {**ENVIRONMENT, "MODE": "cached", "DIR": "/data"}
+    command = [*MAKE, "train", f"SCRIPT={tmp_path}/mine.py"]
+    result = subprocess.run(command, env=environment, **QUIET)
+    assert result.stdout.endswith("\ncached /data\n"), result
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
