@@ -297,7 +297,7 @@ def test_make_leaves_the_environment_of_a_script_alone(tmp_path):
     environment = {**ENVIRONMENT, "MODE": "cached", "DIR": "/data"}
     command = [*MAKE, "train", f"SCRIPT={tmp_path}/mine.py"]
     result = subprocess.run(command, env=environment, **QUIET)
-    assert result.stdout.endswith("\ncached /data\n"), result
+    assert "\ncached /data\n" in result.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
