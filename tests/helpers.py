@@ -604,13 +604,13 @@ def whole_files(directory) -> dict[str, int]:
     return {path.name: t.load_checkpoint(path)["step"] for path in directory.rglob("[!.]*.pt")}
 
 
-def flip_a_weight(path: Path, into: Path) -> None:
+def flip_a_weight(path: Path, into: Path, place: int = 2000) -> None:
     """One bit of the largest tensor in a checkpoint; torch.load does not notice."""
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         tensors = [info for info in archive.infolist() if "/data/" in info.filename]
         record = max(tensors, key=lambda info: info.file_size)
-    data[record.header_offset + 2000] ^= 1
+    data[record.header_offset + place] ^= 1
     into.write_bytes(data)
     torch.load(into, weights_only=True)
 

@@ -75,12 +75,13 @@ def zoo() -> dict:
     large = torch.randn(3_000_000)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model.tied = model[0]
-    one, other = torch.tensor([1 + 2j]), torch.tensor([1 + 2j])
+    one, other, square = torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), torch.randn(2, 2)
     return {
         5: [None, True, 1, 2.5, "text ü", (3,), 1j, {1, 2}, 10**30, collections.Counter({5: 1})],
         "types": [torch.bfloat16, torch.Size([2]), torch.device("cpu"), random.getstate()],
         "views": [large[5:9], large.view(1000, 3000).T, large[::2], large[:1].expand(4), large],
         "again": large,
+        "square": [square, square.T],
         "small": [torch.tensor(3.0), torch.empty(0), torch.empty(0, 4), torch.empty(0)],
         "conjugate": [one, one.conj()],
         "negative": [other.imag, other.conj().imag],
@@ -311,6 +312,18 @@ def test_what_is_damaged_or_no_checkpoint_is_refused(finished, tmp_path):
     assert "missing.pt: No such file" in h.refused("--resume", tmp_path / "missing.pt")
     nowhere = ["--checkpoint-dir", tmp_path / "none"]
     assert "no checkpoint" in h.refused("--resume", "latest", *nowhere)
+
+
+def test_the_end_of_a_large_record_and_what_a_pickle_refers_to_are_looked_at(tmp_path):
+    path, large = tmp_path / "a.pt", torch.zeros(3 * 2**20)
+    t.save_checkpoint({"a": large}, path)
+    h.flip_a_weight(path, path, place=large.nbytes - 100)
+    with pytest.raises(t.CheckpointError, match="damaged"):
+        t.load_checkpoint(path)
+    # Which torch.load would make, of any size.
+    torch.save({"a": bytearray(9)}, path)
+    with pytest.raises(t.CheckpointError, match="it refers to __builtin__.bytearray"):
+        t.load_checkpoint(path)
 
 
 # PyTorch would take another optimizer's state, as long as there are as many shapes that fit.

@@ -160,19 +160,6 @@ def test_show_prints_what_the_checkpoint_of_any_script_holds(ask, trained, mine)
         assert ("Loss:" in text) == ("default" in text) == (directory == trained)
 
 
-def test_show_says_what_stands_where_in_a_file_of_another_program(ask, tmp_path):
-    weight = torch.nn.Linear(2, 3).weight
-    state = {"model": {"a": weight, "b": weight}, "epoch": 4, "none": [], "mixed": [weight, 1, 2]}
-    torch.save(state, tmp_path / "a.pt")
-    assert ask(0, "show", tmp_path / "a.pt").splitlines()[1:] == [
-        "Saved:       by another program",
-        "model:       6 numbers in 1 tensor",
-        "epoch:       4",
-        "none:        empty",
-        "mixed:       6 numbers in 1 tensor and 2 other values",
-    ]
-
-
 def test_sample_always_writes_the_same_text_as_the_model_predicts_it(ask, trained, capsys):
     names = ("step_5.pt", "step_5.pt", "final.pt")
     texts = [ask(0, "sample", trained / name, "--prompt", "the quick ") for name in names]
