@@ -1143,7 +1143,6 @@ class Batches(Dataset):
         for index in indices or [0]:
             seed_generators(self.seed, epoch, index, own=self.generators)
             samples.append(data[index])
-        seed_generators(self.seed, "collate", key, self.rank, own=self.generators)
         try:
             return self.collate(samples), len(indices)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -1185,8 +1184,6 @@ def started_loader(batches: Batches, keys: Iterator, workers: int, pin: bool) ->
         pin_memory=pin,
         collate_fn=tuple,
         worker_init_fn=begin_worker,
-        # Its own: the default one is the loop's.
-        generator=torch.Generator(),
     )
     others, on_child = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     if workers:
@@ -1487,6 +1484,8 @@ class RunState:
         if not isinstance(part, (Optimizer, LRScheduler, ReduceLROnPlateau)):
             return part.state_dict()
         state = {**part.state_dict(), "class": type(part).__qualname__}
+        # SWALR's held a function before PyTorch 2.10.
+        state.pop("anneal_func", None)
         if isinstance(part, Optimizer):
             groups = [group["params"] for group in part.param_groups]
             state["param_names"] = [[self._names[one] for one in group] for group in groups]

@@ -118,9 +118,17 @@ class Numbers(IterableDataset):
 EPOCHS = [100 * epoch + number for epoch in range(3) for number in range(1, 6)]
 
 
+def draws(run, module, optimizer, batch):
+    """Its own random numbers on each rank."""
+    assert len({*run.processes.gather(torch.rand(()).item())}) == run.world_size
+    return h.update(run, module, optimizer, batch)
+
+
 def streamed(stream=lambda run: Numbers(run.rank, run.world_size), validation=None):
     evaluate = validation and h.losses
-    return h.learning(data=lambda run: run.data(stream(run), validation), evaluate=evaluate)
+    return h.learning(
+        body=draws, data=lambda run: run.data(stream(run), validation), evaluate=evaluate
+    )
 
 
 def test_a_stream_goes_on_where_it_was(tmp_path, capfd):
@@ -435,6 +443,17 @@ def keeps_notes(run: tg.Run, module: nn.Module) -> Optimizer:
     return h.sgd(run, module)
 
 
+def keeps_a_scaler(run: tg.Run, module: nn.Module) -> Optimizer:
+    optimizer = h.sgd(run, module)
+    optimizer.scaler = run.keep(scaler=torch.amp.GradScaler("cpu"))
+    return optimizer
+
+
+def scales(module: nn.Module, optimizer: Optimizer) -> None:
+    state = optimizer.scaler.state_dict()
+    optimizer.scaler.load_state_dict({**state, "scale": 2 * state["scale"]})
+
+
 # True where the state before the batch is certain, and saved.
 FAILURES = {
     "a weight": (once(lambda module, optimizer: nn.init.ones_(module.bias)), False),
@@ -443,6 +462,7 @@ FAILURES = {
     "a group": (CHANGES["groups of parameters"], False),
     "a buffer anew": (CHANGES["a buffer anew"], False),
     "a buffer in place": (CHANGES["a buffer in place"], True),
+    "a scale": (once(scales, keeps_a_scaler), True),
 }
 
 

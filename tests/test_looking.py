@@ -296,19 +296,6 @@ def test_every_value_has_a_chart_of_its_name(tmp_path):
     ]
 
 
-def test_several_runs_lie_over_each_other_to_one_scale(tmp_path):
-    for name, losses in (("a", [5, 4, 3, 2]), ("b & <c>", [5, 3, "nan", 1])):
-        rows = [f"{step},0,{loss},,1,100,1,x\n" for step, loss in enumerate(losses, 1)]
-        (tmp_path / f"{name}.csv").write_text(HEADER + "".join(rows))
-    files = [tmp_path / "a.csv", tmp_path / "b & <c>.csv"]
-    plot(*files, "-o", tmp_path / "both.svg").check_returncode()
-    picture = ElementTree.parse(tmp_path / "both.svg").getroot()
-    a, b = points(picture, 0), points(picture, 1)
-    # y grows downwards; a NaN is left out.
-    assert a[0] == b[0] and a[3][0] == b[2][0] and a[3][1] < b[2][1] and a[1][1] > a[0][1]
-    assert legends(picture) == [f"{file}, 100 samples/s" for file in files]
-
-
 def test_what_cannot_be_drawn_is_one_line(tmp_path):
     for text, message in (
         (None, "No such file"),

@@ -87,8 +87,6 @@ KEPT |= {name: optimizing(schedule=make) for name, make in SCHEDULERS.items()}
 @pytest.mark.parametrize("name", KEPT)
 def test_optimizers_and_schedulers_of_any_kind(tmp_path, name):
     """Every row has the learning rates."""
-    if name == "SWALR" and torch.__version__ < (2, 10):
-        pytest.skip("its state holds a function there, which is refused in one line")
     h.assert_resumes(KEPT[name], tmp_path, 5)
 
 
