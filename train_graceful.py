@@ -1452,11 +1452,19 @@ class RunState:
         grad: Any = parameter.grad
         return not known or known[0]() is not grad or known[1] != grad._version
 
+    def rates(self) -> dict[str, float]:
+        return {
+            f"lr_{name}.{number}".removesuffix(".0"): float(group["lr"])
+            for name, optimizer in self._optimizers.items()
+            for number, group in enumerate(optimizer.param_groups)
+        }
+
     def _marks(self) -> tuple:
         """What of the state cannot be put back after a batch has changed it."""
         parameters = [(one._version, one.requires_grad) for one in self._names]
-        groups = [len(one.param_groups) for one in self._optimizers.values()]
-        return parameters, groups, [id(x) for one in self._models.values() for x in one.buffers()]
+        buffers = [id(buffer) for one in self._models.values() for buffer in one.buffers()]
+        # Groups that were added show there, too.
+        return parameters, buffers, self.rates()
 
     def _states(self) -> dict:
         kept = {
@@ -1632,13 +1640,6 @@ class Run(RunState):
             text = "the gradient is NaN or infinite; nothing was updated. A resumed run comes to it"
             raise FloatingPointError(f"{text} again; {NEW_RUN}, at a smaller learning rate")
         return norm
-
-    def rates(self) -> dict[str, float]:
-        return {
-            f"lr_{name}.{number}".removesuffix(".0"): float(group["lr"])
-            for name, optimizer in self._optimizers.items()
-            for number, group in enumerate(optimizer.param_groups)
-        }
 
     def log(self, **values: float | Tensor) -> None:
         """Numbers whose means since the last row become columns of metrics.csv; `loss` is shown.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, default_collate
 
@@ -443,15 +443,18 @@ def keeps_notes(run: tg.Run, module: nn.Module) -> Optimizer:
     return h.sgd(run, module)
 
 
-def keeps_a_scaler(run: tg.Run, module: nn.Module) -> Optimizer:
+def keeps_more(run: tg.Run, module: nn.Module) -> Optimizer:
     optimizer = h.sgd(run, module)
-    optimizer.scaler = run.keep(scaler=torch.amp.GradScaler("cpu"))
+    scaler, scheduler = torch.amp.GradScaler("cpu"), lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.others = run.keep(scaler=scaler, scheduler=scheduler)
     return optimizer
 
 
 def scales(module: nn.Module, optimizer: Optimizer) -> None:
-    state = optimizer.scaler.state_dict()
-    optimizer.scaler.load_state_dict({**state, "scale": 2 * state["scale"]})
+    scaler, scheduler = optimizer.others
+    state = scaler.state_dict()
+    scaler.load_state_dict({**state, "scale": 2 * state["scale"]})
+    scheduler.last_epoch += 1
 
 
 # True where the state before the batch is certain, and saved.
@@ -462,7 +465,8 @@ FAILURES = {
     "a group": (CHANGES["groups of parameters"], False),
     "a buffer anew": (CHANGES["a buffer anew"], False),
     "a buffer in place": (CHANGES["a buffer in place"], True),
-    "a scale": (once(scales, keeps_a_scaler), True),
+    "a scale and a schedule": (once(scales, keeps_more), True),
+    "a rate": (once(lambda module, optimizer: optimizer.others[1].step(), keeps_more), False),
 }
 
 
