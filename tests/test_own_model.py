@@ -1,5 +1,6 @@
 """Anybody's model and loop is resumed bit for bit, and a mistake in it is answered in one line."""
 
+import functools
 import math
 import sys
 
@@ -48,13 +49,19 @@ def optimizing(make=adam, schedule=None, model=net, **how):
 # ---- what is resumed
 
 
+def noisy(run: tg.Run, module: nn.Module):
+    evaluate = h.losses(run, module)
+    return lambda batch: {**evaluate(batch), "noise": torch.rand(len(batch[0]))}
+
+
 @pytest.mark.parametrize(
-    "before, after, stops", [(0, 0, range(1, 13)), (2, 3, [6]), (0, 2, [5]), (2, 2, [10])]
+    "before, after, stops",
+    [(0, 0, range(1, 13)), (2, 3, [6, "evaluation 5"]), (0, 2, [5]), (2, 2, [10])],
 )
 def test_whenever_it_is_stopped_and_with_any_number_of_workers(tmp_path, before, after, stops):
     """A model with BatchNorm and dropout, augmentation at random, rows of means over batches."""
     how = {"before": ["--workers", before], "after": ["--workers", after], "log_every": 3}
-    h.assert_resumes(optimizing(), tmp_path, *stops, **how)
+    h.assert_resumes(optimizing(evaluate=noisy), tmp_path, *stops, **how)
 
 
 OPTIMIZERS = {
@@ -86,8 +93,10 @@ KEPT |= {name: optimizing(schedule=make) for name, make in SCHEDULERS.items()}
 
 @pytest.mark.parametrize("name", KEPT)
 def test_optimizers_and_schedulers_of_any_kind(tmp_path, name):
-    """Every row has the learning rates."""
-    h.assert_resumes(KEPT[name], tmp_path, 5)
+    """Every row has the learning rates; what is shown of the loss is smooth."""
+    whole = h.assert_resumes(KEPT[name], tmp_path, 5)
+    smooth = functools.reduce(lambda mean, one: 0.9 * mean + 0.1 * one, h.column(whole, "loss"))
+    assert h.final(whole)["metrics"]["smooth_loss"] == pytest.approx(smooth)
 
 
 def attacks(run, module, optimizer, batch):

@@ -103,6 +103,15 @@ def test_no_rank_but_the_one_that_saves_has_the_whole_model(group, new, tmp_path
 # ---- stops and saves
 
 
+def test_s_typed_saves_what_all_ranks_hold(group, new, tmp_path):
+    ranks = group(2, *new("standard", "--steps", 10**6), "--checkpoint-dir", tmp_path)
+    for typed, said in (("s", "Checkpoint saved: "), ("q", "Emergency checkpoint saved: ")):
+        ranks[0].terminal.expect(r"step \d+/")
+        ranks[0].terminal.send(f"{typed}\n")
+        ranks[0].terminal.expect(said)
+    assert h.finished(ranks)[1] == [0, 0]
+
+
 @pytest.mark.parametrize("where", ["write", "evaluate", "gather"])
 def test_a_request_in_the_middle_of_a_save_or_an_evaluation(group, new, tmp_path, where):
     """Leaving waits for the file that is written."""
