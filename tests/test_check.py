@@ -80,11 +80,6 @@ a list of samples that is learned from
 + loss = (model(torch.cat(old)) - 1).square().mean()
 = Stopped and resumed: loss differs from step|The batches are the same|a list of samples
 
-a load_state_dict that leaves something out
-- self.batches = state["batches"]
-+ pass
-= checkpoint['state_dicts']['counter']['batches'] (1 values in all)|leaves something out
-
 a learning rate set by hand
 - optimizer.step()
 + rate *= 0.9

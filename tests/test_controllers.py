@@ -181,21 +181,12 @@ def test_the_schedule_rises_falls_and_stays(kind, middle, end):
 
 
 @pytest.mark.parametrize("mode", ["standard", "geometric"])
-def test_it_learns_and_a_gradient_that_is_not_finite_updates_nothing(built, monkeypatch, mode):
+def test_it_learns_with_all_its_parameters(built, mode):
     controller, batches = built("--mode", mode, "--warmup-steps", "5")
     begun = copy.deepcopy(controller.model.state_dict())
     losses = [controller.training_step(batch).item() for batch in batches]
     assert len(losses) == 60 and sum(losses[-5:]) / 5 < losses[0] - 1
     assert not any(one.equal(begun[name]) for name, one in controller.model.state_dict().items())
-    before = copy.deepcopy(controller.model.state_dict())
-
-    def not_finite(norm: float) -> None:
-        raise FloatingPointError
-
-    monkeypatch.setattr(controller.run, "clip_gradients", not_finite)
-    with pytest.raises(FloatingPointError):
-        controller.training_step(batches[0])
-    h.assert_same(controller.model.state_dict(), before)
 
 
 # ---- anybody's own model
