@@ -1732,6 +1732,10 @@ class Run(RunState):
         self._introduce()
         self.trains = True
         self.processes.exchange({})
+        if self.processes.many and sys.version_info < (3, 11):
+            # Meanwhile gloo's threads give back what they had of that: a worker that is forked
+            # while they do may hang, there.
+            dist.barrier()
 
     def _open_directory(self) -> None:
         path, how = Path(self.options.checkpoint_dir), (self.options.keep, self.screen.say)
@@ -1812,11 +1816,6 @@ class Run(RunState):
         except UserError as error:
             # A worker's arrives with a traceback in it.
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
-        except RuntimeError:
-            # A signal to the whole group may have ended a worker before it had its handlers.
-            if alone and self.monitor.heard:
-                raise Interrupted from None
-            raise
         to = {"device": self.device, "non_blocking": True}
         return tree_map(lambda x: x.to(**to) if hasattr(x, "to") else x, batch), count
 
