@@ -195,7 +195,8 @@ def become(
             if fd > 2 and fd not in kept:
                 with contextlib.suppress(OSError):  # the listing's own
                     os.close(fd)
-        # pytest's writes to a descriptor that is closed now.
+        # pytest's write to descriptors that are closed now, and will be a checkpoint's.
+        logging.getLogger().handlers.clear()
         faulthandler.enable(sys.__stderr__)
         # PR_SET_PTRACER: strace may attach.
         ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
