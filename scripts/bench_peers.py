@@ -68,8 +68,8 @@ class Clock:
     def after_batches(self, run: t.Run) -> None:
         """From now on the batches of a run are counted here."""
         batches = run.batches
-        # An optimizer that is not kept, the bare loop's, may step where something else is.
-        run.keep(bare_loop=nn.Identity())
+        # The bare loop's optimizer may step, for an object that has it is kept.
+        run.keep(clock=self)
 
         def counted(*arguments: object, **keywords: object) -> Iterator:
             for batch in batches(*arguments, **keywords):
@@ -77,6 +77,12 @@ class Clock:
                 self.step()
 
         run.batches = counted
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
     def milliseconds(self) -> dict[str, list[float]]:
         """Of a step, in each block but the first, which is a warm-up."""
