@@ -55,6 +55,7 @@ sys.path.insert(0, str(ROOT))
 import train_graceful as t
 
 TINY = "--context 16 --layers 2 --heads 2 --dim 16 --experts 2 --batch-size 4 --dropout 0.1".split()
+MAKE = ["make", "-C", str(ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
 ENDLESS = "--steps 1000000 --save-every 1000000 --eval-every 1000000".split()
 MODES = {
     "standard": ["--mode", "standard"],
@@ -218,6 +219,10 @@ def become(
         streams = enumerate((("r", -1), ("w", -1), ("w", 1)))
         files = (open(fd, mode, buffer, closefd=False) for fd, (mode, buffer) in streams)
         sys.stdin, sys.stdout, sys.stderr = files
+        # And PyTorch's log handlers write to what was the tests' own output.
+        for reference in logging._handlerList:
+            if type(handler := reference()) is logging.StreamHandler:
+                handler.stream = sys.stderr
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         main.__file__ = argv[0]
         # Importing it would have; here it is imported already.
@@ -387,10 +392,6 @@ def torchrun(spawn, *words: object, size=2, environment=None, enter=dict, script
         enter()
         os.chdir(environment["PWD"])
         subprocess_handler.Popen = forked
-        for reference in logging._handlerList:
-            # Those that PyTorch has made write to what was the tests' own output.
-            if type(handler := reference()) is logging.StreamHandler:
-                handler.stream = sys.stderr
 
     what = [script]
     if script is None:
@@ -647,16 +648,16 @@ def metrics_without_times(directory: Path, name="metrics.csv") -> list[dict]:
     return [{key: value for key, value in row.items() if key not in own} for row in rows]
 
 
-def assert_same_state(left: Path, right: Path) -> None:
-    """Two directories hold the same end of a run, whatever its rows say."""
+def assert_same_state(left: Path, right: Path) -> tuple[dict, dict]:
+    """Two directories hold the same end of a run, whatever its rows say: these two."""
     a, b = final(left), final(right)
     assert_same({key: a[key] for key in STATE_KEYS}, {key: b[key] for key in STATE_KEYS})
+    return a, b
 
 
 def assert_same_run(left: Path, right: Path) -> None:
     """Two directories hold the same finished run: all that was kept, and metrics."""
-    assert_same_state(left, right)
-    a, b = final(left), final(right)
+    a, b = assert_same_state(left, right)
     assert a["metrics"]["smooth_loss"] == b["metrics"]["smooth_loss"]
     assert metrics_without_times(left) == metrics_without_times(right)
 

@@ -130,8 +130,7 @@ def test_a_script_that_does_not_learn_proves_nothing(checked):
 def test_make_shows_how_a_script_fails_with_its_options(tmp_path):
     fails = RIGHT.replace("run.log(loss=loss)", "run.log(loss=1 / (run.options.batch_size - 5))")
     (tmp_path / "mine.py").write_text(fails)
-    make = ["make", "-C", str(h.ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
-    command = [*make, "check", f"SCRIPT={tmp_path}/mine.py", "ARGS=--batch-size 5"]
+    command = [*h.MAKE, "check", f"SCRIPT={tmp_path}/mine.py", "ARGS=--batch-size 5"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 2 and "ZeroDivisionError: division by zero" in result.stdout
     assert "✅" not in result.stdout

@@ -16,18 +16,16 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 import train_graceful as tg
 
 
-def ranks(group, train, directory: Path, *args, stop=None, code: int = 0, **options) -> str:
+def ranks(ended, train, folder: str, *args, stop=None, code: int = 0, **options) -> str:
     """Two processes run it to its end; what the first one printed."""
     run = lambda: tg.main(h.stopping(train, stop), **{**h.OWN, **options})
-    texts, codes = h.finished(group(2, "--checkpoint-dir", directory, *args, program=run))
-    assert codes == [code] * 2, texts
-    return texts[0]
+    return ended(folder, 2, *args, code=code, program=run)[0]
 
 
-def assert_ranks_resume(group, train, tmp_path: Path, *before) -> Path:
-    ranks(group, train, tmp_path / "whole")
-    ranks(group, train, tmp_path / "parts", *before, stop=8, code=143)
-    ranks(group, train, tmp_path / "parts", "--resume", "latest")
+def assert_ranks_resume(ended, train, tmp_path: Path, *before) -> Path:
+    ranks(ended, train, "whole")
+    ranks(ended, train, "parts", *before, stop=8, code=143)
+    ranks(ended, train, "parts", "--resume", "latest")
     h.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     return tmp_path / "whole"
 
@@ -79,10 +77,10 @@ def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path, make, workers):
     assert {number % 100 for number in index[:4]} != {number % 100 for number in index[5:9]}
 
 
-def test_each_batch_of_a_sampler_is_dealt_out_to_the_ranks(tmp_path, group):
+def test_each_batch_of_a_sampler_is_dealt_out_to_the_ranks(tmp_path, ended):
     train = sampled(lambda: buckets)
     h.go(train, tmp_path / "alone")
-    whole = assert_ranks_resume(group, train, tmp_path, "--workers", 1)
+    whole = assert_ranks_resume(ended, train, tmp_path, "--workers", 1)
     assert h.column(whole, "size") == [1, 3, 4, 2] * 3
     assert h.column(whole, "index") == pytest.approx(h.column(tmp_path / "alone", "index"))
 
@@ -148,8 +146,8 @@ def test_a_stream_that_knows_no_place_begins_anew(tmp_path, capfd):
     assert h.column(tmp_path, "index") == [*EPOCHS[:7], *EPOCHS[5:10]]
 
 
-def test_a_stream_for_each_rank(tmp_path, group, capfd):
-    whole = assert_ranks_resume(group, streamed(), tmp_path)
+def test_a_stream_for_each_rank(tmp_path, ended, capfd):
+    whole = assert_ranks_resume(ended, streamed(), tmp_path)
     assert h.column(whole, "index")[:2] == [2.5, 4.5]
     words = h.mistake(capfd, streamed(), whole, "--resume", "latest", "--steps", 20)
     assert "a stream of 2 ranks; --weights" in words
@@ -342,8 +340,8 @@ ON_RANKS = {
 
 
 @pytest.mark.parametrize("words", ON_RANKS)
-def test_what_many_processes_cannot_do_is_refused(tmp_path, group, words):
-    text = ranks(group, ON_RANKS[words], tmp_path, code=2)
+def test_what_many_processes_cannot_do_is_refused(ended, words):
+    text = ranks(ended, ON_RANKS[words], "ck", code=2)
     assert words in text and "Traceback" not in text
 
 
@@ -586,9 +584,9 @@ def summarized(summarize=middle, best="max middle"):
     return h.learning(body=stands_still, evaluate=scores, best=best, summarize=summarize)
 
 
-def test_a_summary_of_all_samples_is_the_same_on_any_number_of_ranks(tmp_path, group):
+def test_a_summary_of_all_samples_is_the_same_on_any_number_of_ranks(tmp_path, ended):
     whole = h.assert_resumes(summarized(), tmp_path, eval_every=3)
-    ranks(group, summarized(), tmp_path / "two", eval_every=3)
+    ranks(ended, summarized(), "two", eval_every=3)
     left, right = h.metrics_without_times(whole), h.metrics_without_times(tmp_path / "two")
     rows = {int(row["step"]): float(row["val_middle"]) for row in left if row["val_middle"]}
     assert list(rows) == [3, 6, 9, 12] and not {"val_index", "val_scores"} & {*left[0]}

@@ -140,7 +140,7 @@ def logged(log, text: str):
     return lambda: log.exists() and text in log.read_text()
 
 
-def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(slurm, group, job, tmp_path):
+def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(slurm, ended, job, tmp_path):
     log, options = tmp_path / "job.log", job("--steps", 60, "--shard")
     number = slurm.submit(log, *options, limit="--nodes=2")
     wait_until(logged(log, "Training started"))
@@ -149,7 +149,7 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_the_same_run(slurm, group, j
     wait_until(lambda: slurm.state(number) == "COMPLETED")
     said, step = log.read_text(), t.load_checkpoint(emergency)["step"]
     assert said.count("2 x cpu") == 2 and f"Resumed at step {step} of 60" in said
-    h.finished(group(2, *options, "--checkpoint-dir", tmp_path / "whole"))
+    ended("whole", 2, *options)
     h.assert_same_run(tmp_path / "ck", tmp_path / "whole")
 
 

@@ -30,7 +30,6 @@ lock.write(sys.stdin.read())
 """
 # Two runs' threads spin against each other on a small machine.
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-MAKE = ["make", "-C", str(h.ROOT), f"VENV_PYTHON={sys.executable}", "-o", ".venv/installed"]
 QUIET = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
 
 
@@ -41,7 +40,7 @@ def script(name, *args, cwd=None, **environment) -> subprocess.CompletedProcess:
 
 
 def make(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*MAKE, *words], env=ENVIRONMENT, **QUIET)
+    return subprocess.run([*h.MAKE, *words], env=ENVIRONMENT, **QUIET)
 
 
 MINE = """
@@ -273,7 +272,7 @@ def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number)
 def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, mine, way):
     where = f"ARGS=--lr 0.2 --checkpoint-dir '{mine}/ck'"
     own = f"SCRIPT={mine / 'mine.py'}"
-    child = spawn(command=[*MAKE, "train", own, where], env=ENVIRONMENT)
+    child = spawn(command=[*h.MAKE, "train", own, where], env=ENVIRONMENT)
     child.expect("step [0-9]+/")
     if way == "q":
         child.sendline("q")
@@ -295,7 +294,7 @@ def test_a_run_that_has_saved_and_left_is_no_error_to_make(spawn, mine, way):
 def test_make_leaves_the_environment_of_a_script_alone(tmp_path):
     (tmp_path / "mine.py").write_text("import os; print(os.environ['MODE'], os.environ['DIR'])")
     environment = {**ENVIRONMENT, "MODE": "cached", "DIR": "/data"}
-    command = [*MAKE, "train", f"SCRIPT={tmp_path}/mine.py"]
+    command = [*h.MAKE, "train", f"SCRIPT={tmp_path}/mine.py"]
     result = subprocess.run(command, env=environment, **QUIET)
     assert "\ncached /data\n" in result.stdout
 
