@@ -1426,11 +1426,13 @@ class RunState:
             module.training = name not in saved["eval"]
         frozen = set(saved["frozen"])
         for one, name in self._names.items():
-            if one.requires_grad == (name in frozen):
-                self._other_flags = True
-                one.requires_grad_(name not in frozen)
+            self._other_flags |= one.requires_grad == (name in frozen)
+            one.requires_grad_(name not in frozen)
             if name in saved["gradients"]:
-                one.grad = own_part(saved["gradients"][name], one).to(one.device)
+                old = saved["gradients"][name]
+                grad: Any = torch.zeros_like(one) if old is None else own_part(old, one)
+                one.grad = grad = grad.to(one.device)
+                self._updated[one] = old is None and (weakref.ref(grad), grad._version)
 
     def _mark_boundary(self) -> None:
         """Remembers what an exception in a batch has to put back, and gradients that wait."""
@@ -1439,18 +1441,18 @@ class RunState:
         self._before: list[tuple] = [(one.detach().copy_, one.clone()) for one in buffers]
         for part in (*self._schedulers.values(), *self._scalers.values()):
             self._before.append((part.load_state_dict, dict(part.state_dict())))
-        self._gradients = {
-            name: parameter.grad.clone()
-            for parameter, name in self._names.items()
-            if parameter.grad is not None and self._waits(parameter)
-        }
+        self._gradients: dict[str, Tensor | None] = {}
+        for parameter, name in self._names.items():
+            grad: Any = parameter.grad
+            known = self._updated.get(parameter)
+            used = known and grad is not None and known[0]() is grad and known[1] == grad._version
+            if grad is not None and not used:
+                self._gradients[name] = grad.clone()
+            elif used and not grad.is_sparse:
+                # A step has used it. The loop may zero it, and step with zeros in the next batch.
+                self._gradients[name] = None
         self._updated.clear()
         self._kept_as = self._marks()
-
-    def _waits(self, parameter: Tensor) -> bool:
-        known = self._updated.get(parameter)
-        grad: Any = parameter.grad
-        return not known or known[0]() is not grad or known[1] != grad._version
 
     def rates(self) -> dict[str, float]:
         return {
@@ -2400,8 +2402,7 @@ def prepared(options: dict, given: dict, processes: Processes, screen: Screen) -
     with fitting(path, "this program"):
         if path is not None:
             # The directory that its run saves in, links resolved, if it was saved there.
-            folder = os.path.dirname(os.path.realpath(path))
-            directory = folder.removesuffix("/emergency_exit")
+            directory = os.path.dirname(os.path.realpath(path)).removesuffix("/emergency_exit")
             if os.path.basename(path).startswith("train_graceful_"):
                 directory = state["config"]["checkpoint_dir"]
         given.setdefault("checkpoint_dir", directory)
@@ -2754,16 +2755,16 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     A quintic Newton-Schulz iteration (Jordan et al., "Muon", 2024), in bfloat16, or in float32 on a
     CPU that would only emulate it.
     """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalize(matrices.mT, iterations).mT
     a, b, c = 3.4445, -4.7750, 2.0315
     emulated = matrices.is_cpu and not torch.cpu._is_avx512_bf16_supported()
     x = matrices.to(torch.float32 if emulated else torch.bfloat16)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
 class GeometricTrainingController(StandardTrainingController):

@@ -202,7 +202,7 @@ def described(value: object) -> str:
         if isinstance(leaf, torch.Tensor):
             start = leaf.untyped_storage().data_ptr() if leaf.numel() else id(leaf)
             tensors[start, leaf.storage_offset(), leaf.shape, leaf.stride()] = leaf.numel()
-        else:
+        elif leaf is not None:
             others += 1
     words = []
     if tensors:
