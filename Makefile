@@ -7,7 +7,8 @@ given = $(if $(filter command,$(origin $(1))),$($(1)),$(2))
 args = $(call given,ARGS)
 nproc = $(call given,NPROC,2)
 ckpt = $(or $(call given,CKPT),latest)
-session = $(call given,SESSION,train)
+# As tmux names it.
+session = $(subst :,_,$(subst .,_,$(call given,SESSION,train)))
 dir = $(call given,DIR,checkpoints)
 # A script of your own. What it prints as the command that resumes is for where make runs.
 ifneq ($(SCRIPT),)
@@ -57,10 +58,10 @@ nohup: .venv/installed ## train in the background (MODE, ARGS, LOG=train.log in 
 	@PYTHON=$(VENV_PYTHON) scripts/train_nohup.sh $(train_args)
 
 stop: ## let the run that uses a checkpoint directory save and leave (DIR=checkpoints)
-	@scripts/stop.sh $(or $(args),"$(dir)")
+	@scripts/stop.sh $(in_dir)$(args)
 
 list: .venv/installed ## the checkpoints of a directory (DIR=checkpoints)
-	@$(VENV_PYTHON) scripts/checkpoints.py list $(or $(args),"$(dir)")
+	@$(VENV_PYTHON) scripts/checkpoints.py list $(in_dir)$(args)
 
 show: .venv/installed ## what a checkpoint holds (CKPT=path, default latest)
 	@$(VENV_PYTHON) scripts/checkpoints.py show "$(ckpt)" --checkpoint-dir "$(dir)"
@@ -90,7 +91,7 @@ test-integrations: .venv-peers/installed ### the examples for other trainers, W&
 test-versions: ### the tests that matter on the oldest and newest PyTorch and Python, in environments of their own (VERSIONS, ARGS)
 	@scripts/test_versions.sh $(args)
 
-campaign: .venv/tests-installed ### the whole fault campaigns, an hour on 2 cores (ARGS="-k phase")
+campaign: .venv/tests-installed ### the whole fault campaigns, three quarters of an hour on 2 cores (ARGS="-k phase")
 	$(call need,strace)
 	$(VENV_PYTHON) -m pytest -m campaign $(args)
 
@@ -141,4 +142,4 @@ install: .venv/tests-installed ### create .venv and install requirements.txt (PY
 	@touch .venv-peers/installed
 
 clean: ### remove .venv and caches, never checkpoints
-	rm -rf .venv .venv-lint .venv-peers .venv-versions .pytest_cache __pycache__ scripts/__pycache__ tests/__pycache__
+	rm -rf .venv .venv-lint .venv-peers .venv-versions .pytest_cache __pycache__ .mypy_cache .ruff_cache scripts/__pycache__ tests/__pycache__ tests/campaigns/__pycache__

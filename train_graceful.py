@@ -114,7 +114,7 @@ class option(NamedTuple):
         several = "+" if isinstance(self.default, tuple) else None
         one = next(iter(self.default), "") if several else self.default
         kind: Any = self.kind or (str if one is None else type(one))
-        if self.default not in (None, ()):
+        if one not in (None, ""):
             text += f" (default {self.default})"
         group.add_argument(flag(name), type=kind, choices=self.choices, nargs=several, help=text)
 
@@ -163,8 +163,10 @@ def declared(own: dict[str, Any]) -> dict[str, option]:
         near = difflib.get_close_matches(name, COMMON_OPTIONS, cutoff=0.9)
         if near and name not in near:
             raise UserError(f"main({name}=...): {near[0]} is meant? Another one needs another name")
-        common = COMMON_OPTIONS.get(name, option(None))
-        options[name] = value if isinstance(value, option) else common._replace(default=value)
+        if not isinstance(value, option):
+            value = COMMON_OPTIONS.get(name, option(None))._replace(default=value)
+        # Of a resumed run's checkpoint numpy's numbers are Python's.
+        options[name] = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, value)
     return options
 
 
@@ -1137,8 +1139,7 @@ class Batches(Dataset):
         else:
             data, epoch = self.validation, -1
             # Evenly spread. A rank without a sample of its own computes one all the same.
-            places = self._places(number, self.validated)
-            indices = (places * len(data) // self.validated).tolist()
+            indices = (self._places(number, self.validated) * len(data) // self.validated).tolist()
         samples = []
         for index in indices or [0]:
             seed_generators(self.seed, epoch, index, own=self.generators)
@@ -2711,8 +2712,7 @@ class StandardTrainingController:
         """Makes one step of every optimizer; returns the mean loss of the batch."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        accum = self.options.grad_accum
-        loss = forward_backward(self.loss, batch, accum, self.regularization)
+        loss = forward_backward(self.loss, batch, self.options.grad_accum, self.regularization)
         self.run.clip_gradients(self.options.grad_clip)
         for optimizer in self.optimizers.values():
             optimizer.step()

@@ -9,7 +9,7 @@ if [ "${1:-}" = --help ]; then
     sed -n '1d; /^#SBATCH/d; /^$/q; s/^# \{0,1\}//p' "$0"
     exit
 fi
-root=${root:-$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)}
+root=$(CDPATH='' cd -- "${submitted_from:-$(dirname -- "$0")/..}" && pwd)
 program=${SCRIPT:-train_graceful.py}
 if [ -n "${SCRIPT:-}" ]; then
     case ":${PYTHONPATH:-}:" in *":$root:"*) ;; *) export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" ;; esac

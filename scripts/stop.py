@@ -67,8 +67,5 @@ def stop(directory: str) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if (os.environ.get("LC_ALL") or os.environ.get("LANG")) in ("C", "POSIX"):
-        # No symbols, as the run itself does.
-        sys.stdout.reconfigure(encoding="ascii")
     sys.stdout.reconfigure(errors="replace")
     stop(sys.argv[1])

@@ -16,7 +16,8 @@ set -eu
 find_python
 
 case ${1:-} in
-    -*) find_directory "$@" ;;
+    --*) find_directory "$@" ;;
+    -*) echo "$1 is no option: scripts/stop.sh --help" >&2; exit 2 ;;
     *) directory=${1:-checkpoints} ;;
 esac
 

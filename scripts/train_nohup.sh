@@ -39,8 +39,8 @@ fi
 
 echo "Training in the background, pid $pid"
 echo "  log:    $log"
-echo "  follow: tail -f \"$log\""
+echo "  follow: tail -f $(quoted "$log")"
 case $(head -n 1 "$directory/run.lock" 2>/dev/null) in
-    "$pid "*) echo "  stop:   \"$root/scripts/stop.sh\" \"$directory\"" ;;
+    "$pid "*) echo "  stop:   $(quoted "$root/scripts/stop.sh") $(quoted "$directory")" ;;
     *) echo "  stop:   kill $pid" ;; # resumed into the directory that its checkpoint names
 esac

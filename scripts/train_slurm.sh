@@ -20,8 +20,8 @@
 
 set -eu
 
-root=${SLURM_SUBMIT_DIR:-$(dirname -- "$0")/..}
-. "$root/scripts/common.sh"
+submitted_from=${SLURM_SUBMIT_DIR:-$(dirname -- "$0")/..}
+. "$submitted_from/scripts/common.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "This is a job for Slurm: sbatch scripts/train_slurm.sh" >&2; exit 2; }
 cd "$SLURM_SUBMIT_DIR"
 

@@ -12,13 +12,9 @@ set -eu
 
 . "$(dirname -- "$0")/common.sh"
 
-session=train
 case "${1:--}" in
-    -*) ;;
-    *)
-        session=$(printf %s "$1" | tr .: __) # as tmux does
-        shift
-        ;;
+    -*) session=train ;;
+    *) session=$(printf %s "$1" | tr .: __) && shift ;; # as tmux does
 esac
 
 need tmux
@@ -26,21 +22,23 @@ need tmux
 if [ -n "$(tmux show-options -qv -t "=$session:" @training 2>/dev/null)" ]; then
     echo "A run trains in the tmux session '$session' already; nothing new is started."
     # Attached, nobody would read that.
-    [ $# -eq 0 ] || { echo "Attach to it: make attach. One more beside it: make tmux SESSION=name" >&2; exit 2; }
+    [ $# -eq 0 ] || { echo "Attach to it: make attach SESSION=$session. One more beside it: make tmux SESSION=name" >&2; exit 2; }
 else
     find_python
-    set -- env ${PYTHONPATH+PYTHONPATH="$PYTHONPATH"} "$PYTHON" "$program" "$@"
     # A tmux server that is already running passes on its own environment, not ours.
-    [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || set -- env CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES" "$@"
+    set -- ${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"} "$PYTHON" "$program" "$@"
+    set -- env ${PYTHONPATH+PYTHONPATH="$PYTHONPATH"} "$@"
+    # In one string, for to tmux a word that ends with ; ends its command.
+    words=
+    for word; do words="$words $(quoted "$word")"; done
     # The trap keeps the shell alive through the Ctrl-C that the run answers with a save.
-    # shellcheck disable=SC2016 # expanded by the shell inside tmux
-    set -- -c "$PWD" sh -c '
+    set -- -c "$PWD" sh -c "
         trap : INT QUIT
         code=0
-        "$@" || code=$?
+        $words || code=\$?
         tmux set-option -u @training
-        printf "\nThe run has ended with exit code %s. This is a shell; exit closes it.\n" "$code"
-        exec "${SHELL:-/bin/sh}"' sh "$@"
+        printf '\nThe run has ended with exit code %s. This is a shell; exit closes it.\n' \$code
+        exec \"\${SHELL:-/bin/sh}\""
     if tmux has-session -t "=$session" 2>/dev/null; then
         tmux set-option -t "=$session:" @training yes ";" new-window -t "=$session:" "$@"
         echo "Started in a new window of the tmux session '$session', whose last run has ended."

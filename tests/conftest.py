@@ -16,8 +16,11 @@ import pytest
 
 # Before torch is imported: a second thread only waits for work in models this small.
 os.environ["OMP_NUM_THREADS"] = "1"
-# As scripts/train_torchrun.sh sets them.
+# What PyTorch logs in passing is in nobody's way.
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ["LOGLEVEL"] = "ERROR"
+# What the scripts take from there.
+for name in ("SCRIPT", "LOG", "NNODES", "RENDEZVOUS", "PATIENCE"):
+    os.environ.pop(name, None)
 
 import helpers as h
 import torch

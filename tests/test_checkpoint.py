@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import helpers as h
-import numpy
 import pytest
 import torch
 
@@ -130,12 +129,6 @@ def test_a_copy_for_saving_is_of_one_moment_and_reuses_its_memory():
     assert second["again"].data_ptr() == first["again"].data_ptr() != weight.data_ptr()
 
 
-def test_numpys_scalars_are_saved_as_the_numbers_they_are(tmp_path):
-    numbers = [numpy.float32(1.5), (numpy.bool_(False),)]
-    t.save_checkpoint({numpy.int64(4): numbers, "name": numpy.str_("x")}, tmp_path / "a.pt")
-    h.assert_same(t.load_checkpoint(tmp_path / "a.pt"), {4: [1.5, (False,)], "name": "x"})
-
-
 # ---- how it is saved
 
 
@@ -183,13 +176,17 @@ def test_what_a_file_system_lacks_is_no_failed_save(fork, options, tmp_path):
     """Lustre without -o flock, NFS without lockd; FUSE; no right to list. Locks are named."""
     no_locks = functools.partial(lacking, fcntl, "lockf", errno.ENOLCK, bool)
     no_fsync = functools.partial(lacking, os, "fsync", errno.EINVAL, bool)
+    no_advice = functools.partial(lacking, os, "posix_fadvise", errno.EINVAL, bool)
     no_list = functools.partial(lacking, os, "open", errno.EACCES, os.path.isdir)
     plan = [
         (h.Moment("train"), no_locks),
         (h.saving("step_2"), no_fsync),
+        (h.saving("step_4"), no_advice),
         (h.saving("final"), no_list),
     ]
-    child = fork(*options, "--steps", 4, "--save-every", 2, plan=plan)
+    # A file that is large enough to be worth advice.
+    large = ["--dim", 256, "--heads", 2, "--experts", 2]
+    child = fork(*options, *large, "--steps", 4, "--save-every", 2, plan=plan)
     output = child.finish()
     assert child.exitcode == 0 and "not saved" not in output, output
     assert output.count("no locks there (No locks available)") == 1
@@ -310,8 +307,6 @@ def test_what_is_damaged_or_no_checkpoint_is_refused(finished, tmp_path):
         assert "other.pt: damaged, or not a checkpoint" in h.refused("--resume", path)
     assert "directory" in h.refused("--resume", tmp_path)
     assert "missing.pt: No such file" in h.refused("--resume", tmp_path / "missing.pt")
-    nowhere = ["--checkpoint-dir", tmp_path / "none"]
-    assert "no checkpoint" in h.refused("--resume", "latest", *nowhere)
 
 
 def test_the_end_of_a_large_record_and_what_a_pickle_refers_to_are_looked_at(tmp_path):
@@ -343,16 +338,6 @@ def test_a_checkpoint_of_another_format_or_run_is_refused(altered, tmp_path, cha
     message = h.refused(*resumed)
     assert str(path) in message and words in message
     assert os.listdir(tmp_path) == ["altered.pt"]
-
-
-def test_a_checkpoint_of_another_pytorch_loads_as_far_as_pytorch_takes_it(altered):
-    """A newer one has added an option to AdamW's groups; and a newer edition a key."""
-
-    def change(state: dict) -> None:
-        state["optimizer_state_dicts"]["adamw"]["param_groups"][0].pop("differentiable")
-        state.update(torch_version="2.6.0", more=[1])
-
-    assert h.session(*altered(change)[1]) == 0
 
 
 STRANGE = [None, True, 10**30, "x", float("nan"), [], [1], {}, {1: 2}, torch.ones(2), {"a": None}]

@@ -118,23 +118,6 @@ def test_what_a_child_executes_finds_its_signals_as_without_a_monitor(program):
     assert len(shown) == 6 and len(set(shown)) == 1, shown
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_a_group_signal_at_any_moment_of_starting_children_is_heard_once(program, number):
-    child = program("""
-with ExitMonitor() as monitor:
-    print("@starting")
-    while not monitor.exit_requested:
-        process = fork.Process(target=int)
-        process.start()
-        process.join()
-    print("@heard", monitor.reason)
-""")
-    child.expect("@starting")
-    os.killpg(child.pid, signal.SIGINT)
-    child.expect("@heard signal_SIGINT")
-    assert ended(child) == 0
-
-
 DEAF = """
 async def taken():
     loop = asyncio.get_running_loop()

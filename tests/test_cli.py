@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import helpers as h
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,7 +105,7 @@ def train_mine(run: t.Run) -> None:
 
 OWN = {
     "width": 3,
-    "speed": 0.5,
+    "speed": np.float32(0.5),
     "deep": True,
     "note": "",
     "sizes": (1, 2),
@@ -147,7 +148,8 @@ def test_help_groups_the_options_and_says_defaults_and_choices(capsys):
 def test_an_own_option_has_the_type_of_its_default(mine):
     values = {name: one.default if isinstance(one, t.option) else one for name, one in OWN.items()}
     values["checkpoint_dir"] = os.path.abspath("mine")
-    assert mine(0).items() >= values.items()
+    default = mine(0)
+    assert default.items() >= values.items() and type(default["speed"]) is float
     words = "--width 1000 --speed 1 --no-deep --sizes 4 5 6 --flavour=hot --limit 9"
     given = mine(0, *words.split(), "--note", "a b", "--checkpoint-dir", "other")
     values.update(width=1000, speed=1.0, deep=False, note="a b", sizes=(4, 5, 6), flavour="hot")

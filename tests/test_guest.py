@@ -230,7 +230,7 @@ def everything() -> dict:
     """What a process holds beside memory."""
     gc.collect()
     return {
-        "threads": {thread.name for thread in threading.enumerate()},
+        "threads": sorted(thread.name for thread in threading.enumerate()),
         "descriptors": sorted(os.listdir("/proc/self/fd")),
         "handlers": {signum: signal.getsignal(signum) for signum in signal.valid_signals()},
         "wake-up": signal.set_wakeup_fd(signal.set_wakeup_fd(-1)),

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 
 import helpers as h
 import pytest
@@ -101,11 +100,3 @@ def test_what_a_host_whose_processes_are_killed_leaves(hosts, endless, tmp_path,
     said = children[0].before
     assert f" --resume {newest}" in resumed(said), said
     assert newest.parent.name == ("emergency_exit" if way == "plain" else "ck")
-
-
-def test_several_machines_need_a_place_to_meet():
-    script = h.ROOT / "scripts" / "train_torchrun.sh"
-    environment = {**os.environ, "NNODES": "2"}
-    result = subprocess.run([script, "2"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("NNODES=2 needs RENDEZVOUS=host:port")

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import threading
 from pathlib import Path
 
 import helpers as h
@@ -85,7 +86,7 @@ def test_each_batch_of_a_sampler_is_dealt_out_to_the_ranks(tmp_path, ended):
     assert h.column(whole, "index") == pytest.approx(h.column(tmp_path / "alone", "index"))
 
 
-# ---- streams, and no data
+# ---- streams
 
 
 class Numbers(IterableDataset):
@@ -275,7 +276,7 @@ def fades(run, module, optimizer, batch):
 
 
 class Precise(SGD):
-    """Its averages have more digits than its weights."""
+    """Its averages have more digits than its weights, and it counts and marks."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -283,7 +284,9 @@ class Precise(SGD):
             state = self.state[one]
             average = state.setdefault("average", torch.zeros(one.shape, dtype=torch.float64))
             average.lerp_(one.grad.double(), 0.1)
-            one.sub_(0.1 * average.float())
+            count = state["count"] = state.get("count", torch.tensor(0)) + 1
+            marked = state["marked"] = torch.logical_not(state.get("marked", one > 0))
+            one.sub_(0.1 * torch.where(marked, average, average / count).float())
 
 
 class Scaled(nn.Linear):
@@ -366,7 +369,8 @@ ARRAYS = {
 
 
 def replay(run: tg.Run, module: nn.Module):
-    return h.sgd(run, module), run.keep(replay=Notes(numbers=np.zeros((6, 4)), others=ARRAYS))
+    notes = Notes(numbers=np.zeros((6, 4)), others=ARRAYS, number=np.int64(4))
+    return h.sgd(run, module), run.keep(replay=notes)
 
 
 def remembers(run, module, kept, batch):
@@ -377,20 +381,36 @@ def remembers(run, module, kept, batch):
     return h.update(run, module, optimizer, [batch[0] + 0.1 * rows, *batch[1:]])
 
 
-def test_arrays_are_tensors_in_the_file_and_arrays_again(tmp_path):
+def test_arrays_are_tensors_in_the_file_and_arrays_again(tmp_path, monkeypatch):
     train = h.learning(replay, remembers)
     h.go(train, tmp_path / "whole")
-    h.go(train, tmp_path / "parts", stop=7, save_every=3)
+    changed, save = threading.Event(), tg.save_checkpoint
+
+    def body(run, module, kept, batch):
+        loss = remembers(run, module, kept, batch)
+        if run.step == 6:
+            changed.set()
+        return loss
+
+    def saved_later(state: dict, path: Path) -> None:
+        assert path.name != "step_6.pt" or changed.wait(60)
+        save(state, path)
+
+    monkeypatch.setattr(tg, "save_checkpoint", saved_later)
+    h.go(h.learning(replay, body), tmp_path / "parts", stop=7, save_every=3)
     h.resume(train, tmp_path / "parts")
     paths = (tmp_path / name / "final.pt" for name in ("whole", "parts"))
     left, right = (torch.load(path, weights_only=True) for path in paths)
     for key in ("state_dicts", "model_state_dict"):
         h.assert_same(left[key], right[key])
     assert isinstance(right["state_dicts"]["replay"]["others"]["half"], torch.Tensor)
-    # Copied, to be written while the loop goes on.
-    arrays = tg.load_checkpoint(tmp_path / "parts" / "step_6.pt")["state_dicts"]["replay"]["others"]
-    for name, array in ARRAYS.items():
-        assert np.array_equal(arrays[name], array) and arrays[name].dtype == array.dtype
+    names = "step_6.pt", "emergency_exit/emergency_step_7.pt"
+    states = (tg.load_checkpoint(tmp_path / "parts" / name) for name in names)
+    arrays, later = (state["state_dicts"]["replay"] for state in states)
+    # A copy, for the loop has changed the first row in the meantime.
+    assert (arrays["numbers"] == later["numbers"]).all(1).tolist() == [False] + 5 * [True]
+    for name, array in arrays["others"].items():
+        assert np.array_equal(array, ARRAYS[name]) and array.dtype == ARRAYS[name].dtype
 
 
 def noted(**state):

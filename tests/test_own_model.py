@@ -449,7 +449,6 @@ OTHERS = {
     "step_6.pt does not fit first (": (PLAIN, two_networks),
     '"max minus" does not fit the checkpoint': (PLAIN, optimizing(best="max minus")),
     "(total_steps: 12 there, 20 here)": (KEPT["OneCycleLR"], KEPT["OneCycleLR"], "--steps", 20),
-    "the data is not what": (PLAIN, optimizing(data=lambda run: run.data(h.Rows(28), h.Rows(7)))),
 }
 
 

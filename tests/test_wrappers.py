@@ -56,7 +56,7 @@ def train(run):
         optimizer.step()
         run.log(loss=loss)
 
-tg.main(train, lr=0.1, steps=1000000)
+tg.main(train, lr=0.1, note="", steps=1000000)
 """
 
 
@@ -72,13 +72,23 @@ def mine(tmp_path) -> Path:
 # ---- nohup and stop
 
 
-def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(mine):
+@pytest.fixture
+def killed():
+    """The processes in this list are gone after the test."""
+    pids: list[int] = []
+    yield pids
+    for pid in filter(h.alive, pids):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_nohup_run_survives_a_hangup_and_stop_makes_it_save_and_leave(mine, killed):
     """A script of one's own does so where it lies."""
     started = script("train_nohup.sh", "--lr", "0.2", cwd=mine, SCRIPT="mine.py")
     assert started.returncode == 0, started.stderr
     log, said = mine / "checkpoints" / "train.log", started.stdout
-    assert f'tail -f "{log}"' in said and f'"{h.ROOT}/scripts/stop.sh" "{log.parent}"' in said
+    assert f"tail -f '{log}'" in said and f"{h.ROOT}/scripts/stop.sh '{log.parent}'" in said
     pid = int(re.search(r"pid (\d+)", said)[1])
+    killed.append(pid)
     os.kill(pid, signal.SIGHUP)
     steps = log.read_text().count("\nstep")
     h.wait_until(lambda: log.read_text().count("\nstep") > steps + 1)
@@ -113,8 +123,8 @@ def test_stop_without_a_run_says_so_and_changes_nothing(tmp_path):
     lock = tmp_path / "left" / "run.lock"
     lock.parent.mkdir()
     lock.write_text("1 host\n143\nsummary\n")
-    for directory in ("never used", "left"):
-        result = script("stop.sh", tmp_path / directory)
+    for directory in (tmp_path / "never used", tmp_path / "left", "-h"):
+        result = script("stop.sh", directory)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert [*tmp_path.rglob("*")] == [lock.parent, lock]
     assert lock.read_text() == "1 host\n143\nsummary\n"
@@ -122,18 +132,20 @@ def test_stop_without_a_run_says_so_and_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("host", [os.uname().nodename, "elsewhere"])
-def test_stop_never_signals_a_stranger_whom_the_lock_file_names(holder, tmp_path, host, held):
+def test_stop_never_signals_a_stranger_whom_the_lock_file_names(
+    holder, tmp_path, killed, host, held
+):
     """A run on another host has that pid, or a dead one, or somebody has written it there."""
     if not held:
         holder.kill()
         holder.wait()
-    with subprocess.Popen(["sleep", "600"]) as stranger:
-        (tmp_path / "run.lock").write_text(f"{stranger.pid} {host}\n")
-        result = script("stop.sh", tmp_path)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-        assert (f"on {host} or in a container: stop it there" in result.stderr) == held
-        assert stranger.poll() is None
-        stranger.kill()
+    stranger = subprocess.Popen(["sleep", "600"])
+    killed.append(stranger.pid)
+    (tmp_path / "run.lock").write_text(f"{stranger.pid} {host}\n")
+    result = script("stop.sh", tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert (f"on {host} or in a container: stop it there" in result.stderr) == held
+    assert stranger.poll() is None
     assert holder.communicate()[0] == ""
 
 
@@ -163,13 +175,18 @@ def test_stop_returns_the_outcome_of_the_run_and_wakes_it_if_it_was_suspended(
     assert stop.returncode == OUTCOMES[outcome]
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("nsenter"), reason="needs root, nsenter")
-def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path):
+CONTAINER = "unshare -pf --kill-child --mount-proc".split()
+ENTERED = shutil.which("nsenter") and not subprocess.run([*CONTAINER, "true"], **QUIET).returncode
+
+
+@pytest.mark.skipif(not ENTERED, reason="needs the right to make namespaces, and nsenter")
+def test_a_run_that_is_pid_1_of_a_container_is_stopped_from_inside(options, tmp_path, killed):
     """As docker exec CONTAINER scripts/stop.sh does: nothing there outlives its pid 1."""
-    command = [*"unshare -pf --mount-proc".split(), sys.executable, str(h.SCRIPT), "--no-keyboard"]
+    command = [*CONTAINER, sys.executable, str(h.SCRIPT), "--no-keyboard"]
     with open(tmp_path / "out", "w") as out:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
         container = subprocess.Popen([*command, *options, *h.ENDLESS], **streams)
+    killed.append(container.pid)
     h.wait_until(lambda: "step " in (tmp_path / "out").read_text(), container)
     inside = subprocess.run(["pgrep", "-P", str(container.pid)], **QUIET).stdout.strip()
     enter = ["nsenter", "-t", inside, "-p", "-m", h.ROOT / "scripts" / "stop.sh", tmp_path / "ck"]
@@ -210,6 +227,8 @@ class Tmux:
 
 @pytest.fixture
 def tmux(tmp_path_factory):
+    if not shutil.which("tmux"):
+        pytest.skip("tmux is missing")
     server = Tmux(tmp_path_factory.mktemp("tmux"))
     yield server
     pids = server("list-panes", "-a", "-F", "#{pane_pid}").split()
@@ -234,11 +253,12 @@ def test_q_typed_in_tmux_leaves_a_readable_summary_above_a_usable_shell(tmux, op
 def test_a_second_start_attaches_and_ctrl_c_there_saves(tmux, spawn, mine, monkeypatch):
     monkeypatch.chdir(mine)
     tmux.environment["SCRIPT"] = "mine.py"
-    tmux.train("train", "--lr", "0.2")
+    # To tmux a ; at the end of a word begins another command.
+    tmux.train("train", "--lr", "0.2", "--note", "it's ;")
     tmux.waits_for("Training started")
     assert "already; nothing new is started" in tmux.train("train")
     # With options it is another run that is wanted: attached to this one, nobody would see that.
-    assert "SESSION=name" in tmux.train("train", "--lr", "0.2", code=2)
+    assert "SESSION=train. One more beside it: " in tmux.train("train", "--lr", "0.2", code=2)
     child = spawn(command=["sh", str(h.ROOT / "scripts" / "train_tmux.sh")], env=tmux.environment)
     # What was printed before is not waited for: tmux discards what its terminal has not taken yet.
     child.expect("Training started")
@@ -262,10 +282,11 @@ def test_a_script_of_ones_own_with_several_processes(mine, spawn):
     assert re.search(again, h.finish(child)) and child.exitstatus == 0
 
 
-@pytest.mark.parametrize("number", ["0", "2x", ""])
-def test_torchrun_is_not_started_with_a_number_of_processes_that_is_none(number):
-    result = script("train_torchrun.sh", number, PYTHON="false")
-    assert result.returncode == 2 and f"'{number}' is no number of processes" in result.stderr
+@pytest.mark.parametrize("number", ["0", "2x", "", "2"])
+def test_torchrun_is_not_started_without_a_number_of_processes_and_a_place_to_meet(number):
+    said = f"'{number}' is no number of processes" if number != "2" else "NNODES=2 needs RENDEZVOUS"
+    result = script("train_torchrun.sh", number, PYTHON="false", NNODES="2")
+    assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("way", ["q", "Ctrl-C", "make stop"])
