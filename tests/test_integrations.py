@@ -84,7 +84,6 @@ def test_accelerate_leaves_on_q_with_a_checkpoint_and_goes_on(example, tmp_path)
     steps = []
     for first in (True, False):
         child = example("accelerate_loop.py")
-        # The second one is asked at once, and makes a step.
         child.expect("Epoch 1" if first else "Epoch 0")
         child.sendline("q")
         child.expect("Left because of user_requested_graceful_exit")
