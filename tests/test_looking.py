@@ -209,7 +209,8 @@ def test_whatever_stands_in_the_place_of_a_value_is_shown_or_one_line(ask, train
 def test_sizes_that_are_not_the_models_are_one_line_and_take_no_memory(ask, trained, altered):
     config = t.load_checkpoint(trained / "final.pt")["config"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for change in ({"layers": 10**12}, {"dim": 2**12}, {"heads": 3}, {"mode": "standard"}):
+    large = {"layers": 10**12}, {"dim": 10**12}, {"dim": 2**12}
+    for change in (*large, {"heads": 3}, {"mode": "standard"}):
         ask(2, "sample", altered(config={**config, **change}))
     # In KiB: two matrices of that width have as many.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**17
